@@ -1,0 +1,60 @@
+"""Installs the `tml` import package; the distribution is called `tml-interaction` because `tml` is taken on PyPI."""
+
+from setuptools import find_packages, setup
+
+DATA = [
+    "espeakng-loader>=0.2.4",  # GPL-3 library and data, called through ctypes, never vendored
+    "av>=15",
+    "pocketsphinx>=5",
+    "apache-beam>=2.60; python_version < '3.13'",
+]
+SERVE = ["tiktoken>=0.8"]
+TEST = [
+    *DATA,
+    *SERVE,
+    "beartype>=0.20",
+    "hypothesis>=6.100",
+    "jaxtyping>=0.3",
+    "librosa>=0.11",
+    "mypy>=1.15",
+    "pytest>=8",
+    "ruff>=0.9",
+    "torch==2.13.0",
+    "transformers>=5.23",
+]
+
+setup(
+    name="tml-interaction",
+    version="0.1.0",
+    description="Train interaction models: one mixture-of-experts transformer in 200 ms micro-turns.",
+    python_requires=">=3.11",
+    packages=find_packages(include=["tml*", "experiments*", "data_pipelines*", "launch*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "flax>=0.10",
+        "grain>=0.2.18",
+        "jax>=0.10",
+        "jaxtyping>=0.3",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "msgpack>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "rich>=13",
+        "scipy>=1.14",
+        "soundfile>=0.13",
+        "soxr>=0.5",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.10",
+        "tokenizers>=0.21",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "gpu": ["jax[cuda12]>=0.10"],
+        "data": DATA,
+        "serve": SERVE,
+        "test": TEST,
+    },
+)

@@ -1,0 +1,56 @@
+"""The experiment: every config of one run, and the checks that hold between them."""
+
+from dataclasses import dataclass, field
+
+from tml.config.checks import check_multiple
+from tml.config.data import DataConfig
+from tml.config.model import ModelConfig
+from tml.config.stream import MicroTurnConfig, TextConfig
+from tml.config.training import EvaluationConfig, LossConfig, MeshConfig, OptimConfig, StreamConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run, whole. `experiments/*.py` build it; `launch` rebuilds and checks it before any array exists."""
+
+    name: str
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    turn: MicroTurnConfig = field(default_factory=MicroTurnConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        audio = self.model.audio
+        hop_ms = audio.hop_samples * 1000 / audio.sample_rate_hz
+        if self.turn.turn_ms % hop_ms:
+            nearest = max(1, round(self.turn.turn_ms / hop_ms)) * hop_ms
+            raise ValueError(
+                f"turn.turn_ms = {self.turn.turn_ms} is not a multiple of the audio hop, {hop_ms:g} ms "
+                f"(model.audio.hop_samples = {audio.hop_samples} at {audio.sample_rate_hz} Hz); "
+                f"the nearest valid value is {nearest:g}"
+            )
+        mesh = self.mesh
+        row_shards = mesh.replica * mesh.fsdp * mesh.expert
+        check_multiple(
+            "data.rows_per_batch", self.data.rows_per_batch, "mesh.replica * mesh.fsdp * mesh.expert", row_shards
+        )
+        check_multiple(
+            "data.rows_per_batch", self.data.rows_per_batch, "train.grad_accum_steps", self.train.grad_accum_steps
+        )
+        check_multiple("data.row_slots", self.data.row_slots, "mesh.context", mesh.context)
+        check_multiple("model.moe.num_experts", self.model.moe.num_experts, "mesh.expert", mesh.expert)
+        check_multiple("model.d_model", self.model.d_model, "mesh.fsdp", mesh.fsdp)
+        check_multiple("model.attention.num_heads", self.model.attention.num_heads, "mesh.tensor", mesh.tensor)
+        check_multiple("model.vocab_size", self.model.vocab_size, "mesh.tensor", mesh.tensor)
+        if self.optim.warmup_steps >= self.train.num_steps:
+            raise ValueError(
+                f"optim.warmup_steps = {self.optim.warmup_steps} leaves nothing of "
+                f"train.num_steps = {self.train.num_steps}; warm up for fewer steps"
+            )

@@ -1,0 +1,197 @@
+"""Configuration of the network: the Inkling backbone and its audio and video inputs."""
+
+import enum
+from dataclasses import dataclass, field
+
+from tml.config.checks import check_at_most, check_multiple, check_not_negative, check_positive
+
+
+class ComputeDtype(enum.StrEnum):
+    """The dtype of activations and of the matmuls' operands; parameters are always stored in float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Remat(enum.StrEnum):
+    """What the backward pass recomputes: nothing, or every layer from its input."""
+
+    NONE = "none"
+    LAYER = "layer"
+
+
+class MatmulBackend(enum.StrEnum):
+    """How the expert matmuls run: padded blocks gathered per expert, or every expert on every token (the reference)."""
+
+    BLOCKED = "blocked"
+    DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig:
+    """The dMel front end; defaults are Inkling's (transformers `feature_extraction_inkling.py`)."""
+
+    sample_rate_hz: int = 16_000
+    hop_samples: int = 800
+    window_samples: int = 1_600
+    num_mels: int = 80
+    max_hz: float = 8_000.0
+    power_floor: float = 1e-10
+    num_levels: int = 16
+    level_low: float = -7.0
+    level_high: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "audio",
+            sample_rate_hz=self.sample_rate_hz,
+            hop_samples=self.hop_samples,
+            num_mels=self.num_mels,
+            power_floor=self.power_floor,
+        )
+        check_at_most("audio.hop_samples", self.hop_samples, "audio.window_samples", self.window_samples)
+        check_at_most("audio.max_hz", self.max_hz, "audio.sample_rate_hz / 2", self.sample_rate_hz / 2)
+        check_at_most("audio.num_levels", self.num_levels, "the uint8 range", 256)
+        if self.level_low >= self.level_high:
+            raise ValueError(f"audio.level_low = {self.level_low} must be below audio.level_high = {self.level_high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """The hMLP tile stack: folds of space, then one fold of time (Touvron et al. 2022, as in Inkling)."""
+
+    tile_px: int = 40
+    frames_per_tile: int = 2
+    frames_per_second: float = 5.0
+    fold_px: tuple[int, ...] = (5, 2, 4)
+    fold_dims: tuple[int, ...] = (128, 320, 4_800)
+    max_tiles_per_turn: int = 0
+    """Image tiles one micro-turn may hold; 0 builds a model without eyes."""
+
+    def __post_init__(self) -> None:
+        check_positive("video", tile_px=self.tile_px, frames_per_second=self.frames_per_second)
+        check_not_negative("video", max_tiles_per_turn=self.max_tiles_per_turn)
+        if len(self.fold_px) != len(self.fold_dims):
+            raise ValueError(f"video.fold_px = {self.fold_px} and video.fold_dims = {self.fold_dims} differ in length")
+        product = 1
+        for fold in self.fold_px:
+            product *= fold
+        if product != self.tile_px:
+            raise ValueError(f"video.fold_px = {self.fold_px} multiply to {product}, not to tile_px = {self.tile_px}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Heads, the two spans, and the relative bias."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    window: int = 128
+    """Sliding layers: a key is seen when its distance is in [0, window)."""
+    global_extent: int = 256
+    """Global layers: distances the relative bias covers; beyond it the bias is 0."""
+    rel_rank: int = 16
+    log_scaling_floor: int = 128_000
+    log_scaling_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "model.attention",
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            window=self.window,
+            global_extent=self.global_extent,
+            rel_rank=self.rel_rank,
+            log_scaling_floor=self.log_scaling_floor,
+        )
+        check_multiple(
+            "model.attention.num_heads", self.num_heads, "model.attention.num_kv_heads", self.num_kv_heads
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Routed and shared experts, and the balance rule of the router's selection bias."""
+
+    num_experts: int = 8
+    num_experts_per_token: int = 2
+    num_shared_experts: int = 1
+    expert_dim: int = 64
+    route_scale: float = 1.0
+    balance_rate: float = 1e-3
+    """Step of the selection bias towards under-loaded experts (Wang et al. 2024, aux-loss-free)."""
+    backend: MatmulBackend = MatmulBackend.BLOCKED
+    block_rows: int = 128
+    """Rows of one block of the padded expert buffer."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "model.moe",
+            num_experts=self.num_experts,
+            num_experts_per_token=self.num_experts_per_token,
+            expert_dim=self.expert_dim,
+            block_rows=self.block_rows,
+        )
+        check_not_negative(
+            "model.moe", num_shared_experts=self.num_shared_experts, balance_rate=self.balance_rate
+        )
+        check_at_most(
+            "model.moe.num_experts_per_token",
+            self.num_experts_per_token,
+            "model.moe.num_experts",
+            self.num_experts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The whole network. Layers are counted from 0; a layer is sliding unless listed in `global_layers`."""
+
+    num_layers: int = 4
+    num_dense_layers: int = 1
+    """The first layers, which use a dense MLP of `dense_dim` instead of experts."""
+    global_layers: tuple[int, ...] = (3,)
+    d_model: int = 128
+    dense_dim: int = 256
+    vocab_size: int = 512
+    unpadded_vocab_size: int = 0
+    """Logits are cut to this many entries; 0 means `vocab_size`."""
+    conv_taps: int = 4
+    norm_eps: float = 1e-6
+    mup_width_multiplier: float = 1.0
+    compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
+    remat: Remat = Remat.NONE
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "model",
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            dense_dim=self.dense_dim,
+            vocab_size=self.vocab_size,
+            conv_taps=self.conv_taps,
+            norm_eps=self.norm_eps,
+            mup_width_multiplier=self.mup_width_multiplier,
+        )
+        check_not_negative(
+            "model", num_dense_layers=self.num_dense_layers, unpadded_vocab_size=self.unpadded_vocab_size
+        )
+        check_at_most("model.num_dense_layers", self.num_dense_layers, "model.num_layers", self.num_layers)
+        check_at_most("model.unpadded_vocab_size", self.unpadded_vocab_size, "model.vocab_size", self.vocab_size)
+        outside = [layer for layer in self.global_layers if not 0 <= layer < self.num_layers]
+        if outside:
+            raise ValueError(
+                f"model.global_layers names layers {outside}, but model.num_layers = {self.num_layers} "
+                f"gives layers 0 to {self.num_layers - 1}"
+            )
+
+    @property
+    def num_logits(self) -> int:
+        """Entries of the logits: the vocabulary without its padding."""
+        return self.unpadded_vocab_size or self.vocab_size

@@ -1,0 +1,54 @@
+"""Configuration of the micro-turn stream and of its text."""
+
+import enum
+from dataclasses import dataclass
+
+from tml.config.checks import check_positive
+
+
+class Boundary(enum.StrEnum):
+    """Whether a micro-turn opens with a [tick] token."""
+
+    NONE = "none"
+    TICK = "tick"
+
+
+class Control(enum.StrEnum):
+    """How a micro-turn says that it speaks: a [listen]/[speak] token, or just text before [end of text]."""
+
+    EXPLICIT = "explicit"
+    IMPLICIT = "implicit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroTurnConfig:
+    """One micro-turn: its length, its boundary, and how many tokens of each text stream fit in it."""
+
+    turn_ms: int = 200
+    boundary: Boundary = Boundary.TICK
+    control: Control = Control.EXPLICIT
+    max_text_in_per_turn: int = 16
+    """Tokens of system text, typed text and background results (markers included) that one turn may hold;
+    what is over waits for the next turn."""
+    max_text_out_per_turn: int = 8
+    """Tokens of own text that one turn may hold; what is over waits for the next turn."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "turn",
+            turn_ms=self.turn_ms,
+            max_text_out_per_turn=self.max_text_out_per_turn,
+        )
+        if self.max_text_in_per_turn < 2:
+            raise ValueError(
+                f"turn.max_text_in_per_turn = {self.max_text_in_per_turn} must be at least 2: a marker and one token"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The tokenizer: a directory with tokenizer.json, such a file, or a .tiktoken rank file."""
+
+    tokenizer: str = ""
+    train_vocab_size: int = 0
+    """When greater than 0 and `tokenizer` does not exist, `launch.encode` trains a byte-level BPE of this size."""
