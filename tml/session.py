@@ -141,13 +141,14 @@ class Session:
         for stream, clip in self.audio.items():
             if clip.num_samples != self.num_samples:
                 raise SessionError(
-                    f"session {self.session_id}: {stream.value} has {clip.num_samples} samples, the session {self.num_samples}"
+                    f"session {self.session_id}: {stream.value} has {clip.num_samples} samples, "
+                    f"the session {self.num_samples}"
                 )
         for event in self.texts:
             if not 0 <= event.start <= event.end <= self.num_samples:
                 raise SessionError(
-                    f"session {self.session_id}: {event.stream.value} event {event.text!r} at [{event.start}, {event.end}) "
-                    f"lies outside [0, {self.num_samples})"
+                    f"session {self.session_id}: {event.stream.value} event {event.text!r} at "
+                    f"[{event.start}, {event.end}) lies outside [0, {self.num_samples})"
                 )
 
 

@@ -106,9 +106,7 @@ class AttentionConfig:
             rel_rank=self.rel_rank,
             log_scaling_floor=self.log_scaling_floor,
         )
-        check_multiple(
-            "model.attention.num_heads", self.num_heads, "model.attention.num_kv_heads", self.num_kv_heads
-        )
+        check_multiple("model.attention.num_heads", self.num_heads, "model.attention.num_kv_heads", self.num_kv_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +132,7 @@ class MoEConfig:
             expert_dim=self.expert_dim,
             block_rows=self.block_rows,
         )
-        check_not_negative(
-            "model.moe", num_shared_experts=self.num_shared_experts, balance_rate=self.balance_rate
-        )
+        check_not_negative("model.moe", num_shared_experts=self.num_shared_experts, balance_rate=self.balance_rate)
         check_at_most(
             "model.moe.num_experts_per_token",
             self.num_experts_per_token,

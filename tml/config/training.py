@@ -57,7 +57,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_positive(
-            "optim", peak_lr=self.peak_lr, adam_lr_ratio=self.adam_lr_ratio, eps=self.eps,
+            "optim",
+            peak_lr=self.peak_lr,
+            adam_lr_ratio=self.adam_lr_ratio,
+            eps=self.eps,
             max_grad_norm=self.max_grad_norm,
         )
         check_not_negative("optim", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)

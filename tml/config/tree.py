@@ -74,7 +74,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return hint(value)
         except ValueError:
             choices = [member.value for member in hint]
-            raise ValueError(f"{path} = {value!r} is not one of {choices}; {nearest_keys(str(value), choices)}") from None
+            raise ValueError(
+                f"{path} = {value!r} is not one of {choices}; {nearest_keys(str(value), choices)}"
+            ) from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:

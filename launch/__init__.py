@@ -1,0 +1,1 @@
+"""The absl apps, one per job: `python -m launch.NAME --help`."""

@@ -1,0 +1,61 @@
+"""The batch: rows of interleaved micro-turns, every field aligned to positions so that it shards like them."""
+
+from dataclasses import fields
+
+import flax.struct
+import numpy as np
+from jaxtyping import Array, Float32, Int16, Int32, UInt8
+
+from tml.config import ModelConfig
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rows of positions (see `tml.microturn` for what a position is).
+
+    Attributes:
+        tokens_BS: token ids, placeholders at audio and tile positions.
+        kinds_BS: `microturn.Kind`; 0 is padding.
+        levels_BSM: dMel levels, read where the kind is AUDIO.
+        tiles_BP: image tiles of the row as pixels 0 to 255, -1 where an edge tile is padded (frames, height, width, colour).
+        tile_index_BS: which tile of the row stands at a TILE position.
+        segment_ids_BS: 1, 2, … for the segments packed in a row, 0 for padding.
+        positions_BS: position within the segment, from 0.
+        targets_BS: token to predict.
+        target_kinds_BS: `microturn.Target`; 0 where nothing is predicted.
+        loss_weights_BS: weight of the target; 0 where nothing is predicted.
+    """
+
+    tokens_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
+    kinds_BS: UInt8[Array, "B S"] | UInt8[np.ndarray, "B S"]
+    levels_BSM: UInt8[Array, "B S M"] | UInt8[np.ndarray, "B S M"]
+    tiles_BP: Int16[Array, "B P f h w 3"] | Int16[np.ndarray, "B P f h w 3"]
+    tile_index_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
+    segment_ids_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
+    positions_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
+    targets_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
+    target_kinds_BS: UInt8[Array, "B S"] | UInt8[np.ndarray, "B S"]
+    loss_weights_BS: Float32[Array, "B S"] | Float32[np.ndarray, "B S"]
+
+
+def empty_rows(num_rows: int, row_slots: int, num_tiles: int, model: ModelConfig) -> Batch:
+    """Rows of padding, as numpy arrays that a loader fills."""
+    video, shape = model.video, (num_rows, row_slots)
+    return Batch(
+        tokens_BS=np.zeros(shape, np.int32),
+        kinds_BS=np.zeros(shape, np.uint8),
+        levels_BSM=np.zeros((*shape, model.audio.num_mels), np.uint8),
+        tiles_BP=np.zeros((num_rows, num_tiles, video.frames_per_tile, video.tile_px, video.tile_px, 3), np.int16),
+        tile_index_BS=np.zeros(shape, np.int32),
+        segment_ids_BS=np.zeros(shape, np.int32),
+        positions_BS=np.zeros(shape, np.int32),
+        targets_BS=np.zeros(shape, np.int32),
+        target_kinds_BS=np.zeros(shape, np.uint8),
+        loss_weights_BS=np.zeros(shape, np.float32),
+    )
+
+
+def concatenate_rows(rows: list[Batch]) -> Batch:
+    """Stacks rows (each a Batch of numpy arrays) into one Batch along B."""
+    columns = {f.name: np.concatenate([getattr(row, f.name) for row in rows]) for f in fields(Batch)}
+    return Batch(**columns)

@@ -1,0 +1,390 @@
+"""The micro-turn clock and layout, written once for training and streaming. Plain numpy.
+
+Turn k covers input samples [kT, (k+1)T). Its output is computed when that input is complete:
+it is emitted at (k+1)T and heard during [(k+1)T, (k+2)T). So the output of turn k holds what
+`own_text` says in [(k+1)T, (k+2)T), and a latency is measured to the emission at (k+1)T.
+
+One turn, in row order (`||` divides what comes in from what goes out):
+
+    [tick]? audio x n, tiles, text in || actions, [listen] or [speak] own text [end of text]
+
+| position                  | input embedding     | target                    | emitted           |
+|---------------------------|---------------------|---------------------------|-------------------|
+| [tick] (if boundary)      | token               | none                      |                   |
+| audio 0 .. n-1            | dMel levels         | none                      |                   |
+| tile                      | 2 x 40 x 40 pixels  | none                      |                   |
+| marker, text in           | token               | none                      |                   |
+| last of the above         |                     | first output token        | control or action |
+| [action], payload tokens  | token               | next payload token        | action            |
+| [end of text] of action   | token               | next output token         | control           |
+| [listen]                  | token               | none: the turn is over    |                   |
+| [speak]                   | token               | first own token           | text              |
+| own text                  | token               | next own, [end of text]   | text              |
+| [end of text]             | token               | none: the turn is over    |                   |
+
+With `Control.IMPLICIT` there is no [listen] or [speak]: a listening turn is [end of text] alone.
+"""
+
+import enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from tml.config import AudioConfig, Boundary, Control, MicroTurnConfig
+from tml.session import SessionError, Stream
+
+
+class Kind(enum.IntEnum):
+    """What the input embedding of a position is made from."""
+
+    PAD = 0
+    TOKEN = 1
+    AUDIO = 2
+    TILE = 3
+
+
+class Target(enum.IntEnum):
+    """Which stream a target belongs to; losses are weighted and logged by it."""
+
+    NONE = 0
+    LISTEN = 1
+    SPEAK = 2
+    TEXT = 3
+    ACTION = 4
+    DOCUMENT = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids of the tokens that structure the stream, as the run's tokenizer numbers them."""
+
+    pad: int
+    tick: int
+    listen: int
+    speak: int
+    end_of_text: int
+    system: int
+    user_text: int
+    background: int
+    action: int
+    document: int
+    audio: int
+    tile: int
+
+
+SPECIAL_TOKEN_NAMES: dict[str, str] = {f.name: f"<|{f.name}|>" for f in fields(SpecialTokens)}
+TEXT_IN_STREAMS = (Stream.SYSTEM, Stream.USER_TEXT, Stream.BACKGROUND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """The clock of micro-turns over samples."""
+
+    turn_samples: int
+    hop_samples: int
+    sample_rate_hz: int
+
+    @classmethod
+    def of(cls, turn: MicroTurnConfig, audio: AudioConfig) -> "Clock":
+        """The clock of a layout; `Experiment` has checked that the turn is a multiple of the hop."""
+        turn_samples = turn.turn_ms * audio.sample_rate_hz // 1000
+        assert turn_samples % audio.hop_samples == 0
+        return cls(turn_samples=turn_samples, hop_samples=audio.hop_samples, sample_rate_hz=audio.sample_rate_hz)
+
+    @property
+    def frames_per_turn(self) -> int:
+        """Audio positions in one turn."""
+        return self.turn_samples // self.hop_samples
+
+    def num_turns(self, num_samples: int) -> int:
+        """Turns that cover `num_samples`; the last one is padded with silence."""
+        return -(-num_samples // self.turn_samples)
+
+    def turn_of(self, sample: int) -> int:
+        """The turn during which `sample` comes in."""
+        return sample // self.turn_samples
+
+    def output_turn_of(self, sample: int) -> int:
+        """The turn whose output is heard at `sample`; the first output is turn 0's."""
+        return max(0, sample // self.turn_samples - 1)
+
+    def emission_s(self, turn: int) -> float:
+        """When the output of `turn` is emitted, in seconds."""
+        return (turn + 1) * self.turn_samples / self.sample_rate_hz
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedText:
+    """One text event as tokens."""
+
+    stream: Stream
+    start: int
+    """Sample at which it happens."""
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSession:
+    """A session after its codecs, still on the sample clock, so that any turn length can be laid out.
+
+    Attributes:
+        session_id: as in the Session.
+        num_samples: length on the sample clock.
+        levels_TM: dMel levels, one row a hop; as many as cover `num_samples`.
+        texts: every text event, ordered by start.
+        tiles_P: image tiles (int16 pixels, -1 is padding; frames x height x width x 3), ordered by time.
+        tile_samples_P: the sample at which each tile is complete.
+    """
+
+    session_id: str
+    num_samples: int
+    levels_TM: np.ndarray
+    texts: tuple[EncodedText, ...]
+    tiles_P: np.ndarray
+    tile_samples_P: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnContents:
+    """What U consecutive turns hold, before it is laid out; every array is ordered by turn.
+
+    Attributes:
+        num_turns: U.
+        tile_turns: the turn of each image tile.
+        text_in: (turn, token) pairs, markers included, as int32 [n, 2].
+        out: (turn, token, Target) triples of the output block, as int32 [n, 3]; empty when streaming.
+    """
+
+    num_turns: int
+    tile_turns: np.ndarray
+    text_in: np.ndarray
+    out: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One session or document laid out as consecutive positions of a row (each array int32 [S]).
+
+    Attributes:
+        tokens: token ids; placeholders where the input is audio or a tile.
+        kinds: `Kind` of each position.
+        source: index into `levels_TM` for audio, into `tiles_P` for tiles, else 0.
+        targets: the token to predict, 0 where there is none.
+        target_kinds: `Target` of each position.
+        turn_starts: position at which each turn begins, and the end (int32 [U + 1]).
+    """
+
+    tokens: np.ndarray
+    kinds: np.ndarray
+    source: np.ndarray
+    targets: np.ndarray
+    target_kinds: np.ndarray
+    turn_starts: np.ndarray
+
+    @property
+    def num_slots(self) -> int:
+        """Positions in the segment."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The micro-turn layout: clock, rules and special tokens."""
+
+    clock: Clock
+    turn: MicroTurnConfig
+    special: SpecialTokens
+    max_tiles_per_turn: int
+
+    @property
+    def max_slots_in(self) -> int:
+        """Positions that the input half of one turn can take."""
+        boundary = int(self.turn.boundary is Boundary.TICK)
+        return boundary + self.clock.frames_per_turn + self.max_tiles_per_turn + self.turn.max_text_in_per_turn
+
+    @property
+    def max_slots_out(self) -> int:
+        """Positions that the output half of one turn can take: control, own text, [end of text]."""
+        return self.turn.max_text_out_per_turn + 2
+
+    def contents(self, encoded: EncodedSession) -> TurnContents:
+        """Assigns everything in a session to turns.
+
+        Raises:
+            SessionError: more text or tiles than the session's turns can hold.
+        """
+        num_turns = self.clock.num_turns(encoded.num_samples)
+        tile_turns = encoded.tile_samples_P // self.clock.turn_samples
+        most = int(np.bincount(tile_turns).max()) if len(tile_turns) else 0
+        if most > self.max_tiles_per_turn:
+            raise SessionError(
+                f"session {encoded.session_id} has {most} tiles in one turn, the layout holds "
+                f"video.max_tiles_per_turn = {self.max_tiles_per_turn}"
+            )
+        return TurnContents(
+            num_turns=num_turns,
+            tile_turns=tile_turns.astype(np.int32),
+            text_in=self._text_in(encoded, num_turns),
+            out=self._out(encoded, num_turns),
+        )
+
+    def text_in_chunk(self, waiting: dict[Stream, list[int]]) -> list[int]:
+        """Takes one turn's worth of tokens, with markers, from the waiting ones (which it shortens)."""
+        markers = {
+            Stream.SYSTEM: self.special.system,
+            Stream.USER_TEXT: self.special.user_text,
+            Stream.BACKGROUND: self.special.background,
+        }
+        chunk: list[int] = []
+        for stream in TEXT_IN_STREAMS:
+            room = self.turn.max_text_in_per_turn - len(chunk) - 1
+            if room < 1 or not waiting.get(stream):
+                continue
+            chunk += [markers[stream], *waiting[stream][:room]]
+            del waiting[stream][:room]
+        return chunk
+
+    def _text_in(self, encoded: EncodedSession, num_turns: int) -> np.ndarray:
+        events = [event for event in encoded.texts if event.stream in TEXT_IN_STREAMS]
+        waiting: dict[Stream, list[int]] = {}
+        pairs: list[tuple[int, int]] = []
+        turn, next_event = 0, 0
+        while next_event < len(events) or any(waiting.values()):
+            if not any(waiting.values()):
+                turn = max(turn, self.clock.turn_of(events[next_event].start))
+            while next_event < len(events) and self.clock.turn_of(events[next_event].start) <= turn:
+                event = events[next_event]
+                waiting.setdefault(event.stream, []).extend(event.tokens)
+                next_event += 1
+            if turn >= num_turns:
+                raise SessionError(
+                    f"session {encoded.session_id}: text in does not fit in its {num_turns} turns at "
+                    f"turn.max_text_in_per_turn = {self.turn.max_text_in_per_turn}"
+                )
+            pairs += [(turn, token) for token in self.text_in_chunk(waiting)]
+            turn += 1
+        return np.array(pairs, np.int32).reshape(-1, 2)
+
+    def _out(self, encoded: EncodedSession, num_turns: int) -> np.ndarray:
+        said = self._paced(encoded, num_turns)
+        actions: dict[int, list[int]] = {}
+        for event in encoded.texts:
+            if event.stream is Stream.ACTION:
+                payload = [self.special.action, *event.tokens, self.special.end_of_text]
+                actions.setdefault(self.clock.output_turn_of(event.start), []).extend(payload)
+        explicit = self.turn.control is Control.EXPLICIT
+        listening = self.special.listen if explicit else self.special.end_of_text
+        if not said and not actions:
+            rest = np.full(num_turns, listening)
+            return np.stack([np.arange(num_turns), rest, np.full(num_turns, Target.LISTEN)], axis=1).astype(np.int32)
+        triples: list[tuple[int, int, int]] = []
+        for turn in range(num_turns):
+            triples += [(turn, token, Target.ACTION) for token in actions.get(turn, ())]
+            if turn not in said:
+                triples.append((turn, listening, Target.LISTEN))
+                continue
+            if explicit:
+                triples.append((turn, self.special.speak, Target.SPEAK))
+            triples += [(turn, token, Target.TEXT) for token in said[turn]]
+            triples.append((turn, self.special.end_of_text, Target.TEXT))
+        return np.array(triples, np.int32).reshape(-1, 3)
+
+    def _paced(self, encoded: EncodedSession, num_turns: int) -> dict[int, list[int]]:
+        """Own text by turn, at most `max_text_out_per_turn` tokens in each."""
+        said: dict[int, list[int]] = {}
+        turn = 0
+        for event in encoded.texts:
+            if event.stream is not Stream.OWN_TEXT:
+                continue
+            turn = max(turn, self.clock.output_turn_of(event.start))
+            for token in event.tokens:
+                while len(said.get(turn, ())) >= self.turn.max_text_out_per_turn:
+                    turn += 1
+                if turn >= num_turns:
+                    raise SessionError(
+                        f"session {encoded.session_id}: own text does not fit in its {num_turns} turns at "
+                        f"turn.max_text_out_per_turn = {self.turn.max_text_out_per_turn}"
+                    )
+                said.setdefault(turn, []).append(token)
+        return said
+
+    def lay_out(self, contents: TurnContents, first_frame: int = 0) -> Segment:
+        """Interleaves the turns into positions.
+
+        Args:
+            contents: the turns; `first_frame` is the row of `levels_TM` at which turn 0 begins.
+        """
+        num_turns, frames = contents.num_turns, self.clock.frames_per_turn
+        turns = np.arange(num_turns, dtype=np.int32)
+        boundary = turns if self.turn.boundary is Boundary.TICK else turns[:0]
+        by_turn = (boundary, np.repeat(turns, frames), contents.tile_turns, contents.text_in[:, 0], contents.out[:, 0])
+        count_UF = np.stack([np.bincount(field, minlength=num_turns) for field in by_turn], axis=1)
+        end_UF = np.cumsum(count_UF).reshape(count_UF.shape)
+        start_UF = end_UF - count_UF
+        size = int(end_UF[-1, -1]) if num_turns else 0
+
+        def places(field: int) -> np.ndarray:
+            turn = by_turn[field]
+            rank = np.arange(len(turn)) - (np.cumsum(count_UF[:, field]) - count_UF[:, field])[turn]
+            return start_UF[turn, field] + rank
+
+        tokens = np.zeros(size, np.int32)
+        kinds = np.full(size, Kind.TOKEN, np.int32)
+        source = np.zeros(size, np.int32)
+        targets = np.zeros(size, np.int32)
+        target_kinds = np.full(size, Target.NONE, np.int32)
+        tokens[places(0)] = self.special.tick
+        audio, tile, out = places(1), places(2), places(4)
+        tokens[audio], kinds[audio], source[audio] = self.special.audio, Kind.AUDIO, np.arange(len(audio)) + first_frame
+        tokens[tile], kinds[tile], source[tile] = self.special.tile, Kind.TILE, np.arange(len(tile))
+        tokens[places(3)] = contents.text_in[:, 1]
+        tokens[out] = contents.out[:, 1]
+        # The token at an output position is the target of the position before it, which is in the same turn.
+        targets[out - 1], target_kinds[out - 1] = contents.out[:, 1], contents.out[:, 2]
+        turn_starts = np.append(start_UF[:, 0], size).astype(np.int32)
+        return Segment(
+            tokens=tokens,
+            kinds=kinds,
+            source=source,
+            targets=targets,
+            target_kinds=target_kinds,
+            turn_starts=turn_starts,
+        )
+
+    def lay_out_document(self, tokens: Sequence[int]) -> Segment:
+        """One piece of a plain text: [document] text [end of text], with loss on all of it."""
+        row = np.array([self.special.document, *tokens, self.special.end_of_text], np.int32)
+        targets = np.append(row[1:], 0).astype(np.int32)
+        target_kinds = np.full(len(row), Target.DOCUMENT, np.int32)
+        target_kinds[-1] = Target.NONE
+        return Segment(
+            tokens=row,
+            kinds=np.full(len(row), Kind.TOKEN, np.int32),
+            source=np.zeros(len(row), np.int32),
+            targets=targets,
+            target_kinds=target_kinds,
+            turn_starts=np.array([0, len(row)], np.int32),
+        )
+
+
+def cut_at_turns(turn_starts: np.ndarray, max_slots: int) -> list[tuple[int, int]]:
+    """Cuts a segment that is longer than a row into parts [first slot, last slot), never inside a turn.
+
+    Raises:
+        SessionError: one turn alone is longer than a row.
+    """
+    parts: list[tuple[int, int]] = []
+    start = 0
+    for turn_start, turn_end in zip(turn_starts[:-1].tolist(), turn_starts[1:].tolist(), strict=True):
+        if turn_end - turn_start > max_slots:
+            raise SessionError(f"one micro-turn takes {turn_end - turn_start} slots, data.row_slots is {max_slots}")
+        if turn_end - start > max_slots:
+            parts.append((start, turn_start))
+            start = turn_start
+    return [*parts, (start, int(turn_starts[-1]))]
+
+
+def special_tokens(ids: Iterable[tuple[str, int]]) -> SpecialTokens:
+    """Builds the special tokens from (field name, id) pairs."""
+    return SpecialTokens(**dict(ids))

@@ -1,0 +1,130 @@
+"""A parameter is described once: initialisation, sharding, counting, manifest and export derive from its ParamSpec."""
+
+import enum
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tml.dims import DIMS
+
+PyTree = Any
+
+
+class Init(enum.Enum):
+    """Initial values. NORMAL has standard deviation 1/sqrt(fan-in), cut at 3 deviations."""
+
+    NORMAL = "normal"
+    ONES = "ones"
+    ZEROS = "zeros"
+
+
+class Update(enum.Enum):
+    """Who moves a parameter: the optimizer's class of it, or a rule outside the gradient."""
+
+    MATRIX = "matrix"
+    """A layer's matrix: Muon if chosen, with weight decay."""
+    EMBEDDING = "embedding"
+    """Tables and heads: Adam with weight decay."""
+    VECTOR = "vector"
+    """Norms, convolutions, scalars: Adam without weight decay."""
+    BALANCE = "balance"
+    """The router's selection bias: moved by the load, never by a gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamSpec:
+    """One parameter before any array exists.
+
+    Attributes:
+        axes: dimension letters (see `tml.dims`), one an axis.
+        shape: sizes of those axes.
+        init: initial values.
+        fan_in: product of the axes that a matmul sums over.
+        update: the class of its update.
+    """
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    init: Init
+    fan_in: int
+    update: Update
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+def param(
+    layout: str,
+    sizes: Mapping[str, int],
+    *,
+    fan_in: str = "",
+    init: Init = Init.NORMAL,
+    update: Update = Update.MATRIX,
+) -> ParamSpec:
+    """Describes a parameter by its axes: `param("E D F", sizes, fan_in="D")`.
+
+    Args:
+        layout: dimension letters, separated by spaces; empty for a scalar.
+        sizes: the size of each letter.
+        fan_in: letters that the matmul sums over; needed for NORMAL.
+        init: initial values.
+        update: the class of its update.
+    """
+    axes = tuple(layout.split())
+    assert all(axis in DIMS for axis in axes), f"{layout!r} has a letter that tml.dims does not know"
+    assert fan_in or init is not Init.NORMAL, f"{layout!r} is drawn from a normal, so it needs a fan-in"
+    return ParamSpec(
+        axes=axes,
+        shape=tuple(sizes[axis] for axis in axes),
+        init=init,
+        fan_in=math.prod(sizes[axis] for axis in fan_in.split()),
+        update=update,
+    )
+
+
+def stack(specs: PyTree, num_layers: int) -> PyTree:
+    """Adds a leading layer axis to every spec of a tree, for `lax.scan`."""
+    return map_specs(lambda spec: replace(spec, axes=("L", *spec.axes), shape=(num_layers, *spec.shape)), specs)
+
+
+def map_specs(function: Callable[..., Any], specs: PyTree, *rest: PyTree) -> PyTree:
+    """`jax.tree.map` over a tree of ParamSpecs."""
+    return jax.tree.map(function, specs, *rest, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+
+
+def spec_leaves(specs: PyTree) -> list[tuple[str, ParamSpec]]:
+    """Path (joined by "/") and spec of every parameter, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), spec) for path, spec in leaves]
+
+
+def init_params(specs: PyTree, key: jax.Array) -> PyTree:
+    """Draws every parameter in float32; each key is folded from the parameter's path, so order does not matter."""
+    paths = [path for path, _ in spec_leaves(specs)]
+    keys = iter([jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF) for path in paths])
+    return map_specs(lambda spec: _draw(spec, next(keys)), specs)
+
+
+def _draw(spec: ParamSpec, key: jax.Array) -> jax.Array:
+    if spec.init is Init.ONES:
+        return jnp.ones(spec.shape, jnp.float32)
+    if spec.init is Init.ZEROS:
+        return jnp.zeros(spec.shape, jnp.float32)
+    return jax.random.truncated_normal(key, -3.0, 3.0, spec.shape, jnp.float32) / math.sqrt(spec.fan_in)
+
+
+def abstract_params(specs: PyTree) -> PyTree:
+    """Shapes and dtypes without arrays."""
+    return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), specs)
+
+
+def count_params(specs: PyTree) -> int:
+    """Number of values in a tree of specs."""
+    return sum(spec.size for _, spec in spec_leaves(specs))
