@@ -17,7 +17,7 @@ class Batch:
         tokens_BS: token ids, placeholders at audio and tile positions.
         kinds_BS: `microturn.Kind`; 0 is padding.
         levels_BSM: dMel levels, read where the kind is AUDIO.
-        tiles_BP: image tiles of the row as pixels 0 to 255, -1 where an edge tile is padded (frames, height, width, colour).
+        tiles_BP: image tiles as pixels 0 to 255, -1 where an edge tile is padded (frames, height, width, colour).
         tile_index_BS: which tile of the row stands at a TILE position.
         segment_ids_BS: 1, 2, … for the segments packed in a row, 0 for padding.
         positions_BS: position within the segment, from 0.
