@@ -14,6 +14,9 @@ from tml.dims import DIMS
 
 PyTree = Any
 
+STACK_AXES = ("L", "E", "Z")
+"""Axes that stack independent matrices; the rest of a MATRIX parameter is one matrix, sum axes by other axes."""
+
 
 class Init(enum.Enum):
     """Initial values. NORMAL has standard deviation 1/sqrt(fan-in), cut at 3 deviations."""
@@ -44,15 +47,20 @@ class ParamSpec:
         axes: dimension letters (see `tml.dims`), one an axis.
         shape: sizes of those axes.
         init: initial values.
-        fan_in: product of the axes that a matmul sums over.
+        sum_axes: the axes that a matmul sums over.
         update: the class of its update.
     """
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     init: Init
-    fan_in: int
+    sum_axes: tuple[str, ...]
     update: Update
+
+    @property
+    def fan_in(self) -> int:
+        """Product of the axes that a matmul sums over."""
+        return math.prod(size for axis, size in zip(self.axes, self.shape, strict=True) if axis in self.sum_axes)
 
     @property
     def size(self) -> int:
@@ -84,7 +92,7 @@ def param(
         axes=axes,
         shape=tuple(sizes[axis] for axis in axes),
         init=init,
-        fan_in=math.prod(sizes[axis] for axis in fan_in.split()),
+        sum_axes=tuple(fan_in.split()),
         update=update,
     )
 
