@@ -17,6 +17,7 @@ DIMS: dict[str, str] = {
     "H": "head",
     "F": "feed-forward hidden",
     "E": "experts",
+    "A": "shared experts",
     "Z": "the gate and up halves of a gated MLP",
     "C": "capacity: rows of the padded expert buffer, or blocks of it",
     "R": "routed copies of tokens",

@@ -14,7 +14,7 @@ from tml.dims import DIMS
 
 PyTree = Any
 
-STACK_AXES = ("L", "E", "Z")
+STACK_AXES = ("L", "E", "A", "Z")
 """Axes that stack independent matrices; the rest of a MATRIX parameter is one matrix, sum axes by other axes."""
 
 
