@@ -3,21 +3,21 @@
 from typing import Any
 
 
-def check_positive(owner: str, **fields: float) -> None:
+def check_positive(owner: str, **fields: float | int) -> None:
     """Raises ValueError unless every named field is greater than zero."""
     for name, value in fields.items():
         if not value > 0:
             raise ValueError(f"{owner}.{name} = {value} must be greater than 0")
 
 
-def check_not_negative(owner: str, **fields: float) -> None:
+def check_not_negative(owner: str, **fields: float | int) -> None:
     """Raises ValueError when a named field is negative."""
     for name, value in fields.items():
         if not value >= 0:
             raise ValueError(f"{owner}.{name} = {value} must be 0 or greater")
 
 
-def check_fraction(owner: str, **fields: float) -> None:
+def check_fraction(owner: str, **fields: float | int) -> None:
     """Raises ValueError unless every named field lies in [0, 1]."""
     for name, value in fields.items():
         if not 0 <= value <= 1:
