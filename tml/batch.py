@@ -4,9 +4,9 @@ from dataclasses import fields
 
 import flax.struct
 import numpy as np
-from jaxtyping import Array, Float32, Int16, Int32, UInt8
 
 from tml.config import ModelConfig
+from tml.params import Leaf
 
 
 @flax.struct.dataclass
@@ -26,16 +26,16 @@ class Batch:
         loss_weights_BS: weight of the target; 0 where nothing is predicted.
     """
 
-    tokens_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
-    kinds_BS: UInt8[Array, "B S"] | UInt8[np.ndarray, "B S"]
-    levels_BSM: UInt8[Array, "B S M"] | UInt8[np.ndarray, "B S M"]
-    tiles_BP: Int16[Array, "B P f h w 3"] | Int16[np.ndarray, "B P f h w 3"]
-    tile_index_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
-    segment_ids_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
-    positions_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
-    targets_BS: Int32[Array, "B S"] | Int32[np.ndarray, "B S"]
-    target_kinds_BS: UInt8[Array, "B S"] | UInt8[np.ndarray, "B S"]
-    loss_weights_BS: Float32[Array, "B S"] | Float32[np.ndarray, "B S"]
+    tokens_BS: Leaf
+    kinds_BS: Leaf
+    levels_BSM: Leaf
+    tiles_BP: Leaf
+    tile_index_BS: Leaf
+    segment_ids_BS: Leaf
+    positions_BS: Leaf
+    targets_BS: Leaf
+    target_kinds_BS: Leaf
+    loss_weights_BS: Leaf
 
 
 def empty_rows(num_rows: int, row_slots: int, num_tiles: int, model: ModelConfig) -> Batch:

@@ -205,8 +205,8 @@ class Layout:
 
     @property
     def max_slots_out(self) -> int:
-        """Positions that the output half of one turn can take: control, own text, [end of text]."""
-        return self.turn.max_text_out_per_turn + 2
+        """Positions that the output half of one turn can take: actions, control, own text, [end of text]."""
+        return self.turn.max_action_per_turn + self.turn.max_text_out_per_turn + 2
 
     def contents(self, encoded: EncodedSession) -> TurnContents:
         """Assigns everything in a session to turns.
@@ -267,47 +267,52 @@ class Layout:
         return np.array(pairs, np.int32).reshape(-1, 2)
 
     def _out(self, encoded: EncodedSession, num_turns: int) -> np.ndarray:
-        said = self._paced(encoded, num_turns)
-        actions: dict[int, list[int]] = {}
-        for event in encoded.texts:
-            if event.stream is Stream.ACTION:
-                payload = [self.special.action, *event.tokens, self.special.end_of_text]
-                actions.setdefault(self.clock.output_turn_of(event.start), []).extend(payload)
         explicit = self.turn.control is Control.EXPLICIT
         listening = self.special.listen if explicit else self.special.end_of_text
-        if not said and not actions:
-            rest = np.full(num_turns, listening)
-            return np.stack([np.arange(num_turns), rest, np.full(num_turns, Target.LISTEN)], axis=1).astype(np.int32)
-        triples: list[tuple[int, int, int]] = []
-        for turn in range(num_turns):
-            triples += [(turn, token, Target.ACTION) for token in actions.get(turn, ())]
-            if turn not in said:
-                triples.append((turn, listening, Target.LISTEN))
-                continue
-            if explicit:
-                triples.append((turn, self.special.speak, Target.SPEAK))
-            triples += [(turn, token, Target.TEXT) for token in said[turn]]
-            triples.append((turn, self.special.end_of_text, Target.TEXT))
-        return np.array(triples, np.int32).reshape(-1, 3)
+        action_turns, action_tokens = self._actions(encoded)
+        said_turns, said_tokens = self._paced(encoded, num_turns)
+        speaks_U = np.bincount(said_turns, minlength=num_turns) > 0
+        speaking, listens = np.flatnonzero(speaks_U), np.flatnonzero(~speaks_U)
+        # In the order in which a turn holds them: a stable sort by turn then interleaves the turns.
+        blocks = (
+            (action_turns, action_tokens, Target.ACTION),
+            (listens, listening, Target.LISTEN),
+            (speaking if explicit else speaking[:0], self.special.speak, Target.SPEAK),
+            (said_turns, said_tokens, Target.TEXT),
+            (speaking, self.special.end_of_text, Target.TEXT),
+        )
+        out = np.empty((sum(len(turns) for turns, _, _ in blocks), 3), np.int32)
+        end = 0
+        for turns, tokens, target in blocks:
+            start, end = end, end + len(turns)
+            out[start:end, 0], out[start:end, 1], out[start:end, 2] = turns, tokens, target
+        return out[np.argsort(out[:, 0], kind="stable")]
 
-    def _paced(self, encoded: EncodedSession, num_turns: int) -> dict[int, list[int]]:
-        """Own text by turn, at most `max_text_out_per_turn` tokens in each."""
-        said: dict[int, list[int]] = {}
-        turn = 0
+    def _actions(self, encoded: EncodedSession) -> tuple[np.ndarray, np.ndarray]:
+        """The turns and tokens of all actions, markers included."""
+        turns: list[int] = []
+        tokens: list[int] = []
         for event in encoded.texts:
-            if event.stream is not Stream.OWN_TEXT:
-                continue
-            turn = max(turn, self.clock.output_turn_of(event.start))
-            for token in event.tokens:
-                while len(said.get(turn, ())) >= self.turn.max_text_out_per_turn:
-                    turn += 1
-                if turn >= num_turns:
-                    raise SessionError(
-                        f"session {encoded.session_id}: own text does not fit in its {num_turns} turns at "
-                        f"turn.max_text_out_per_turn = {self.turn.max_text_out_per_turn}"
-                    )
-                said.setdefault(turn, []).append(token)
-        return said
+            if event.stream is Stream.ACTION:
+                tokens += [self.special.action, *event.tokens, self.special.end_of_text]
+                turns += [self.clock.output_turn_of(event.start)] * (len(event.tokens) + 2)
+        return np.array(turns, np.int64), np.array(tokens, np.int64)
+
+    def _paced(self, encoded: EncodedSession, num_turns: int) -> tuple[np.ndarray, np.ndarray]:
+        """The turns and tokens of own text, at most `max_text_out_per_turn` tokens in each turn."""
+        events = [event for event in encoded.texts if event.stream is Stream.OWN_TEXT]
+        tokens = np.array([token for event in events for token in event.tokens], np.int64)
+        most, order = self.turn.max_text_out_per_turn, np.arange(len(tokens))
+        # With `most` places a turn, each token takes the place after the last one, or the first of its own turn.
+        first_places = np.array([most * self.clock.output_turn_of(event.start) for event in events], np.int64)
+        own_places = np.repeat(first_places, [len(event.tokens) for event in events])
+        turns = (np.maximum.accumulate(own_places - order) + order) // most
+        if len(turns) and turns[-1] >= num_turns:
+            raise SessionError(
+                f"session {encoded.session_id}: own text does not fit in its {num_turns} turns at "
+                f"turn.max_text_out_per_turn = {most}"
+            )
+        return turns, tokens
 
     def lay_out(self, contents: TurnContents, first_frame: int = 0) -> Segment:
         """Interleaves the turns into positions.
@@ -316,29 +321,34 @@ class Layout:
             contents: the turns; `first_frame` is the row of `levels_TM` at which turn 0 begins.
         """
         num_turns, frames = contents.num_turns, self.clock.frames_per_turn
-        turns = np.arange(num_turns, dtype=np.int32)
-        boundary = turns if self.turn.boundary is Boundary.TICK else turns[:0]
-        by_turn = (boundary, np.repeat(turns, frames), contents.tile_turns, contents.text_in[:, 0], contents.out[:, 0])
-        count_UF = np.stack([np.bincount(field, minlength=num_turns) for field in by_turn], axis=1)
+        tile_turns, text_turns, out_turns = contents.tile_turns, contents.text_in[:, 0], contents.out[:, 0]
+        # What a turn holds, in row order: [tick], audio, tiles, text in, output.
+        count_UF = np.empty((num_turns, 5), np.int64)
+        count_UF[:, 0] = self.turn.boundary is Boundary.TICK
+        count_UF[:, 1] = frames
+        for field, turns in ((2, tile_turns), (3, text_turns), (4, out_turns)):
+            count_UF[:, field] = np.bincount(turns, minlength=num_turns)
         end_UF = np.cumsum(count_UF).reshape(count_UF.shape)
         start_UF = end_UF - count_UF
         size = int(end_UF[-1, -1]) if num_turns else 0
 
-        def places(field: int) -> np.ndarray:
-            turn = by_turn[field]
-            rank = np.arange(len(turn)) - (np.cumsum(count_UF[:, field]) - count_UF[:, field])[turn]
-            return start_UF[turn, field] + rank
+        def places(field: int, turns: np.ndarray) -> np.ndarray:
+            before_U = np.cumsum(count_UF[:, field]) - count_UF[:, field]
+            return (start_UF[:, field] - before_U)[turns] + np.arange(len(turns))
 
         tokens = np.zeros(size, np.int32)
-        kinds = np.full(size, Kind.TOKEN, np.int32)
+        kinds = np.full(size, Kind.TOKEN.value, np.int32)
         source = np.zeros(size, np.int32)
         targets = np.zeros(size, np.int32)
-        target_kinds = np.full(size, Target.NONE, np.int32)
-        tokens[places(0)] = self.special.tick
-        audio, tile, out = places(1), places(2), places(4)
-        tokens[audio], kinds[audio], source[audio] = self.special.audio, Kind.AUDIO, np.arange(len(audio)) + first_frame
-        tokens[tile], kinds[tile], source[tile] = self.special.tile, Kind.TILE, np.arange(len(tile))
-        tokens[places(3)] = contents.text_in[:, 1]
+        target_kinds = np.full(size, Target.NONE.value, np.int32)
+        if self.turn.boundary is Boundary.TICK:
+            tokens[start_UF[:, 0]] = self.special.tick
+        audio = (start_UF[:, 1:2] + np.arange(frames)).reshape(-1)
+        tokens[audio], kinds[audio] = self.special.audio, Kind.AUDIO.value
+        source[audio] = np.arange(first_frame, first_frame + len(audio))
+        tile, out = places(2, tile_turns), places(4, out_turns)
+        tokens[tile], kinds[tile], source[tile] = self.special.tile, Kind.TILE.value, np.arange(len(tile))
+        tokens[places(3, text_turns)] = contents.text_in[:, 1]
         tokens[out] = contents.out[:, 1]
         # The token at an output position is the target of the position before it, which is in the same turn.
         targets[out - 1], target_kinds[out - 1] = contents.out[:, 1], contents.out[:, 2]

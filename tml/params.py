@@ -13,6 +13,10 @@ import jax.numpy as jnp
 from tml.dims import DIMS
 
 PyTree = Any
+"""A tree of arrays, or of what stands in their place."""
+
+Leaf = Any
+"""One field of a pytree class: an array, or what jax puts in its place (a sharding, a shape, a placeholder)."""
 
 STACK_AXES = ("L", "E", "A", "Z")
 """Axes that stack independent matrices; the rest of a MATRIX parameter is one matrix, sum axes by other axes."""

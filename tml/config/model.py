@@ -129,10 +129,11 @@ class MoEConfig:
             "model.moe",
             num_experts=self.num_experts,
             num_experts_per_token=self.num_experts_per_token,
+            num_shared_experts=self.num_shared_experts,
             expert_dim=self.expert_dim,
             block_rows=self.block_rows,
         )
-        check_not_negative("model.moe", num_shared_experts=self.num_shared_experts, balance_rate=self.balance_rate)
+        check_not_negative("model.moe", balance_rate=self.balance_rate)
         check_at_most(
             "model.moe.num_experts_per_token",
             self.num_experts_per_token,

@@ -38,6 +38,7 @@ class MicroTurnConfig:
             "turn",
             turn_ms=self.turn_ms,
             max_text_out_per_turn=self.max_text_out_per_turn,
+            max_action_per_turn=self.max_action_per_turn,
         )
         if self.max_text_in_per_turn < 2:
             raise ValueError(

@@ -1,0 +1,76 @@
+"""Blocked and cached attention against the definition, forward and gradient, with packed segments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tml.ops import attention
+
+
+def inputs(num_slots: int, extent: int, seed: int = 0) -> tuple:
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shape_q, shape_k = (2, num_slots, 4, 8), (2, num_slots, 2, 8)
+    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, (shape_q, shape_k, shape_k), strict=False))
+    bias = jax.random.normal(keys[3], (2, num_slots, 4, extent))
+    cuts = np.array([[num_slots // 3, num_slots // 2], [5, 6]])
+    segments = 1 + (np.arange(num_slots)[None, :, None] >= cuts[:, None, :]).sum(-1)
+    return q, k, v, bias, jnp.asarray(segments, jnp.int32)
+
+
+def value_and_grads(function, cotangent, *arrays):
+    def loss(*arrays):
+        out = function(*arrays)
+        return jnp.sum(out * cotangent), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays)
+
+
+@pytest.mark.parametrize(("num_slots", "window", "block"), [(50, 16, 8), (33, 12, 8), (10, 16, 4), (64, 5, 32)])
+def test_sliding_equals_the_definition_forward_and_gradient(num_slots: int, window: int, block: int) -> None:
+    q, k, v, bias, segments = inputs(num_slots, window)
+    cotangent = jax.random.normal(jax.random.key(9), q.shape)
+    ours = value_and_grads(lambda *a: attention.attend_sliding(*a, segments, block), cotangent, q, k, v, bias)
+    expected = value_and_grads(lambda *a: attention.attention_reference(*a, segments, window), cotangent, q, k, v, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), ours, expected)
+
+
+@pytest.mark.parametrize(("num_slots", "extent"), [(40, 16), (16, 40), (7, 1)])
+def test_global_equals_the_definition_forward_and_gradient(num_slots: int, extent: int) -> None:
+    q, k, v, bias, segments = inputs(num_slots, extent)
+    cotangent = jax.random.normal(jax.random.key(9), q.shape)
+    ours = value_and_grads(lambda *a: attention.attend_global(*a, segments), cotangent, q, k, v, bias)
+    expected = value_and_grads(lambda *a: attention.attention_reference(*a, segments, None), cotangent, q, k, v, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), ours, expected)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_cache_equals_the_definition(window: int | None) -> None:
+    q, k, v, bias, _ = inputs(12, 6 if window else 20)
+    one_segment = jnp.ones((2, 12), jnp.int32)
+    expected = attention.attention_reference(q, k, v, bias, one_segment, window)
+    order = jax.random.permutation(jax.random.key(3), 12)
+    positions = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32)[None], (2, 12))
+    empty = jnp.full((2, 3), -1, jnp.int32)
+    junk = jnp.full((2, 3, 2, 8), 7.0)
+    got = jax.jit(attention.attend_cache, static_argnums=6)(
+        q,
+        jnp.concatenate([k[:, order], junk], axis=1),
+        jnp.concatenate([v[:, order], junk], axis=1),
+        bias,
+        positions,
+        jnp.concatenate([positions[:, order], empty], axis=1),
+        window,
+    )
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_skew_places_every_distance() -> None:
+    bias = jax.random.normal(jax.random.key(0), (3, 5, 4))
+    skewed = np.asarray(attention.skew(bias))
+    assert skewed.shape == (3, 5, 9)
+    for query in range(5):
+        for key in range(9):
+            distance = 4 + query - key
+            expected = bias[:, query, distance] if 0 <= distance < 4 else np.zeros(3)
+            np.testing.assert_array_equal(skewed[:, query, key], expected)

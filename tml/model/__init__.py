@@ -1,0 +1,1 @@
+"""The network as free functions over pytrees: `specs(cfg)`, `apply(params, batch, cfg)`, `step(params, state, …)`."""

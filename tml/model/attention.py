@@ -1,0 +1,69 @@
+"""The attention sub-layer: projections, short convolutions of keys and values, per-head norms, relative bias."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tml.config import ModelConfig
+from tml.model.layer_functions import LayerFunctions, LayerState, log_length_scale
+from tml.ops.norm import rms_norm
+from tml.params import Init, ParamSpec, PyTree, Update, param
+
+
+def specs(is_global: bool, cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """The parameters of one attention sub-layer."""
+    attention = cfg.attention
+    sizes = {
+        "D": cfg.d_model,
+        "N": attention.num_heads,
+        "K": attention.num_kv_heads,
+        "H": attention.head_dim,
+        "J": attention.rel_rank,
+        "X": attention.global_extent if is_global else attention.window,
+        "Y": cfg.conv_taps,
+    }
+    norm = {"init": Init.ONES, "update": Update.VECTOR}
+    taps = {"init": Init.ZEROS, "update": Update.VECTOR}
+    return {
+        "q": param("D N H", sizes, fan_in="D"),
+        "k": param("D K H", sizes, fan_in="D"),
+        "v": param("D K H", sizes, fan_in="D"),
+        "r": param("D N J", sizes, fan_in="D"),
+        "o": param("N H D", sizes, fan_in="N H"),
+        "q_norm": param("H", sizes, **norm),
+        "k_norm": param("H", sizes, **norm),
+        "k_conv": param("Y K H", sizes, **taps),
+        "v_conv": param("Y K H", sizes, **taps),
+        "profiles": param("J X", sizes, fan_in="J", update=Update.VECTOR),
+    }
+
+
+def apply(
+    params: Mapping[str, PyTree],
+    h_BSD: Float[Array, "B S D"],
+    state: LayerState | None,
+    is_global: bool,
+    functions: LayerFunctions,
+    cfg: ModelConfig,
+) -> tuple[Float[Array, "B S D"], LayerState | None]:
+    """Attends; logits are q.k / head_dim + bias, because q and k are normed per head (so 1/d, not 1/sqrt(d))."""
+    dtype, eps, head_dim = h_BSD.dtype, cfg.norm_eps, cfg.attention.head_dim
+    q_BSNH = jnp.einsum("BSD,DNH->BSNH", h_BSD, params["q"].astype(dtype))
+    r_BSNJ = jnp.einsum("BSD,DNJ->BSNJ", h_BSD, params["r"].astype(dtype))
+    kv_shape = (*h_BSD.shape[:2], cfg.attention.num_kv_heads, head_dim)
+    convolved = {}
+    for name in ("k", "v"):
+        flat = h_BSD @ params[name].astype(dtype).reshape(h_BSD.shape[-1], -1)
+        taps_YD = params[f"{name}_conv"].reshape(cfg.conv_taps, -1)
+        flat, state = functions.conv(name, flat, taps_YD, state)
+        convolved[name] = flat.reshape(kv_shape)
+    q_BSNH = rms_norm(q_BSNH, params["q_norm"], eps)
+    k_BSKH = rms_norm(convolved["k"], params["k_norm"], eps)
+    bias_BSNX = jnp.einsum("BSNJ,JX->BSNX", r_BSNJ, params["profiles"].astype(dtype))
+    if is_global:
+        tau_BS11 = log_length_scale(functions.positions, cfg.attention)[:, :, None, None]
+        q_BSNH = (q_BSNH.astype(jnp.float32) * tau_BS11).astype(dtype)
+        bias_BSNX = (bias_BSNX.astype(jnp.float32) * tau_BS11).astype(dtype)
+    out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias_BSNX, state)
+    return jnp.einsum("BSNH,NHD->BSD", out_BSNH, params["o"].astype(dtype)), state

@@ -1,0 +1,165 @@
+"""Causal attention with a relative bias: over packed rows (sliding and global) and over a cache.
+
+All of it computes, for query t and visible key s of the same segment, with d = t - s,
+
+    out_t = sum_s softmax_s(q_t . k_s + bias_t[d]) v_s,    bias_t[d] = 0 where d >= X.
+
+Queries come scaled. Logits and softmax are float32. A sliding layer sees 0 <= d < window.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+MASKED = -1e30
+"""Logit of a key that is not seen; finite, so that a fully masked row is no NaN."""
+
+
+def attention_reference(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    bias_BSNX: Float[Array, "B S N X"],
+    segment_ids_BS: Int32[Array, "B S"],
+    window: int | None,
+) -> Float[Array, "B S N H"]:
+    """The definition, with every S x S array in full; what the others are tested against."""
+    num_slots, extent = q_BSNH.shape[1], bias_BSNX.shape[-1]
+    groups = q_BSNH.shape[2] // k_BSKH.shape[2]
+    k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) for x in (k_BSKH, v_BSKH))
+    distance_SS = jnp.arange(num_slots)[:, None] - jnp.arange(num_slots)[None, :]
+    seen_BSS = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]) & (distance_SS >= 0)[None]
+    if window is not None:
+        seen_BSS &= (distance_SS < window)[None]
+    index_BNSS = jnp.broadcast_to(
+        jnp.clip(distance_SS, 0, extent - 1)[None, None], (*bias_BSNX.swapaxes(1, 2).shape[:3], num_slots)
+    )
+    bias_BNSS = jnp.take_along_axis(bias_BSNX.swapaxes(1, 2), index_BNSS, axis=-1)
+    bias_BNSS = jnp.where((distance_SS < extent)[None, None], bias_BNSS, 0.0)
+    logits_BNSS = jnp.einsum("BSNH,BTNH->BNST", q_BSNH, k_BSNH) + bias_BNSS
+    weights_BNSS = jax.nn.softmax(jnp.where(seen_BSS[:, None], logits_BNSS, MASKED), axis=-1)
+    return jnp.einsum("BNST,BTNH->BSNH", weights_BNSS, v_BSNH)
+
+
+def skew(bias_AX: Float[Array, "*b A X"]) -> Float[Array, "*b A T"]:
+    """Turns a bias by distance into a bias by key, for A queries that follow X earlier keys (T = X + A).
+
+    Query a stands at key X + a, so key c is at distance X + a - c. The shift by one a row is
+    a reshape of rows that are one longer than they are read back.
+    """
+    *batch, num_queries, extent = bias_AX.shape
+    num_keys = extent + num_queries
+    edge = [(0, 0)] * (len(batch) + 1)
+    rows = jnp.pad(bias_AX[..., ::-1], [*edge, (1, num_queries)])
+    flat = rows.reshape(*batch, num_queries * (num_keys + 1))[..., : num_queries * num_keys]
+    return flat.reshape(*batch, num_queries, num_keys)
+
+
+def attend_global(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    bias_BSNX: Float[Array, "B S N X"],
+    segment_ids_BS: Int32[Array, "B S"],
+) -> Float[Array, "B S N H"]:
+    """Full causal attention within segments."""
+    num_slots = q_BSNH.shape[1]
+    extent = min(bias_BSNX.shape[-1], num_slots)
+    bias_BNSX = bias_BSNX[..., :extent].swapaxes(1, 2)
+    missing = num_slots - extent
+    bias_BNST = skew(jnp.pad(bias_BNSX, ((0, 0), (0, 0), (0, 0), (0, missing))))[..., num_slots:]
+    order_S = jnp.arange(num_slots)
+    seen_BSS = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]) & (order_S[:, None] >= order_S[None])[None]
+    return _attend(q_BSNH, k_BSKH, v_BSKH, bias_BNST, seen_BSS)
+
+
+def attend_sliding(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    bias_BSNX: Float[Array, "B S N X"],
+    segment_ids_BS: Int32[Array, "B S"],
+    block_slots: int,
+) -> Float[Array, "B S N H"]:
+    """Attention within segments to the last X positions, in blocks of queries that see only the keys they can.
+
+    Args:
+        q_BSNH: scaled queries; k_BSKH, v_BSKH: keys and values.
+        bias_BSNX: bias by distance; X is the window.
+        segment_ids_BS: segments of the packed rows.
+        block_slots: queries of one block.
+    """
+    num_rows, num_slots = segment_ids_BS.shape
+    window = bias_BSNX.shape[-1]
+    past_blocks = -(-window // block_slots)
+    past = past_blocks * block_slots
+    num_blocks = -(-num_slots // block_slots)
+    tail = num_blocks * block_slots - num_slots
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, tail)] + [(0, 0)] * (x.ndim - 2))
+        return padded.reshape(num_rows * num_blocks, block_slots, *x.shape[2:])
+
+    def with_past(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (past, tail)] + [(0, 0)] * (x.ndim - 2))
+        blocks = padded.reshape(num_rows, num_blocks + past_blocks, block_slots, *x.shape[2:])
+        parts = [blocks[:, shift : shift + num_blocks] for shift in range(past_blocks + 1)]
+        return jnp.concatenate(parts, axis=2).reshape(num_rows * num_blocks, past + block_slots, *x.shape[2:])
+
+    bias_CAX = jnp.pad(in_blocks(bias_BSNX).swapaxes(1, 2), ((0, 0), (0, 0), (0, 0), (0, past - window)))
+    distance_AT = past + jnp.arange(block_slots)[:, None] - jnp.arange(past + block_slots)[None, :]
+    # Keys before the row have segment -1, which no query has.
+    key_segments_CT = with_past(segment_ids_BS + 1) - 1
+    seen_CAT = in_blocks(segment_ids_BS)[:, :, None] == key_segments_CT[:, None, :]
+    seen_CAT &= ((distance_AT >= 0) & (distance_AT < window))[None]
+    out = _attend(in_blocks(q_BSNH), with_past(k_BSKH), with_past(v_BSKH), skew(bias_CAX), seen_CAT)
+    return out.reshape(num_rows, num_blocks * block_slots, *q_BSNH.shape[2:])[:, :num_slots]
+
+
+def attend_cache(
+    q_BWNH: Float[Array, "B W N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    bias_BWNX: Float[Array, "B W N X"],
+    query_positions_BW: Int32[Array, "B W"],
+    key_positions_BT: Int32[Array, "B T"],
+    window: int | None,
+) -> Float[Array, "B W N H"]:
+    """Attention of the next W positions of live sessions to a cache that already holds them.
+
+    Args:
+        q_BWNH: scaled queries; k_BTKH, v_BTKH: the cache.
+        bias_BWNX: bias by distance.
+        query_positions_BW: positions of the queries.
+        key_positions_BT: positions of the cache's entries; negative where empty.
+        window: distances seen; None sees all.
+    """
+    extent = bias_BWNX.shape[-1]
+    distance_BWT = query_positions_BW[:, :, None] - key_positions_BT[:, None, :]
+    seen_BWT = (distance_BWT >= 0) & (key_positions_BT >= 0)[:, None, :]
+    if window is not None:
+        seen_BWT &= distance_BWT < window
+    bias_BNWX = bias_BWNX.swapaxes(1, 2)
+    index_BNWT = jnp.broadcast_to(
+        jnp.clip(distance_BWT, 0, extent - 1)[:, None], (*bias_BNWX.shape[:3], k_BTKH.shape[1])
+    )
+    bias_BNWT = jnp.take_along_axis(bias_BNWX, index_BNWT, axis=-1)
+    bias_BNWT = jnp.where((distance_BWT < extent)[:, None], bias_BNWT, jnp.zeros_like(bias_BNWT))
+    return _attend(q_BWNH, k_BTKH, v_BTKH, bias_BNWT, seen_BWT)
+
+
+def _attend(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    bias_BNST: Float[Array, "B N S T"],
+    seen_BST: Bool[Array, "B S T"],
+) -> Float[Array, "B S N H"]:
+    num_rows, num_queries, num_heads, head_dim = q_BSNH.shape
+    num_kv_heads = k_BTKH.shape[2]
+    q_BSKGH = q_BSNH.reshape(num_rows, num_queries, num_kv_heads, -1, head_dim)
+    logits = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
+    logits_BNST = logits.reshape(num_rows, num_heads, *logits.shape[3:]) + bias_BNST.astype(jnp.float32)
+    weights_BNST = jax.nn.softmax(jnp.where(seen_BST[:, None], logits_BNST, MASKED), axis=-1).astype(v_BTKH.dtype)
+    out = jnp.einsum("BKGST,BTKH->BSKGH", weights_BNST.reshape(logits.shape), v_BTKH)
+    return out.reshape(q_BSNH.shape)

@@ -1,0 +1,122 @@
+"""Routing of token copies to experts and the matmuls over them.
+
+BLOCKED places the copies of each expert in a buffer whose parts are padded to whole blocks, so
+that every block belongs to one expert: the cost follows the copies, not the number of experts
+(`jax.lax.ragged_dot` computes every expert for every row on CPU).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from tml.params import Leaf
+
+
+@flax.struct.dataclass
+class BlockPlan:
+    """Where each copy of each token stands in the padded buffer of C blocks of b rows.
+
+    Attributes:
+        row_of_copy: buffer row of each copy.
+        token_of_row: the token in each buffer row, or the number of tokens where the row is padding.
+        copy_of_row: the copy (token * K + choice) in each buffer row, or the number of copies.
+        expert_of_block: the expert of each block.
+    """
+
+    row_of_copy: Leaf
+    token_of_row: Leaf
+    copy_of_row: Leaf
+    expert_of_block: Leaf
+
+
+def plan_blocks(experts_TK: Int32[Array, "t k"], num_experts: int, block_rows: int) -> BlockPlan:
+    """Plans the buffer; its size, ceil(copies / block_rows) + num_experts blocks, holds any routing: nothing drops."""
+    num_copies = experts_TK.size
+    num_blocks = -(-num_copies // block_rows) + num_experts
+    choice_RE = jax.nn.one_hot(experts_TK.reshape(-1), num_experts, dtype=jnp.int32)
+    rank_RE = jnp.cumsum(choice_RE, axis=0) - 1
+    counts_E = rank_RE[-1] + 1
+    blocks_E = -(-counts_E // block_rows)
+    last_block_E = jnp.cumsum(blocks_E)
+    first_row_E = (last_block_E - blocks_E) * block_rows
+    row_R = jnp.sum(choice_RE * (rank_RE + first_row_E[None]), axis=1)
+    copies = jnp.arange(num_copies, dtype=jnp.int32)
+    copy_of_row = jnp.full(num_blocks * block_rows, num_copies, jnp.int32).at[row_R].set(copies, unique_indices=True)
+    block = jnp.arange(num_blocks, dtype=jnp.int32)
+    expert = jnp.sum((block[:, None] >= last_block_E[None]).astype(jnp.int32), axis=1)
+    return BlockPlan(
+        row_of_copy=row_R.reshape(experts_TK.shape),
+        token_of_row=copy_of_row // experts_TK.shape[1],
+        copy_of_row=copy_of_row,
+        expert_of_block=jnp.minimum(expert, num_experts - 1),
+    )
+
+
+def _rows_or_zero(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def dispatch(x_TD: Float[Array, "t D"], plan: BlockPlan) -> Float[Array, "r D"]:
+    """Copies tokens to the rows of the buffer. Both directions are gathers: a scatter-add is slow on every platform."""
+    return _rows_or_zero(x_TD, plan.token_of_row)
+
+
+def _dispatch_fwd(x_TD: jax.Array, plan: BlockPlan) -> tuple[jax.Array, BlockPlan]:
+    return dispatch(x_TD, plan), plan
+
+
+def _dispatch_bwd(plan: BlockPlan, grad: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.sum(grad[plan.row_of_copy], axis=1), None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def collect(y_RD: Float[Array, "r D"], plan: BlockPlan) -> Float[Array, "t k D"]:
+    """Reads each copy's row back from the buffer."""
+    return y_RD[plan.row_of_copy]
+
+
+def _collect_fwd(y_RD: jax.Array, plan: BlockPlan) -> tuple[jax.Array, BlockPlan]:
+    return collect(y_RD, plan), plan
+
+
+def _collect_bwd(plan: BlockPlan, grad: jax.Array) -> tuple[jax.Array, None]:
+    return _rows_or_zero(grad.reshape(-1, grad.shape[-1]), plan.copy_of_row), None
+
+
+collect.defvjp(_collect_fwd, _collect_bwd)
+
+
+@jax.custom_vjp
+def block_matmul(
+    x_RD: Float[Array, "r D"], w_EDF: Float[Array, "E D F"], expert_of_block: Int32[Array, "C"]
+) -> Float[Array, "r F"]:
+    """Multiplies every block of rows with the matrix of its expert."""
+    x_CAD = x_RD.reshape(expert_of_block.shape[0], -1, x_RD.shape[-1])
+    return jnp.einsum("CAD,CDF->CAF", x_CAD, w_EDF[expert_of_block]).reshape(x_RD.shape[0], -1)
+
+
+def _block_matmul_fwd(
+    x_RD: jax.Array, w_EDF: jax.Array, expert_of_block: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return block_matmul(x_RD, w_EDF, expert_of_block), (x_RD, w_EDF, expert_of_block)
+
+
+def _block_matmul_bwd(
+    saved: tuple[jax.Array, jax.Array, jax.Array], grad_RF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_RD, w_EDF, expert_of_block = saved
+    num_blocks = expert_of_block.shape[0]
+    x_CAD, grad_CAF = (x.reshape(num_blocks, -1, x.shape[-1]) for x in (x_RD, grad_RF))
+    grad_x_CAD = jnp.einsum("CAF,CDF->CAD", grad_CAF, w_EDF[expert_of_block])
+    grad_w_CDF = jnp.einsum("CAD,CAF->CDF", x_CAD, grad_CAF)
+    owner_EC = jax.nn.one_hot(expert_of_block, w_EDF.shape[0], axis=0, dtype=grad_w_CDF.dtype)
+    grad_w_EDF = jnp.einsum("EC,CDF->EDF", owner_EC, grad_w_CDF)
+    return grad_x_CAD.reshape(x_RD.shape), grad_w_EDF, None
+
+
+block_matmul.defvjp(_block_matmul_fwd, _block_matmul_bwd)

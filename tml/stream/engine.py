@@ -1,0 +1,191 @@
+"""One micro-turn of B live sessions: append what came in, then decode what goes out until every session is done.
+
+    step(params, state, inputs) -> state, outputs        fixed shapes, donated state
+
+The output half is a small grammar, the one that `tml.microturn` lays out for training: actions,
+then [listen] or [speak], own text, [end of text]. Tokens that cannot stand at a place are never chosen.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32
+
+from tml.config import Control, ModelConfig, StreamConfig
+from tml.microturn import Kind, Layout
+from tml.model import cache
+from tml.model.cache import DecodeState, Slots
+from tml.params import Leaf, PyTree
+from tml.stream.inputs import TurnInputs
+
+CONTROL, TEXT, ACTION, DONE = range(4)
+"""Phases of the output half: before control, in own text, in an action's payload, over."""
+
+StepFunction = Callable[[PyTree, "StreamState", TurnInputs], tuple["StreamState", "TurnOutputs"]]
+
+
+@flax.struct.dataclass
+class StreamState:
+    """Everything B live sessions remember.
+
+    Attributes:
+        decode: the network's state.
+        keys_B: the random key of each session; its samples do not depend on its slot.
+    """
+
+    decode: DecodeState
+    keys_B: Leaf
+
+
+@flax.struct.dataclass
+class TurnOutputs:
+    """What B sessions put out in one micro-turn.
+
+    Attributes:
+        tokens_BO: output tokens, in order (control tokens included); 0 after the last.
+        counts_B: number of output tokens.
+        log_probs_BO: log-probability that the model gave each of them.
+    """
+
+    tokens_BO: Leaf
+    counts_B: Leaf
+    log_probs_BO: Leaf
+
+
+def init_state(model: ModelConfig, layout: Layout, stream: StreamConfig, num_slots: int, seed: int = 0) -> StreamState:
+    """The state of `num_slots` sessions that have not begun."""
+    max_slots = max(layout.max_slots_in, 1)
+    decode = cache.init_state(model, num_slots, stream.max_positions, max_slots)
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(num_slots))
+    return StreamState(decode=decode, keys_B=keys_B)
+
+
+def make_step(model: ModelConfig, layout: Layout, stream: StreamConfig) -> StepFunction:
+    """Builds the step for a model and a layout; jit it with the state donated (`jit_step`)."""
+    allowed_PV = jnp.asarray(allowed_tokens(layout, model.num_logits))
+    choose = _likeliest if stream.temperature == 0 else _sampler(stream.temperature)
+    special, turn = layout.special, layout.turn
+    first_phase = CONTROL if turn.control is Control.EXPLICIT else TEXT
+
+    def step(params: PyTree, state: StreamState, inputs: TurnInputs) -> tuple[StreamState, TurnOutputs]:
+        with jax.named_scope("turn_in"):
+            decode, logits_BWV = cache.append(params, state.decode, inputs.slots(), model)
+        num_rows = inputs.counts_B.shape[0]
+        last_B = jnp.maximum(inputs.counts_B - 1, 0)
+        logits_BV = jnp.take_along_axis(logits_BWV, last_B[:, None, None], axis=1)[:, 0]
+        phase_B = jnp.where(inputs.counts_B > 0, first_phase, DONE).astype(jnp.int32)
+        zero_B = jnp.zeros(num_rows, jnp.int32)
+        outputs = TurnOutputs(
+            tokens_BO=jnp.zeros((num_rows, layout.max_slots_out), jnp.int32),
+            counts_B=zero_B,
+            log_probs_BO=jnp.zeros((num_rows, layout.max_slots_out), jnp.float32),
+        )
+
+        def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+            return jnp.any(carry[2] != DONE)
+
+        def emit(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            decode, logits_BV, phase_B, said_B, acted_B, outputs = carry
+            over_B = ((phase_B == TEXT) & (said_B >= turn.max_text_out_per_turn)) | (
+                (phase_B == ACTION) & (acted_B >= turn.max_action_per_turn - 1)
+            )
+            can_act_B = (phase_B != CONTROL) | (acted_B <= turn.max_action_per_turn - 2)
+            allowed_BV = allowed_PV[phase_B] & (can_act_B[:, None] | (jnp.arange(model.num_logits) != special.action))
+            masked_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
+            token_B = jnp.where(over_B, special.end_of_text, choose(masked_BV, state.keys_B, decode.num_positions_B))
+            active_B = phase_B != DONE
+            outputs = _record(outputs, token_B, active_B, logits_BV)
+            decode, next_logits_BWV = cache.append(params, decode, token_slots(token_B, active_B, inputs, model), model)
+            is_word_B = token_B != special.end_of_text
+            said_B = said_B + ((phase_B == TEXT) & is_word_B).astype(jnp.int32)
+            acting_B = (phase_B == ACTION) | ((phase_B == CONTROL) & (token_B == special.action))
+            acted_B = acted_B + acting_B.astype(jnp.int32)
+            phase_B = _next_phase(phase_B, token_B, layout, first_phase)
+            return decode, next_logits_BWV[:, 0], phase_B, said_B, acted_B, outputs
+
+        with jax.named_scope("turn_out"):
+            carry = (decode, logits_BV, phase_B, zero_B, zero_B, outputs)
+            decode, _, _, _, _, outputs = jax.lax.while_loop(unfinished, emit, carry)
+        return state.replace(decode=decode), outputs
+
+    return step
+
+
+def jit_step(step: StepFunction) -> StepFunction:
+    """Compiles a step; the state is donated, so that its caches are updated in place."""
+    return jax.jit(step, donate_argnums=1)
+
+
+def allowed_tokens(layout: Layout, num_logits: int) -> np.ndarray:
+    """Which tokens may come next in each phase: bool [phases, V]."""
+    special = layout.special
+    allowed_PV = np.zeros((4, num_logits), bool)
+    allowed_PV[CONTROL, [special.listen, special.speak, special.action]] = True
+    allowed_PV[[TEXT, ACTION]] = True
+    allowed_PV[np.ix_([TEXT, ACTION], sorted(vars(special).values()))] = False
+    allowed_PV[[TEXT, ACTION], special.end_of_text] = True
+    allowed_PV[DONE, special.pad] = True
+    if layout.turn.control is Control.IMPLICIT:
+        allowed_PV[TEXT, special.action] = True
+    return allowed_PV
+
+
+def _next_phase(phase_B: jax.Array, token_B: jax.Array, layout: Layout, first_phase: int) -> Int32[Array, "B"]:
+    special = layout.special
+    ended_B = token_B == special.end_of_text
+    after_control = jnp.where(token_B == special.speak, TEXT, jnp.where(token_B == special.action, ACTION, DONE))
+    after_text = jnp.where(ended_B, DONE, jnp.where(token_B == special.action, ACTION, TEXT))
+    after_action = jnp.where(ended_B, first_phase, ACTION)
+    branches = [phase_B == CONTROL, phase_B == TEXT, phase_B == ACTION]
+    return jnp.select(branches, [after_control, after_text, after_action], DONE).astype(jnp.int32)
+
+
+def _record(outputs: TurnOutputs, token_B: jax.Array, active_B: jax.Array, logits_BV: jax.Array) -> TurnOutputs:
+    width = outputs.tokens_BO.shape[1]
+    here_BO = (jnp.arange(width)[None] == outputs.counts_B[:, None]) & active_B[:, None]
+    log_prob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV, axis=-1), token_B[:, None], axis=1)
+    return TurnOutputs(
+        tokens_BO=jnp.where(here_BO, token_B[:, None], outputs.tokens_BO),
+        counts_B=outputs.counts_B + active_B.astype(jnp.int32),
+        log_probs_BO=jnp.where(here_BO, log_prob_B, outputs.log_probs_BO),
+    )
+
+
+def token_slots(token_B: jax.Array, active_B: jax.Array, inputs: TurnInputs, model: ModelConfig) -> Slots:
+    """One token for every active session, as slots to append."""
+    num_rows = token_B.shape[0]
+    return Slots(
+        tokens_BW=token_B[:, None],
+        kinds_BW=jnp.full((num_rows, 1), Kind.TOKEN, jnp.uint8),
+        levels_BWM=jnp.zeros((num_rows, 1, model.audio.num_mels), jnp.uint8),
+        tiles_BP=jnp.zeros((num_rows, 0, *inputs.tiles_BP.shape[2:]), jnp.int16),
+        tile_index_BW=jnp.zeros((num_rows, 1), jnp.int32),
+        counts_B=active_B.astype(jnp.int32),
+    )
+
+
+def _likeliest(logits_BV: Float32[Array, "B V"], *_: jax.Array) -> Int32[Array, "B"]:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def _sampler(temperature: float) -> Callable[..., Int32[Array, "B"]]:
+    def sample(logits_BV: jax.Array, keys_B: jax.Array, positions_B: jax.Array) -> jax.Array:
+        keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+        return jax.vmap(jax.random.categorical)(keys_B, logits_BV / temperature).astype(jnp.int32)
+
+    return sample
+
+
+def scan_turns(
+    step: StepFunction, params: Mapping[str, PyTree], state: StreamState, inputs: TurnInputs
+) -> tuple[StreamState, TurnOutputs]:
+    """Runs the step over a leading axis of turns, in one program: inputs [U, B, ...] to outputs [U, B, ...]."""
+
+    def body(state: StreamState, turn: TurnInputs) -> tuple[StreamState, TurnOutputs]:
+        return step(params, state, turn)
+
+    return jax.lax.scan(body, state, inputs)
