@@ -1,0 +1,166 @@
+"""Writes a data set of generated sessions with several processes; the bytes do not depend on how many."""
+
+import concurrent.futures
+import ctypes
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Protocol
+
+from data_pipelines.records import UNCOMPRESSED, RecordKind, Shard, commit, shard_name, stage, write_shard
+from tml.session import ExpectationKind, Session, encode_session
+
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.5
+
+
+class SessionTask(Protocol):
+    """Something that makes session `index` of a split, the same in every process."""
+
+    def session(self, split: str, index: int) -> Session:
+        """The session."""
+
+
+@dataclass(kw_only=True)
+class GenerateSummary:
+    """What was written.
+
+    Attributes:
+        sessions: how many.
+        audio_s: their length.
+        wall_s: time it took.
+        voices: sessions by voice.
+        tags: expectations by tag.
+        answers: expected answers by word.
+    """
+
+    sessions: int = 0
+    audio_s: float = 0.0
+    wall_s: float = 0.0
+    voices: Counter[str] = field(default_factory=Counter)
+    tags: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+
+    def add(self, session: Session) -> None:
+        """Counts one session."""
+        self.sessions += 1
+        self.audio_s += session.duration_s
+        self.voices.update([session.meta["voice"]])
+        self.tags.update(item.tag for item in session.expectations)
+        self.answers.update(item.text for item in session.expectations if item.kind is ExpectationKind.ANSWER)
+
+    def merge(self, other: "GenerateSummary") -> None:
+        """Adds the counts of another part of the data set."""
+        self.sessions += other.sessions
+        self.audio_s += other.audio_s
+        self.voices += other.voices
+        self.tags += other.tags
+        self.answers += other.answers
+
+
+def generate(
+    directory: Path | str,
+    task: SessionTask,
+    *,
+    name: str,
+    split: str,
+    num_sessions: int,
+    num_shards: int = 8,
+    num_workers: int = 2,
+    meta: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> GenerateSummary:
+    """Writes sessions 0 … `num_sessions` - 1 of a split, each shard a run of them.
+
+    Args:
+        directory: where the data set goes.
+        task: what makes the sessions; it is sent to the workers.
+        name: of the data set.
+        split: passed to the task.
+        num_sessions: how many.
+        num_shards: files; at most as many as sessions are written.
+        num_workers: processes.
+        meta: strings about origin, for the manifest.
+        overwrite: replace what is at `directory`.
+        progress: called twice a second with the number of sessions made so far.
+
+    Raises:
+        ValueError: a count below 1, or something is at `directory` and `overwrite` is False.
+    """
+    for label, value in (("num_sessions", num_sessions), ("num_shards", num_shards), ("num_workers", num_workers)):
+        if value < 1:
+            raise ValueError(f"{label} = {value} must be at least 1")
+    num_shards = min(num_shards, num_sessions)
+    begun = time.monotonic()
+    staging = stage(directory, overwrite=overwrite)
+    summary = GenerateSummary()
+    shards: list[Shard] = []
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    try:
+        with concurrent.futures.ProcessPoolExecutor(
+            num_workers, mp_context=context, initializer=_begin_worker, initargs=(counter,)
+        ) as pool:
+            bounds = [num_sessions * i // num_shards for i in range(num_shards + 1)]
+            jobs = [
+                pool.submit(_write, task, split, staging / shard_name(i, num_shards), bounds[i], bounds[i + 1])
+                for i in range(num_shards)
+            ]
+            waiting = set(jobs)
+            while waiting:
+                done, waiting = concurrent.futures.wait(
+                    waiting, timeout=_POLL_S, return_when=concurrent.futures.FIRST_EXCEPTION
+                )
+                if any(job.exception() for job in done):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    break
+                progress(counter.value)
+            for job in jobs:
+                shard, part = job.result()
+                shards.append(shard)
+                summary.merge(part)
+        commit(
+            staging, directory, shards, kind=RecordKind.SESSIONS, name=name, meta=dict(meta or {}), overwrite=overwrite
+        )
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    summary.wall_s = time.monotonic() - begun
+    return summary
+
+
+_made: "Synchronized[int] | None" = None
+
+
+def _begin_worker(counter: "Synchronized[int]") -> None:
+    global _made
+    _made = counter
+    # A worker whose parent is killed would otherwise wait for ever; Ctrl-C is the parent's to handle.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.getppid() == 1:
+        os._exit(1)
+
+
+def _write(task: SessionTask, split: str, path: Path, first: int, last: int) -> tuple[Shard, GenerateSummary]:
+    summary = GenerateSummary()
+
+    def records() -> Iterator[bytes]:
+        for index in range(first, last):
+            session = task.session(split, index)
+            summary.add(session)
+            yield encode_session(session)
+            if _made is not None:
+                with _made.get_lock():
+                    _made.value += 1
+
+    # Sound is FLAC already: compressing it again only takes time.
+    return write_shard(path, records(), options=UNCOMPRESSED), summary
