@@ -1,0 +1,107 @@
+"""The objective against a float64 reference, and its sums over parts of a batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tml.batch import Batch, empty_rows
+from tml.config import LossConfig, ModelConfig
+from tml.microturn import Target
+from tml.objective import ACCURACIES, STREAMS, objective, total_weight
+
+NUM_ROWS, NUM_SLOTS, NUM_TOKENS = 4, 24, 17
+
+
+def made_up() -> tuple[np.ndarray, Batch]:
+    drawn = np.random.default_rng(0)
+    batch = empty_rows(NUM_ROWS, NUM_SLOTS, 0, ModelConfig())
+    kinds = drawn.integers(0, len(Target), (NUM_ROWS, NUM_SLOTS)).astype(np.uint8)
+    kinds[kinds == Target.ACTION] = Target.NONE
+    weights = np.where(kinds == Target.NONE, 0.0, drawn.uniform(0.5, 9.0, kinds.shape))
+    targets = drawn.integers(0, NUM_TOKENS, kinds.shape)
+    logits = drawn.normal(size=(*kinds.shape, NUM_TOKENS)) * 6 + 30
+    # Make a good part of the predictions right, so that accuracies differ from chance.
+    half = NUM_SLOTS // 2
+    np.put_along_axis(logits[:, :half], targets[:, :half, None], 60.0, axis=2)
+    batch = batch.replace(
+        targets_BS=targets.astype(np.int32),
+        target_kinds_BS=kinds,
+        loss_weights_BS=weights.astype(np.float32),
+    )
+    return logits.astype(np.float32), jax.tree.map(jnp.asarray, batch)
+
+
+def reference(logits: np.ndarray, batch: Batch, z_loss_weight: float) -> dict[str, float]:
+    logits, batch = logits.astype(np.float64), jax.tree.map(np.asarray, batch)
+    log_norm = np.log(np.sum(np.exp(logits), axis=-1))
+    nll = log_norm - np.take_along_axis(logits, batch.targets_BS[:, :, None], axis=2)[:, :, 0]
+    right = np.argmax(logits, axis=-1) == batch.targets_BS
+    weights = batch.loss_weights_BS.astype(np.float64)
+    values = {"loss": np.sum(weights * (nll + z_loss_weight * log_norm**2)) / np.sum(weights)}
+    for prefix, field, groups in (("loss", nll, STREAMS), ("accuracy", right, ACCURACIES)):
+        for name, targets in groups.items():
+            mask = np.isin(batch.target_kinds_BS, targets)
+            if mask.any():
+                values[f"{prefix}_{name}"] = np.mean(field[mask])
+    return values
+
+
+def divided(metrics: dict) -> dict[str, float]:
+    return {name: float(mean.total) / float(mean.count) for name, mean in metrics.items() if mean.count > 0}
+
+
+@pytest.mark.parametrize("z_loss_weight", [0.0, 1e-3])
+def test_equals_the_float64_reference(z_loss_weight: float):
+    logits, batch = made_up()
+    cfg = LossConfig(z_loss_weight=z_loss_weight)
+    loss, metrics = jax.jit(lambda logits: objective(logits, batch, total_weight(batch), cfg))(jnp.asarray(logits))
+    expected = reference(logits, batch, z_loss_weight)
+    found = divided(metrics)
+    assert found.keys() == expected.keys()
+    assert "loss_action" not in found, "a stream without targets has no mean"
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-6, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(loss, expected["loss"], rtol=2e-6)
+
+
+def test_gradient_is_the_weighted_error_of_the_softmax():
+    logits, batch = made_up()
+    weight = total_weight(batch)
+    gradient = jax.grad(lambda logits: objective(logits, batch, weight, LossConfig())[0])(jnp.asarray(logits))
+    wide, batch = logits.astype(np.float64), jax.tree.map(np.asarray, batch)
+    probabilities = np.exp(wide) / np.sum(np.exp(wide), axis=-1, keepdims=True)
+    np.put_along_axis(
+        probabilities,
+        batch.targets_BS[:, :, None],
+        np.take_along_axis(probabilities, batch.targets_BS[:, :, None], axis=2) - 1,
+        axis=2,
+    )
+    expected = probabilities * batch.loss_weights_BS[:, :, None] / np.sum(batch.loss_weights_BS)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_parts_add_up_to_the_whole():
+    logits, batch = made_up()
+    weight, cfg = total_weight(batch), LossConfig(z_loss_weight=1e-3)
+    whole, metrics = objective(jnp.asarray(logits), batch, weight, cfg)
+    halves = [
+        objective(jnp.asarray(logits[rows]), jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch), weight, cfg)
+        for rows in (slice(0, 1), slice(1, NUM_ROWS))
+    ]
+    np.testing.assert_allclose(halves[0][0] + halves[1][0], whole, rtol=1e-6)
+    for name, mean in metrics.items():
+        summed = halves[0][1][name] + halves[1][1][name]
+        np.testing.assert_allclose([summed.total, summed.count], [mean.total, mean.count], rtol=1e-6, err_msg=name)
+
+
+def test_a_batch_without_targets_has_loss_and_gradient_zero():
+    logits, batch = made_up()
+    batch = batch.replace(loss_weights_BS=jnp.zeros_like(batch.loss_weights_BS))
+
+    def loss_of(logits: jax.Array) -> jax.Array:
+        return objective(logits, batch, total_weight(batch), LossConfig())[0]
+
+    loss, gradient = jax.value_and_grad(loss_of)(jnp.asarray(logits))
+    assert float(loss) == 0.0
+    assert not np.any(gradient)
