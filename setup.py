@@ -42,6 +42,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "pillow>=11",
         "rich>=13",
         "scipy>=1.14",
         "soundfile>=0.13",
