@@ -222,12 +222,8 @@ class Layout:
                 f"session {encoded.session_id} has {most} tiles in one turn, the layout holds "
                 f"video.max_tiles_per_turn = {self.max_tiles_per_turn}"
             )
-        return TurnContents(
-            num_turns=num_turns,
-            tile_turns=tile_turns.astype(np.int32),
-            text_in=self._text_in(encoded, num_turns),
-            out=self._out(encoded, num_turns),
-        )
+        text_in, out = self._text_in(encoded, num_turns), self._out(encoded, num_turns)
+        return TurnContents(num_turns=num_turns, tile_turns=tile_turns.astype(np.int32), text_in=text_in, out=out)
 
     def text_in_chunk(self, waiting: dict[Stream, list[int]]) -> list[int]:
         """Takes one turn's worth of tokens, with markers, from the waiting ones (which it shortens)."""
@@ -296,6 +292,12 @@ class Layout:
             if event.stream is Stream.ACTION:
                 tokens += [self.special.action, *event.tokens, self.special.end_of_text]
                 turns += [self.clock.output_turn_of(event.start)] * (len(event.tokens) + 2)
+        most = int(np.bincount(turns).max()) if turns else 0
+        if most > self.turn.max_action_per_turn:
+            raise SessionError(
+                f"session {encoded.session_id} has {most} tokens of actions in one turn, the layout holds "
+                f"turn.max_action_per_turn = {self.turn.max_action_per_turn}"
+            )
         return np.array(turns, np.int64), np.array(tokens, np.int64)
 
     def _paced(self, encoded: EncodedSession, num_turns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -368,13 +370,10 @@ class Layout:
         targets = np.append(row[1:], 0).astype(np.int32)
         target_kinds = np.full(len(row), Target.DOCUMENT, np.int32)
         target_kinds[-1] = Target.NONE
+        kinds, source = np.full(len(row), Kind.TOKEN, np.int32), np.zeros(len(row), np.int32)
+        ends = np.array([0, len(row)], np.int32)
         return Segment(
-            tokens=row,
-            kinds=np.full(len(row), Kind.TOKEN, np.int32),
-            source=np.zeros(len(row), np.int32),
-            targets=targets,
-            target_kinds=target_kinds,
-            turn_starts=np.array([0, len(row)], np.int32),
+            tokens=row, kinds=kinds, source=source, targets=targets, target_kinds=target_kinds, turn_starts=ends
         )
 
 

@@ -32,6 +32,8 @@ class MicroTurnConfig:
     what is over waits for the next turn."""
     max_text_out_per_turn: int = 8
     """Tokens of own text that one turn may hold; what is over waits for the next turn."""
+    max_action_per_turn: int = 64
+    """Tokens of actions (markers included) that one turn may hold; a session with more is refused."""
 
     def __post_init__(self) -> None:
         check_positive(
