@@ -26,8 +26,10 @@ With `Control.IMPLICIT` there is no [listen] or [speak]: a listening turn is [en
 """
 
 import enum
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
@@ -114,9 +116,8 @@ class Clock:
         return (turn + 1) * self.turn_samples / self.sample_rate_hz
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedText:
-    """One text event as tokens."""
+class EncodedText(NamedTuple):
+    """One text event as tokens; a tuple, because a loader makes thousands a second."""
 
     stream: Stream
     start: int
@@ -131,7 +132,8 @@ class EncodedSession:
     Attributes:
         session_id: as in the Session.
         num_samples: length on the sample clock.
-        levels_TM: dMel levels, one row a hop; as many as cover `num_samples`.
+        levels_TM: dMel levels, one row a hop: those that cover `num_samples`, then those that still hear its end;
+            digital silence follows.
         texts: every text event, ordered by start.
         tiles_P: image tiles (int16 pixels, -1 is padding; frames x height x width x 3), ordered by time.
         tile_samples_P: the sample at which each tile is complete.
@@ -303,10 +305,11 @@ class Layout:
     def _paced(self, encoded: EncodedSession, num_turns: int) -> tuple[np.ndarray, np.ndarray]:
         """The turns and tokens of own text, at most `max_text_out_per_turn` tokens in each turn."""
         events = [event for event in encoded.texts if event.stream is Stream.OWN_TEXT]
-        tokens = np.array([token for event in events for token in event.tokens], np.int64)
+        tokens = np.array([*itertools.chain(*(event.tokens for event in events))], np.int64)
         most, order = self.turn.max_text_out_per_turn, np.arange(len(tokens))
         # With `most` places a turn, each token takes the place after the last one, or the first of its own turn.
-        first_places = np.array([most * self.clock.output_turn_of(event.start) for event in events], np.int64)
+        starts = np.array([event.start for event in events], np.int64)
+        first_places = most * np.maximum(0, starts // self.clock.turn_samples - 1)
         own_places = np.repeat(first_places, [len(event.tokens) for event in events])
         turns = (np.maximum.accumulate(own_places - order) + order) // most
         if len(turns) and turns[-1] >= num_turns:
@@ -392,8 +395,3 @@ def cut_at_turns(turn_starts: np.ndarray, max_slots: int) -> list[tuple[int, int
             parts.append((start, turn_start))
             start = turn_start
     return [*parts, (start, int(turn_starts[-1]))]
-
-
-def special_tokens(ids: Iterable[tuple[str, int]]) -> SpecialTokens:
-    """Builds the special tokens from (field name, id) pairs."""
-    return SpecialTokens(**dict(ids))
