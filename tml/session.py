@@ -5,13 +5,14 @@ entry: a msgpack header and packed bytes) and the thing a live conversation grow
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 
 SCHEMA_VERSION = 1
+Part = TypeVar("Part", "AudioClip", "TextEvent", "VideoFrame", "Expectation")
 
 
 class Stream(enum.StrEnum):
@@ -27,6 +28,7 @@ class Stream(enum.StrEnum):
     ACTION = "action"
 
 
+AUDIO_STREAMS = (Stream.USER_AUDIO, Stream.OWN_AUDIO)
 TEXT_STREAMS = (Stream.SYSTEM, Stream.USER_TEXT, Stream.BACKGROUND, Stream.OWN_TEXT, Stream.ACTION)
 
 
@@ -130,26 +132,47 @@ class Session:
         return tuple(event for event in self.texts if event.stream is stream)
 
     def check(self) -> None:
-        """Raises SessionError when a promised stream is absent or an event lies outside the session."""
+        """Raises SessionError when a promised stream is absent, or something lies outside the session or unordered."""
+        name, length = f"session {self.session_id}", self.num_samples
+        if self.sample_rate_hz <= 0 or length <= 0:
+            raise SessionError(f"{name} has {length} samples at {self.sample_rate_hz} Hz; both must be greater than 0")
+        for stream in self.audio:
+            if stream not in AUDIO_STREAMS:
+                raise SessionError(f"{name}: {stream.value} is not a stream of sound")
+        for event in self.texts:
+            if event.stream not in TEXT_STREAMS:
+                raise SessionError(f"{name}: {event.stream.value} is not a stream of text, but holds {event.text!r}")
         present = {*self.audio, *(event.stream for event in self.texts)} | ({Stream.VIDEO} if self.frames else set())
         missing = [stream.value for stream in self.streams if stream not in present]
         if missing:
-            raise SessionError(f"session {self.session_id} promises {missing} but holds {sorted(present)}")
-        extra = [stream.value for stream in sorted(present) if stream not in self.streams]
+            raise SessionError(f"{name} promises {missing} but holds {_names(present)}")
+        extra = [stream for stream in present if stream not in self.streams]
         if extra:
-            raise SessionError(f"session {self.session_id} holds {extra}, which its streams {self.streams} do not name")
+            raise SessionError(f"{name} holds {_names(extra)}, but promises only {_names(self.streams)}")
         for stream, clip in self.audio.items():
-            if clip.num_samples != self.num_samples:
-                raise SessionError(
-                    f"session {self.session_id}: {stream.value} has {clip.num_samples} samples, "
-                    f"the session {self.num_samples}"
-                )
+            if clip.num_samples != length:
+                raise SessionError(f"{name}: {stream.value} has {clip.num_samples} samples, the session {length}")
+        self._check_times(name, length)
+
+    def _check_times(self, name: str, length: int) -> None:
         for event in self.texts:
-            if not 0 <= event.start <= event.end <= self.num_samples:
+            if not 0 <= event.start <= event.end <= length or event.start == length:
                 raise SessionError(
-                    f"session {self.session_id}: {event.stream.value} event {event.text!r} at "
-                    f"[{event.start}, {event.end}) lies outside [0, {self.num_samples})"
+                    f"{name}: {event.stream.value} event {event.text!r} at [{event.start}, {event.end}) "
+                    f"lies outside [0, {length})"
                 )
+        for frame in self.frames:
+            if not 0 <= frame.sample < length:
+                raise SessionError(f"{name}: a video frame at sample {frame.sample} lies outside [0, {length})")
+        for item in self.expectations:
+            if not 0 <= item.start <= item.end <= length:
+                raise SessionError(f"{name}: an expectation at [{item.start}, {item.end}) lies outside [0, {length})")
+        for what, times in (
+            ("texts", [event.start for event in self.texts]),
+            ("frames", [frame.sample for frame in self.frames]),
+        ):
+            if times != sorted(times):
+                raise SessionError(f"{name}: its {what} are not ordered by time")
 
 
 def encode_session(session: Session) -> bytes:
@@ -176,25 +199,48 @@ def decode_session(data: bytes) -> Session:
         raise SessionError(f"the record has schema {version}, this code reads {SCHEMA_VERSION}; prepare the data again")
     try:
         session = Session(
-            session_id=body["session_id"],
-            sample_rate_hz=body["sample_rate_hz"],
-            num_samples=body["num_samples"],
+            session_id=_checked(body["session_id"], str),
+            sample_rate_hz=_checked(body["sample_rate_hz"], int),
+            num_samples=_checked(body["num_samples"], int),
             streams=tuple(Stream(name) for name in body["streams"]),
-            audio={
-                Stream(name): AudioClip(**{**clip, "encoding": AudioEncoding(clip["encoding"])})
-                for name, clip in body["audio"].items()
-            },
-            texts=tuple(TextEvent(**{**event, "stream": Stream(event["stream"])}) for event in body["texts"]),
-            frames=tuple(VideoFrame(**frame) for frame in body["frames"]),
-            expectations=tuple(
-                Expectation(**{**item, "kind": ExpectationKind(item["kind"])}) for item in body["expectations"]
-            ),
-            meta=body["meta"],
+            audio={Stream(name): _build(AudioClip, clip) for name, clip in body["audio"].items()},
+            texts=tuple(_build(TextEvent, event) for event in body["texts"]),
+            frames=tuple(_build(VideoFrame, frame) for frame in body["frames"]),
+            expectations=tuple(_build(Expectation, item) for item in body["expectations"]),
+            meta={_checked(key, str): _checked(value, str) for key, value in body["meta"].items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SessionError(f"the record does not hold a session of schema {SCHEMA_VERSION}: {error!r}") from error
     session.check()
     return session
+
+
+_FIELD_TYPES: dict[type, dict[str, Any]] = {
+    kind: {f.name: f.type for f in fields(kind)} for kind in (AudioClip, TextEvent, VideoFrame, Expectation)
+}
+
+
+def _build(kind: type[Part], values: Mapping[str, Any]) -> Part:
+    """One part of a session from the plain values of its fields, each of which must have the right type."""
+    types = _FIELD_TYPES[kind]
+    if values.keys() != types.keys():
+        raise ValueError(f"{kind.__name__} needs {sorted(types)}, not {sorted(values)}")
+    return kind(
+        **{
+            name: of(values[name]) if issubclass(of, enum.Enum) else _checked(values[name], of)
+            for name, of in types.items()
+        }
+    )
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.80} is {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def _names(streams: Iterable[Stream]) -> list[str]:
+    return sorted(stream.value for stream in streams)
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from tml.codec.audio import (
     mel_basis,
     pad_frames,
     push,
+    session_frames,
     silence_frame,
     silence_level,
 )
@@ -186,14 +187,23 @@ def test_push_keeps_its_arguments():
     np.testing.assert_array_equal(samples, kept)
 
 
-def test_pad_frames():
+def test_pad_frames_appends_silence_or_cuts():
     frames = np.full((3, 80), 9, np.uint8)
     padded = pad_frames(frames, 8, INKLING)
     np.testing.assert_array_equal(padded[:3], frames)
     np.testing.assert_array_equal(padded[3:], np.full((5, 80), 2))
     np.testing.assert_array_equal(pad_frames(frames, 3, INKLING), frames)
-    with pytest.raises(ValueError, match="3 frames of audio do not fit in 2"):
-        pad_frames(frames, 2, INKLING)
+    np.testing.assert_array_equal(pad_frames(frames, 2, INKLING), frames[:2])
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("num_samples", [0, 1, 800, 12_345])
+def test_a_padded_session_equals_a_stream_that_goes_on_with_zeros(cfg, num_samples):
+    sound = speech_like(6.0)[1_000 : 1_000 + num_samples]
+    num_frames = -(-num_samples // cfg.hop_samples) + 7
+    endless = np.concatenate([sound, np.zeros(num_frames * cfg.hop_samples - num_samples, np.float32)])
+    _, streamed = push(init_state(cfg), endless, cfg)
+    np.testing.assert_array_equal(pad_frames(session_frames(sound, cfg), num_frames, cfg), streamed)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

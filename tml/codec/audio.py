@@ -99,20 +99,25 @@ def silence_level(cfg: AudioConfig) -> int:
     return int(frame[0])
 
 
-def pad_frames(levels_TM: UInt8[np.ndarray, "T M"], num_frames: int, cfg: AudioConfig) -> UInt8[np.ndarray, "U M"]:
-    """Appends frames of digital silence until there are `num_frames`.
+def session_frames(samples: Float32[np.ndarray, " n"], cfg: AudioConfig) -> UInt8[np.ndarray, "T M"]:
+    """The levels of a whole session: ceil(n / hop) frames, then those that still hear its end.
 
-    `Layout.lay_out` numbers U * frames_per_turn frames, and a session holds ceil(num_samples / hop); this
-    fills the last turn. The appended frames hear nothing of the sound before them, while streaming the same
-    sound followed by zeros hears its end for ceil(window / hop) - 1 more frames.
-
-    Raises:
-        ValueError: there are more than `num_frames` already.
+    After these, every frame is digital silence, as in a stream of the same samples followed by zeros.
     """
-    missing = num_frames - len(levels_TM)
-    if missing < 0:
-        raise ValueError(f"{len(levels_TM)} frames of audio do not fit in {num_frames}; lay out more turns")
-    return np.concatenate([levels_TM, np.tile(silence_frame(cfg), (missing, 1))])
+    tail = -(-cfg.window_samples // cfg.hop_samples) - 1
+    filled = -(-len(samples) // cfg.hop_samples) * cfg.hop_samples
+    padded = np.zeros(filled + tail * cfg.hop_samples, np.float32)
+    padded[: len(samples)] = samples
+    return levels(log_mels(padded, cfg), cfg)
+
+
+def pad_frames(levels_TM: UInt8[np.ndarray, "T M"], num_frames: int, cfg: AudioConfig) -> UInt8[np.ndarray, "U M"]:
+    """Exactly `num_frames` frames: the last ones are cut off, or frames of digital silence appended.
+
+    `Layout.lay_out` numbers U * frames_per_turn frames, of which the session's own fill all but the last turn.
+    """
+    missing = max(0, num_frames - len(levels_TM))
+    return np.concatenate([levels_TM[:num_frames], np.tile(silence_frame(cfg), (missing, 1))])
 
 
 def mel_basis(cfg: AudioConfig) -> Float32[np.ndarray, "M bins"]:
