@@ -344,6 +344,17 @@ def _reader_or_fault(directory: Path, shard: Shard) -> array_record_module.Array
     return reader
 
 
+def faults(directory: Path | str) -> dict[str, str]:
+    """What is wrong with each shard that cannot be read as the manifest states; empty when all is well.
+
+    Raises:
+        FileNotFoundError: no data set there.
+    """
+    directory = Path(directory)
+    found = {shard.file: _reader_or_fault(directory, shard) for shard in read_manifest(directory).shards}
+    return {file: fault for file, fault in found.items() if isinstance(fault, str)}
+
+
 def iter_sessions(directory: Path | str) -> Iterator[Session]:
     """Every session of a data set, in order.
 

@@ -1,0 +1,237 @@
+"""Encoded records: a data set after its codecs, kept beside it, so that every later epoch only copies bytes.
+
+`<source>/encoded-<hash>/` is a data set of kind `encoded` whose record i comes from record i of the
+source. A record that cannot be encoded keeps its place as a stub and is listed, with file, record
+and reason, in `quarantine.jsonl`. Every record begins with the header of the codecs that made it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from data_pipelines.records import Manifest, RecordError, RecordKind, RecordSource, read_manifest
+from tml.config import ModelConfig
+from tml.microturn import EncodedSession, EncodedText
+from tml.session import Stream
+
+SCHEMA_VERSION = 1
+QUARANTINE_NAME = "quarantine.jsonl"
+_STREAMS = tuple(Stream)
+_STREAM_NUMBER = {stream: number for number, stream in enumerate(_STREAMS)}
+
+Header = dict[str, str | int | float]
+
+
+class HeaderError(ValueError):
+    """Encoded records that were made with other codecs than this run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedDocument:
+    """A plain text after the tokenizer (int32 [S])."""
+
+    document_id: str
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quarantined:
+    """One record that cannot be used: its index in the data set, its file, its index there, and the reason."""
+
+    index: int
+    file: str
+    record: int
+    reason: str
+
+    @classmethod
+    def of(cls, index: int, source: RecordSource, error: Exception) -> "Quarantined":
+        """What to say about record `index` of `source` after `error`."""
+        if isinstance(error, RecordError):
+            return cls(index=index, file=error.file, record=error.record, reason=error.reason)
+        file, record = source.place(index)
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        return cls(index=index, file=file, record=record, reason=f"{type(error).__name__}: {first_line}")
+
+
+def codec_header(kind: RecordKind, model: ModelConfig, tokenizer_fingerprint: str) -> Header:
+    """What determines encoded values: level range, floor, rates, levels, tiles and tokenizer."""
+    header: Header = {"schema": SCHEMA_VERSION, "kind": kind.value, "tokenizer": tokenizer_fingerprint}
+    if kind is RecordKind.DOCUMENTS:
+        return header
+    header |= {f"audio.{name}": value for name, value in asdict(model.audio).items()}
+    for name in ("tile_px", "frames_per_tile", "frames_per_second", "max_tiles_per_turn"):
+        header[f"video.{name}"] = getattr(model.video, name)
+    return header
+
+
+def check_header(found: Mapping[str, Any], expected: Header, where: str) -> None:
+    """Raises HeaderError, with both values, when encoded records were made with other codecs."""
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise HeaderError(
+                f"{where} was encoded with {name} = {found.get(name)}, this run has {expected.get(name)}; "
+                f"run launch.encode with this run's config"
+            )
+
+
+def encoded_directory(source: Path | str, header: Header) -> Path:
+    """Where the encoded records of a data set with these codecs lie. Raises FileNotFoundError without a data set."""
+    identity = read_manifest(source).identity
+    text = json.dumps([identity, header], sort_keys=True)
+    return Path(source) / f"encoded-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def pack_header(header: Header) -> bytes:
+    """The header as every record carries it."""
+    return msgpack.packb(header)
+
+
+def pack_session(encoded: EncodedSession, header: bytes) -> bytes:
+    """One encoded session as a record: a msgpack map of small values and packed arrays."""
+    tokens = [event.tokens for event in encoded.texts]
+    return msgpack.packb(
+        {
+            "header": header,
+            "id": encoded.session_id,
+            "num_samples": encoded.num_samples,
+            "levels": _packed(encoded.levels_TM, np.uint8),
+            "streams": [_STREAM_NUMBER[event.stream] for event in encoded.texts],
+            "starts": [event.start for event in encoded.texts],
+            "tokens": tokens,
+            "tiles": _packed(encoded.tiles_P, np.int16),
+            "tile_samples": _packed(encoded.tile_samples_P, np.int64),
+        }
+    )
+
+
+def pack_document(document: EncodedDocument, header: bytes) -> bytes:
+    """One encoded document as a record."""
+    return msgpack.packb({"header": header, "id": document.document_id, "document": _packed(document.tokens, np.int32)})
+
+
+def pack_stub(entry: Quarantined, header: bytes) -> bytes:
+    """The record that keeps the place of one that could not be encoded."""
+    return msgpack.packb({"header": header, "quarantined": entry.reason})
+
+
+def _packed(array: np.ndarray, dtype: type) -> tuple[Sequence[int], bytes]:
+    assert np.can_cast(array.dtype, dtype) or array.size == 0, f"{array.dtype} does not fit {dtype}"
+    return list(array.shape), np.ascontiguousarray(array, dtype).tobytes()
+
+
+def _unpacked(value: tuple[Sequence[int], bytes], dtype: type) -> np.ndarray:
+    shape, data = value
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _session_of(body: dict[str, Any]) -> EncodedSession:
+    streams = (_STREAMS[number] for number in body["streams"])
+    texts = tuple(map(EncodedText._make, zip(streams, body["starts"], body["tokens"], strict=True)))
+    return EncodedSession(
+        session_id=body["id"],
+        num_samples=body["num_samples"],
+        levels_TM=_unpacked(body["levels"], np.uint8),
+        texts=texts,
+        tiles_P=_unpacked(body["tiles"], np.int16),
+        tile_samples_P=_unpacked(body["tile_samples"], np.int64),
+    )
+
+
+class EncodedSource:
+    """Random access to encoded records, from any number of threads.
+
+    Attributes:
+        quarantined: records that could not be encoded, by index.
+    """
+
+    def __init__(self, directory: Path | str, header: Header) -> None:
+        """Opens the encoded records of one data set.
+
+        Raises:
+            FileNotFoundError: not encoded yet.
+            HeaderError: encoded with other codecs.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{directory} is absent: these records are not encoded; run launch.encode first")
+        self.records = RecordSource(directory)
+        if self.manifest.kind is not RecordKind.ENCODED:
+            raise ValueError(f"{directory} holds {self.manifest.kind.value}, not encoded records")
+        check_header(json.loads(self.manifest.meta["header"]), header, str(directory))
+        self.header, self._packed_header = header, pack_header(header)
+        self.quarantined = {entry.index: entry for entry in read_quarantine(directory)}
+        promised = int(self.manifest.meta["num_quarantined"])
+        if len(self.quarantined) != promised:
+            raise ValueError(
+                f"{directory / QUARANTINE_NAME} lists {len(self.quarantined)} records, the manifest says {promised}"
+            )
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the encoded data set is."""
+        return self.records.manifest
+
+    @property
+    def directory(self) -> Path:
+        """Where the encoded records lie."""
+        return self.records.directory
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> EncodedSession | EncodedDocument:
+        """One encoded record.
+
+        Raises:
+            RecordError: it cannot be read, or it is the stub of a quarantined record.
+            HeaderError: it was made with other codecs.
+        """
+        data = self.records[index]
+        place = self.records.place(index)
+        try:
+            body = msgpack.unpackb(data, use_list=False)
+            header = body["header"]
+        except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
+            raise RecordError(*place, f"not an encoded record: {error!r}") from error
+        if header != self._packed_header:
+            check_header(msgpack.unpackb(header), self.header, f"{self.directory / place[0]}, record {place[1]},")
+        if "quarantined" in body:
+            raise RecordError(*place, f"quarantined when it was encoded: {body['quarantined']}")
+        try:
+            if "document" in body:
+                return EncodedDocument(document_id=body["id"], tokens=_unpacked(body["document"], np.int32))
+            return _session_of(body)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise RecordError(
+                *place, f"not an encoded record of schema {SCHEMA_VERSION}: {repr(error)[:200]}"
+            ) from error
+
+
+def read_quarantine(directory: Path | str) -> list[Quarantined]:
+    """The records of a data set that could not be encoded, in order."""
+    with open(Path(directory) / QUARANTINE_NAME) as file:
+        return [Quarantined(**json.loads(line)) for line in file]
+
+
+def write_quarantine(directory: Path, entries: list[Quarantined]) -> None:
+    """Writes `quarantine.jsonl`, one record a line."""
+    lines = [json.dumps(asdict(entry)) + "\n" for entry in entries]
+    (directory / QUARANTINE_NAME).write_text("".join(lines))
+
+
+def check_fraction(entries: list[Quarantined], num_records: int, max_fraction: float, name: str) -> None:
+    """Raises ValueError when more than `max_fraction` of a data set's records are quarantined."""
+    if len(entries) <= max_fraction * num_records:
+        return
+    first = entries[0]
+    raise ValueError(
+        f"{name}: {len(entries)} of {num_records} records are unreadable, more than "
+        f"data.max_quarantined_fraction = {max_fraction}; the first is {first.file}, record {first.record}: "
+        f"{first.reason}"
+    )
