@@ -75,6 +75,7 @@ def generate(
     num_shards: int = 8,
     num_workers: int = 2,
     meta: Mapping[str, str] | None = None,
+    attachments: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> GenerateSummary:
@@ -89,6 +90,7 @@ def generate(
         num_shards: files; at most as many as sessions are written.
         num_workers: processes.
         meta: strings about origin, for the manifest.
+        attachments: files to lay beside the records, such as licences, by path.
         overwrite: replace what is at `directory`.
         progress: called twice a second with the number of sessions made so far.
 
@@ -127,6 +129,9 @@ def generate(
                 shard, part = job.result()
                 shards.append(shard)
                 summary.merge(part)
+        for path, data in (attachments or {}).items():
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            (staging / path).write_bytes(data)
         commit(
             staging, directory, shards, kind=RecordKind.SESSIONS, name=name, meta=dict(meta or {}), overwrite=overwrite
         )

@@ -14,7 +14,8 @@ from pathlib import Path
 from absl import app, flags
 
 from data_pipelines.generate import GenerateSummary, generate
-from data_pipelines.request_task import SPLITS, RequestTask
+from data_pipelines.request_session import SPLITS
+from data_pipelines.request_task import RequestTask
 from data_pipelines.voices import MAKERS
 
 FLAGS = flags.FLAGS

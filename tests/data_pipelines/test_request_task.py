@@ -11,7 +11,8 @@ import soundfile
 
 from data_pipelines import espeak
 from data_pipelines.noise import NOISE_KINDS, noise
-from data_pipelines.request_task import RequestTask, RequestTaskConfig, answer_event
+from data_pipelines.request_session import RequestTaskConfig, answer_event
+from data_pipelines.request_task import RequestTask
 from data_pipelines.request_vocabulary import DIGITS, FOREIGN, REQUEST_TYPES, STATEMENTS, answer_words
 from data_pipelines.speech import audible_span
 from tml.config import AudioConfig, MicroTurnConfig
