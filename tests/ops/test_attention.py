@@ -36,7 +36,10 @@ def test_sliding_equals_the_definition_forward_and_gradient(num_slots: int, wind
 
 
 @pytest.mark.parametrize(("num_slots", "extent"), [(40, 16), (16, 40), (7, 1)])
-def test_global_equals_the_definition_forward_and_gradient(num_slots: int, extent: int) -> None:
+def test_global_equals_the_definition_forward_and_gradient(
+    num_slots: int, extent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "GLOBAL_BLOCK_SLOTS", 12)
     q, k, v, bias, segments = inputs(num_slots, extent)
     cotangent = jax.random.normal(jax.random.key(9), q.shape)
     ours = value_and_grads(lambda *a: attention.attend_global(*a, segments), cotangent, q, k, v, bias)

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+GLOBAL_BLOCK_SLOTS = 128
+"""Queries of one block of global attention: the blocks before a query's end cost, those after do not."""
+
 MASKED = -1e30
 """Logit of a key that is not seen; finite, so that a fully masked row is no NaN."""
 
@@ -62,15 +65,21 @@ def attend_global(
     bias_BSNX: Float[Array, "B S N X"],
     segment_ids_BS: Int32[Array, "B S"],
 ) -> Float[Array, "B S N H"]:
-    """Full causal attention within segments."""
+    """Full causal attention within segments, in blocks of queries that see only the keys before their end."""
     num_slots = q_BSNH.shape[1]
     extent = min(bias_BSNX.shape[-1], num_slots)
     bias_BNSX = bias_BSNX[..., :extent].swapaxes(1, 2)
-    missing = num_slots - extent
-    bias_BNST = skew(jnp.pad(bias_BNSX, ((0, 0), (0, 0), (0, 0), (0, missing))))[..., num_slots:]
-    order_S = jnp.arange(num_slots)
-    seen_BSS = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]) & (order_S[:, None] >= order_S[None])[None]
-    return _attend(q_BSNH, k_BSKH, v_BSKH, bias_BNST, seen_BSS)
+    out = []
+    for first in range(0, num_slots, GLOBAL_BLOCK_SLOTS):
+        last = min(first + GLOBAL_BLOCK_SLOTS, num_slots)
+        # `skew` gives the extent keys before the block and the block's own; make those the row's first `last` keys.
+        bias_BNAT = skew(bias_BNSX[:, :, first:last])
+        bias_BNAT = bias_BNAT[..., max(extent - first, 0) :]
+        bias_BNAT = jnp.pad(bias_BNAT, ((0, 0), (0, 0), (0, 0), (max(first - extent, 0), 0)))
+        seen_BAT = segment_ids_BS[:, first:last, None] == segment_ids_BS[:, None, :last]
+        seen_BAT &= (jnp.arange(first, last)[:, None] >= jnp.arange(last)[None])[None]
+        out.append(_attend(q_BSNH[:, first:last], k_BSKH[:, :last], v_BSKH[:, :last], bias_BNAT, seen_BAT))
+    return jnp.concatenate(out, axis=1)
 
 
 def attend_sliding(
@@ -156,10 +165,12 @@ def _attend(
     seen_BST: Bool[Array, "B S T"],
 ) -> Float[Array, "B S N H"]:
     num_rows, num_queries, num_heads, head_dim = q_BSNH.shape
-    num_kv_heads = k_BTKH.shape[2]
-    q_BSKGH = q_BSNH.reshape(num_rows, num_queries, num_kv_heads, -1, head_dim)
-    logits = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
-    logits_BNST = logits.reshape(num_rows, num_heads, *logits.shape[3:]) + bias_BNST.astype(jnp.float32)
-    weights_BNST = jax.nn.softmax(jnp.where(seen_BST[:, None], logits_BNST, MASKED), axis=-1).astype(v_BTKH.dtype)
-    out = jnp.einsum("BKGST,BTKH->BSKGH", weights_BNST.reshape(logits.shape), v_BTKH)
-    return out.reshape(q_BSNH.shape)
+    num_keys, num_kv_heads = k_BTKH.shape[1:3]
+    # Heads go in front of the slots here, once and while arrays are small, so that the logits are never transposed.
+    q = q_BSNH.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
+    k, v = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    logits = jnp.einsum("BKXH,BKTH->BKXT", q, k, preferred_element_type=jnp.float32)
+    logits_BNST = logits.reshape(num_rows, num_heads, num_queries, num_keys) + bias_BNST.astype(jnp.float32)
+    weights_BNST = jax.nn.softmax(jnp.where(seen_BST[:, None], logits_BNST, MASKED), axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKXT,BKTH->BKXH", weights_BNST.reshape(logits.shape), v)
+    return out.reshape(num_rows, num_heads, num_queries, head_dim).swapaxes(1, 2)
