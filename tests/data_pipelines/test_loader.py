@@ -1,0 +1,277 @@
+import itertools
+import os
+import shutil
+from collections import Counter
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from conftest import encode_all, with_sources
+
+from data_pipelines.encoded import codec_header, encoded_directory
+from data_pipelines.loader import (
+    RowLoader,
+    eval_batches,
+    layout_of,
+    loss_weight_table,
+    max_tiles_per_row,
+    process_batches,
+    train_batches,
+)
+from data_pipelines.records import RecordKind, read_manifest
+from tml.batch import Batch
+from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig
+from tml.microturn import Kind, Target
+
+
+def same(left: Batch, right: Batch) -> bool:
+    return all(np.array_equal(getattr(left, f.name), getattr(right, f.name)) for f in fields(Batch))
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def concatenated(parts):
+    return Batch(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Batch)})
+
+
+@pytest.fixture
+def loader(mixture, tokenizer):
+    return RowLoader(mixture.data.sources, mixture, tokenizer)
+
+
+def test_row_is_a_function_of_its_position(mixture, tokenizer, loader):
+    again = RowLoader(mixture.data.sources, mixture, tokenizer)
+    positions = [140, 3, 77, 3, 0]
+    rows = [again.row(position) for position in positions]
+    assert all(same(row, loader.row(position)) for row, position in zip(rows, positions, strict=True))
+    assert not same(loader.row(3), loader.row(77))
+    other = RowLoader(mixture.data.sources, replace(mixture, seed=1), tokenizer)
+    assert not same(other.row(3), loader.row(3))
+
+
+def test_any_number_of_processes_reads_the_same_global_batches(mixture, tokenizer):
+    whole = take(train_batches(mixture, tokenizer, start_step=0), 20)
+    for count in (2, 4):
+        shares = [
+            take(train_batches(mixture, tokenizer, start_step=0, process_index=i, process_count=count), 20)
+            for i in range(count)
+        ]
+        for step in range(20):
+            assert same(concatenated([share[step] for share in shares]), whole[step])
+    with pytest.raises(ValueError, match="rows_per_batch = 4 does not divide among 3 processes"):
+        train_batches(mixture, tokenizer, start_step=0, process_index=0, process_count=3)
+
+
+def test_resume_at_any_step_is_the_uninterrupted_stream(mixture, tokenizer):
+    whole = take(train_batches(mixture, tokenizer, start_step=0), 40)
+    for step in (1, 14, 15, 37):
+        resumed = take(train_batches(mixture, tokenizer, start_step=step), 3)
+        assert all(same(batch, whole[step + i]) for i, batch in enumerate(resumed))
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 0), (4, 8)])
+def test_threads_change_nothing(mixture, tokenizer, threads, prefetch):
+    other = replace(mixture, data=replace(mixture.data, read_threads=threads, prefetch_rows=prefetch))
+    left = take(train_batches(mixture, tokenizer, start_step=0), 15)
+    right = take(train_batches(other, tokenizer, start_step=0), 15)
+    assert all(same(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_every_record_of_an_epoch_appears_once_and_whole(mixture, loader):
+    """The positions of the epoch's rows are those of the records that the order names, no more and no fewer."""
+    index = loader._indexes.epoch(1)
+    offsets = np.cumsum([0, *(len(source.records) for source in loader.sources)])
+    order = [int(loader._indexes._order[k]) for k in range(50, 100)]
+    placed = Counter(zip(index.source.tolist(), index.record.tolist(), index.first.tolist(), strict=True))
+    expected = Counter()
+    for number in order:
+        source = int(np.searchsorted(offsets, number, side="right")) - 1
+        record, parts = number - offsets[source], loader.sources[source].parts
+        for part in range(parts.part_starts[record], parts.part_starts[record + 1]):
+            expected[source, int(record), int(parts.first[part])] += 1
+    assert placed == expected
+    start = loader.rows_in_epoch(0)
+    used = sum(int((loader.row(start + r).kinds_BS > 0).sum()) for r in range(index.num_rows))
+    assert used == int(index.slots.sum())
+    assert loader.padding_fraction(1) < 0.1
+
+
+def test_rows_hold_what_the_layout_says(mixture, tokenizer, loader):
+    """Every segment of every row of an epoch equals the part that the index names, whole turns at a time."""
+    layout, table = layout_of(mixture, tokenizer), loss_weight_table(mixture.loss)
+    index = loader._indexes.epoch(0)
+    for r in range(index.num_rows):
+        row = loader.row(r)
+        place = 0
+        for number, part in enumerate(range(index.row_starts[r], index.row_starts[r + 1]), start=1):
+            encoded = loader.sources[index.source[part]].records[int(index.record[part])]
+            first, last = int(index.first[part]), int(index.last[part])
+            if loader.sources[index.source[part]].name == "c":
+                segment = layout.lay_out_document(encoded.tokens[first:last].tolist())
+                first, last = 0, segment.num_slots
+            else:
+                segment = layout.lay_out(layout.contents(encoded))
+                assert {first, last} <= set(segment.turn_starts.tolist())
+            here = slice(place, place + last - first)
+            np.testing.assert_array_equal(row.tokens_BS[0, here], segment.tokens[first:last])
+            np.testing.assert_array_equal(row.kinds_BS[0, here], segment.kinds[first:last])
+            np.testing.assert_array_equal(row.targets_BS[0, here], segment.targets[first:last])
+            np.testing.assert_array_equal(row.target_kinds_BS[0, here], segment.target_kinds[first:last])
+            np.testing.assert_array_equal(row.loss_weights_BS[0, here], table[segment.target_kinds[first:last]])
+            np.testing.assert_array_equal(row.positions_BS[0, here], np.arange(last - first))
+            assert (row.segment_ids_BS[0, here] == number).all()
+            for slot in range(first, last):
+                if segment.kinds[slot] == Kind.AUDIO:
+                    frame = segment.source[slot]
+                    heard = row.levels_BSM[0, place + slot - first]
+                    if frame < len(encoded.levels_TM):
+                        np.testing.assert_array_equal(heard, encoded.levels_TM[frame])
+                    else:
+                        assert (heard == 2).all(), "the last turn is filled with digital silence"
+            place = here.stop
+        for name in ("tokens_BS", "kinds_BS", "segment_ids_BS", "loss_weights_BS", "targets_BS"):
+            assert not getattr(row, name)[0, place:].any()
+
+
+def test_loss_weights_come_from_the_config():
+    table = loss_weight_table(
+        LossConfig(listen_weight=1.0, speak_weight=2.0, text_weight=3.0, action_weight=4.0, document_weight=5.0)
+    )
+    assert [float(table[kind]) for kind in Target] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_most_tiles_of_a_row(mixture, tokenizer):
+    """Against a search over every mix of turns that fits."""
+    for boundary, most, row_slots in itertools.product(Boundary, (0, 1, 3), (5, 9, 10, 24, 31)):
+        layout = replace(
+            layout_of(mixture, tokenizer), max_tiles_per_turn=most, turn=MicroTurnConfig(boundary=boundary)
+        )
+        others = (boundary is Boundary.TICK) + 4 + 1
+        best = [0] * (row_slots + 1)
+        for size in range(row_slots + 1):
+            best[size] = max([best[size - others - t] + t for t in range(most + 1) if others + t <= size], default=0)
+        assert max_tiles_per_row(layout, row_slots) == max(best)
+
+
+def test_evaluation_reads_in_order_and_only_once(mixture, tokenizer):
+    data = replace(mixture.data, eval_sources={"b": mixture.data.sources["b"]})
+    experiment = replace(mixture, data=data)
+    batches = eval_batches(experiment, tokenizer, 1_000)
+    loader = RowLoader(data.eval_sources, experiment, tokenizer, shuffle=False)
+    assert len(batches) == -(-loader.rows_in_epoch(0) // data.rows_per_batch)
+    rows = loader._indexes.epoch(0)
+    assert rows.record[0] == 0
+    assert sorted(set(rows.record.tolist())) == list(range(25))
+    assert len(eval_batches(experiment, tokenizer, 2)) == 2
+    assert same(eval_batches(experiment, tokenizer, 2)[1], batches[1])
+    assert eval_batches(replace(mixture, data=replace(data, eval_sources={})), tokenizer, 2) == []
+
+
+def damaged_copy(mixture, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(next(iter(mixture.data.sources.values())).path + "/..", root)
+    return with_sources(mixture, root)
+
+
+def encoded_shard(experiment, tokenizer, name):
+    source = experiment.data.sources[name]
+    header = codec_header(RecordKind(source.kind.value), experiment.model, tokenizer.fingerprint())
+    directory = encoded_directory(source.path, header)
+    return directory / read_manifest(directory).shards[0].file
+
+
+@pytest.mark.parametrize("damage", ["corrupt record", "truncated shard", "deleted shard"])
+def test_damage_at_load_leaves_every_other_segment_as_it_was(mixture, tokenizer, tmp_path, loader, damage):
+    loader.row(0)
+    damaged = damaged_copy(mixture, tmp_path)
+    damaged = replace(damaged, data=replace(damaged.data, max_quarantined_fraction=1.0))
+    shard = encoded_shard(damaged, tokenizer, "b")
+    index = loader._indexes.epoch(0)
+    match damage:
+        case "corrupt record":
+            victim = loader.sources[1].records[int(index.record[index.source == 1][0])]
+            data = bytearray(shard.read_bytes())
+            data[data.index(victim.session_id.encode()) + 500] ^= 0xFF
+            shard.write_bytes(data)
+        case "truncated shard":
+            os.truncate(shard, 5_000)
+        case "deleted shard":
+            shard.unlink()
+    hurt = RowLoader(damaged.data.sources, damaged, tokenizer)
+    assert loader.rows_in_epoch(0) == hurt.rows_in_epoch(0)
+    lost = 0
+    for r in range(index.num_rows):
+        expected, found = loader.row(r), hurt.row(r)
+        parts = range(index.row_starts[r], index.row_starts[r + 1])
+        for number, part in enumerate(parts, start=1):
+            bad = hurt.sources[index.source[part]].name == "b" and int(index.record[part]) in {
+                entry.index for entry in hurt.quarantined["b"]
+            }
+            here = expected.segment_ids_BS[0] == number
+            for f in fields(Batch):
+                if f.name == "tiles_BP":
+                    continue
+                value = getattr(found, f.name)[0, here]
+                if bad:
+                    assert not value.any(), "a quarantined segment is padding of the same length"
+                else:
+                    np.testing.assert_array_equal(value, getattr(expected, f.name)[0, here])
+            lost += bad
+    assert lost
+    entries = hurt.quarantined["b"]
+    assert all(entry.file == shard.name and entry.reason for entry in entries)
+    assert len(entries) == len({entry.index for entry in entries})
+    if damage == "corrupt record":
+        assert len(entries) == 1
+    hurt.row(0)
+    assert hurt.quarantined["b"] == entries, "each is counted once"
+
+
+def test_damage_above_the_fraction_is_fatal(mixture, tokenizer, tmp_path):
+    damaged = damaged_copy(mixture, tmp_path)
+    encoded_shard(damaged, tokenizer, "b").unlink()
+    with pytest.raises(ValueError, match=r"data source b: 8 of 25 records are unreadable, .* = 0.3; .*missing"):
+        take(train_batches(damaged, tokenizer, start_step=0), 200)
+
+
+def test_quarantined_while_encoding_keeps_the_order(mixture, tokenizer, tmp_path, loader):
+    """A lost session shard changes which segments are there, never which record comes when."""
+    damaged = damaged_copy(mixture, tmp_path)
+    damaged = replace(damaged, data=replace(damaged.data, max_quarantined_fraction=0.6))
+    source = damaged.data.sources["a"]
+    (next(iter((tmp_path / "copy" / "a").glob("shard-00001*")))).unlink()
+    for encoded in (tmp_path / "copy" / "a").glob("encoded-*"):
+        shutil.rmtree(encoded)
+    encode_all(damaged, tokenizer)
+    hurt = RowLoader(damaged.data.sources, damaged, tokenizer)
+    assert {entry.index for entry in hurt.quarantined["a"]} == set(range(20, 40))
+    assert "missing" in hurt.quarantined["a"][0].reason
+    assert [int(hurt._indexes._order[k]) for k in range(100)] == [int(loader._indexes._order[k]) for k in range(100)]
+    index = hurt._indexes.epoch(0)
+    stubs = index.slots == 0
+    assert set(index.record[stubs & (index.source == 0)].tolist()) <= set(range(20, 40))
+    assert not (index.record[~stubs & (index.source == 0)] >= 20).any()
+    for r in range(index.num_rows):
+        hurt.row(r)
+    strict = replace(damaged, data=replace(damaged.data, max_quarantined_fraction=0.4))
+    with pytest.raises(ValueError, match=f"data source a: 20 of 40 records .* = 0.4; the first is .*{'missing'}"):
+        RowLoader({"a": source}, strict, tokenizer)
+
+
+def test_sources_that_are_not_there(mixture, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="names no data sources"):
+        train_batches(replace(mixture, data=DataConfig()), tokenizer, start_step=0)
+    with pytest.raises(FileNotFoundError, match="not a data set"):
+        train_batches(with_sources(mixture, tmp_path), tokenizer, start_step=0)
+    other_rate = replace(mixture, model=replace(mixture.model, audio=replace(mixture.model.audio, level_low=-6.0)))
+    with pytest.raises(FileNotFoundError, match=r"not encoded; run launch.encode"):
+        train_batches(other_rate, tokenizer, start_step=0)
+
+
+def test_batches_have_the_shape_of_the_config(mixture, tokenizer, loader):
+    batch = next(process_batches(loader, mixture, start_step=5))
+    assert batch.tokens_BS.shape == (4, 128)
+    assert batch.levels_BSM.shape == (4, 128, 80)
+    assert batch.tiles_BP.shape == (4, 0, 2, 40, 40, 3)
