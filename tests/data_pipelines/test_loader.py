@@ -1,3 +1,4 @@
+import io
 import itertools
 import os
 import shutil
@@ -6,7 +7,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from conftest import encode_all, with_sources
+from conftest import encode_all, make_session, with_sources
+from PIL import Image
 
 from data_pipelines.encoded import codec_header, encoded_directory
 from data_pipelines.loader import (
@@ -18,10 +20,11 @@ from data_pipelines.loader import (
     process_batches,
     train_batches,
 )
-from data_pipelines.records import RecordKind, read_manifest
+from data_pipelines.records import RecordKind, SessionWriter, read_manifest
 from tml.batch import Batch
-from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig
+from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig, SourceConfig
 from tml.microturn import Kind, Target
+from tml.session import Stream, VideoFrame
 
 
 def same(left: Batch, right: Batch) -> bool:
@@ -275,3 +278,35 @@ def test_batches_have_the_shape_of_the_config(mixture, tokenizer, loader):
     assert batch.tokens_BS.shape == (4, 128)
     assert batch.levels_BSM.shape == (4, 128, 80)
     assert batch.tiles_BP.shape == (4, 0, 2, 40, 40, 3)
+
+
+def picture(number: int) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.full((40, 30, 3), number, np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_tiles_of_packed_sessions_stand_where_the_index_says(mixture, tokenizer, tmp_path):
+    with SessionWriter(tmp_path / "video", name="video") as writer:
+        for number in range(6):
+            session = make_session(number, (1.0, 1.5))
+            frames = tuple(VideoFrame(sample=i * 3_200, data=picture(10 * number + i)) for i in range(5))
+            writer.write(replace(session, frames=frames, streams=(*session.streams, Stream.VIDEO)))
+    model = replace(mixture.model, video=replace(mixture.model.video, max_tiles_per_turn=2))
+    source = SourceConfig(path=str(tmp_path / "video"))
+    data = replace(mixture.data, sources={"video": source}, segments_per_epoch=6, row_slots=160)
+    experiment = replace(mixture, model=model, data=data)
+    encode_all(experiment, tokenizer)
+    loader = RowLoader(data.sources, experiment, tokenizer)
+    seen = []
+    for r in range(loader.rows_in_epoch(0)):
+        row = loader.row(r)
+        assert row.tiles_BP.shape[1] == max_tiles_per_row(layout_of(experiment, tokenizer), 160)
+        slots = np.flatnonzero(row.kinds_BS[0] == Kind.TILE)
+        assert row.tile_index_BS[0, slots].tolist() == list(range(len(slots)))
+        assert (row.tokens_BS[0, slots] == tokenizer.special.tile).all()
+        assert len(set(row.segment_ids_BS[0, slots].tolist())) == row.segment_ids_BS.max()
+        seen += row.tiles_BP[0, : len(slots), :, 0, 0, 0].tolist()
+        assert not row.tiles_BP[0, len(slots) :].any()
+    expected = [[10 * n + i, 10 * n + min(i + 1, 4)] for n in range(6) for i in (0, 2, 4)]
+    assert sorted(seen) == expected
