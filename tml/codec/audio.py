@@ -79,9 +79,12 @@ def push(
     return AudioState(recent=joined[complete:]), levels(frames, cfg)
 
 
+@functools.lru_cache(maxsize=8)
 def silence_frame(cfg: AudioConfig) -> UInt8[np.ndarray, " M"]:
-    """The levels of one frame of digital silence."""
-    return levels(log_mels(np.zeros(cfg.hop_samples, np.float32), cfg), cfg)[0]
+    """The levels of one frame of digital silence (read-only)."""
+    frame = levels(log_mels(np.zeros(cfg.hop_samples, np.float32), cfg), cfg)[0]
+    frame.flags.writeable = False
+    return frame
 
 
 def silence_level(cfg: AudioConfig) -> int:
