@@ -121,6 +121,8 @@ def test_pairs_are_complete_at_their_later_frame_and_stills_when_their_span_is_o
     assert groups_of([0, 3_200, 6_400]) == [(0, 2, 3_200), (2, 3, 6_400 + 6_400)]
     assert groups_of([500, 40_000]) == [(0, 1, 6_900), (1, 2, 46_400)]
     assert groups_of([5, 5]) == [(0, 2, 5)]
+    assert groups_of([0, 6_399]) == [(0, 2, 6_399)]
+    assert groups_of([0, 6_400]) == [(0, 1, 6_400), (1, 2, 12_800)]
     assert groups_of([]) == []
 
 
