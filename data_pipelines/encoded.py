@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -38,6 +38,13 @@ class EncodedDocument:
 
     document_id: str
     tokens: np.ndarray
+
+
+class Media(NamedTuple):
+    """The sound and the pictures of an encoded session, as in `EncodedSession`."""
+
+    levels_TM: np.ndarray
+    tiles_P: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,25 +199,38 @@ class EncodedSource:
             RecordError: it cannot be read, or it is the stub of a quarantined record.
             HeaderError: it was made with other codecs.
         """
-        data = self.records[index]
-        place = self.records.place(index)
-        try:
-            body = msgpack.unpackb(data, use_list=False)
-            header = body["header"]
-        except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
-            raise RecordError(*place, f"not an encoded record: {error!r}") from error
-        if header != self._packed_header:
-            check_header(msgpack.unpackb(header), self.header, f"{self.directory / place[0]}, record {place[1]},")
-        if "quarantined" in body:
-            raise RecordError(*place, f"quarantined when it was encoded: {body['quarantined']}")
+        body = self._body(index, self.records[index])
         try:
             if "document" in body:
                 return EncodedDocument(document_id=body["id"], tokens=_unpacked(body["document"], np.int32))
             return _session_of(body)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise RecordError(
-                *place, f"not an encoded record of schema {SCHEMA_VERSION}: {repr(error)[:200]}"
-            ) from error
+            raise self._malformed(index, error) from error
+
+    def media(self, index: int, data: bytes) -> Media:
+        """The sound and the pictures in the bytes of session `index`; raises as reading it whole does."""
+        body = self._body(index, data)
+        try:
+            return Media(levels_TM=_unpacked(body["levels"], np.uint8), tiles_P=_unpacked(body["tiles"], np.int16))
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._malformed(index, error) from error
+
+    def _body(self, index: int, data: bytes) -> dict[str, Any]:
+        place = self.records.place(index)
+        try:
+            body = msgpack.unpackb(data, use_list=False)
+            header = body["header"]
+        except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
+            raise self._malformed(index, error) from error
+        if header != self._packed_header:
+            check_header(msgpack.unpackb(header), self.header, f"{self.directory / place[0]}, record {place[1]},")
+        if "quarantined" in body:
+            raise RecordError(*place, f"quarantined when it was encoded: {body['quarantined']}")
+        return body
+
+    def _malformed(self, index: int, error: Exception) -> RecordError:
+        reason = f"not an encoded record of schema {SCHEMA_VERSION}: {repr(error)[:200]}"
+        return RecordError(*self.records.place(index), reason)
 
 
 def read_quarantine(directory: Path | str) -> list[Quarantined]:

@@ -14,62 +14,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import grain
-import numpy as np
 from absl import logging
 
 from data_pipelines.encoded import (
-    EncodedDocument,
     EncodedSource,
+    Media,
     Quarantined,
     check_fraction,
     codec_header,
     encoded_directory,
 )
+from data_pipelines.laid_out import lay_out_source, layout_hash
 from data_pipelines.records import RecordError, RecordKind
-from data_pipelines.row_index import MixtureSource, RowIndex, RowIndexes, layout_hash, part_table, segment_of
-from tml.batch import Batch, concatenate_rows, empty_rows
-from tml.codec.audio import silence_frame
+from data_pipelines.row_index import MixtureSource, RowIndex, RowIndexes
+from data_pipelines.rows import RowWriter, layout_of
+from tml.batch import Batch
 from tml.codec.text import Tokenizer
-from tml.config import Boundary, Experiment, LossConfig, SourceConfig
-from tml.microturn import Clock, EncodedSession, Kind, Layout, Segment, Target
-from tml.session import SessionError
+from tml.config import Experiment, SourceConfig, SourceKind
 
 # Sessions longer than a row are wanted again by the rows that follow.
-_KEPT_SEGMENTS = 32
+_KEPT_SESSIONS = 32
 _KEPT_EPOCHS = 3
 
 
-def layout_of(experiment: Experiment, tokenizer: Tokenizer) -> Layout:
-    """The micro-turn layout of an experiment."""
-    return Layout(
-        clock=Clock.of(experiment.turn, experiment.model.audio),
-        turn=experiment.turn,
-        special=tokenizer.special,
-        max_tiles_per_turn=experiment.model.video.max_tiles_per_turn,
-    )
-
-
-def max_tiles_per_row(layout: Layout, row_slots: int) -> int:
-    """The most tiles that a row can hold: as many turns full of tiles as fit, and one that is partly full."""
-    most = layout.max_tiles_per_turn
-    least_others = int(layout.turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + 1
-    full, rest = divmod(row_slots, least_others + most)
-    return full * most + min(most, max(0, rest - least_others))
-
-
-def loss_weight_table(loss: LossConfig) -> np.ndarray:
-    """The loss weight of each `Target` (float32 [6])."""
-    table = np.zeros(len(Target), np.float32)
-    table[Target.LISTEN] = loss.listen_weight
-    table[Target.SPEAK] = loss.speak_weight
-    table[Target.TEXT] = loss.text_weight
-    table[Target.ACTION] = loss.action_weight
-    table[Target.DOCUMENT] = loss.document_weight
-    return table
-
-
 def open_source(name: str, source: SourceConfig, experiment: Experiment, tokenizer: Tokenizer) -> MixtureSource:
-    """Opens the encoded records of one source and cuts them into parts.
+    """Opens the encoded records of one source and lays them out.
 
     Raises:
         FileNotFoundError: no data set there, or not encoded with these codecs.
@@ -79,10 +48,10 @@ def open_source(name: str, source: SourceConfig, experiment: Experiment, tokeniz
     records = EncodedSource(encoded_directory(source.path, header), header)
     if not len(records):
         raise ValueError(f"data source {name} at {source.path} holds no records")
-    parts = part_table(records, layout_of(experiment, tokenizer), experiment.data.row_slots)
+    laid_out = lay_out_source(records, layout_of(experiment, tokenizer), experiment.data.row_slots)
     fraction = experiment.data.max_quarantined_fraction
-    check_fraction(list(parts.quarantined), len(records), fraction, f"data source {name}")
-    return MixtureSource(name=name, weight=source.weight, records=records, parts=parts)
+    check_fraction(list(laid_out.quarantined), len(records), fraction, f"data source {name}")
+    return MixtureSource(name=name, kind=source.kind, weight=source.weight, records=records, laid_out=laid_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +91,9 @@ class RowLoader:
         if not sources:
             raise ValueError(f"experiment {experiment.name} names no data sources; set data.sources")
         self.sources = [open_source(name, sources[name], experiment, tokenizer) for name in sorted(sources)]
-        self._data, self._model = experiment.data, experiment.model
-        self._layout = layout_of(experiment, tokenizer)
-        self._num_tiles = max_tiles_per_row(self._layout, self._data.row_slots)
-        self._loss_weights = loss_weight_table(experiment.loss)
-        self._silence_M = silence_frame(experiment.model.audio)
+        self._data = experiment.data
+        layout = layout_of(experiment, tokenizer)
+        self._writer = RowWriter(experiment, layout)
         self._indexes = RowIndexes(
             self.sources,
             seed=experiment.seed if shuffle else None,
@@ -134,14 +101,16 @@ class RowLoader:
                 self._data.segments_per_epoch if shuffle else sum(len(source.records) for source in self.sources)
             ),
             row_slots=self._data.row_slots,
-            layout_hash=layout_hash(self._layout, self._data.row_slots),
+            layout_hash=layout_hash(layout, self._data.row_slots),
         )
         self._lock = threading.RLock()
+        # Threads that compose at once would only fight for the interpreter, so one does while others read.
+        self._composing = threading.Lock()
         self._epoch_ends: list[int] = []
         self._epochs: OrderedDict[int, RowIndex] = OrderedDict()
-        self._segments: OrderedDict[tuple[int, int], tuple[EncodedSession, Segment]] = OrderedDict()
+        self._kept: dict[tuple[int, int], Media] = {}
         self._quarantined: list[dict[int, Quarantined]] = [
-            {entry.index: entry for entry in source.parts.quarantined} for source in self.sources
+            {entry.index: entry for entry in source.laid_out.quarantined} for source in self.sources
         ]
 
     @property
@@ -157,7 +126,7 @@ class RowLoader:
                 name=source.name,
                 num_records=len(source.records),
                 share=source.weight / total,
-                num_slots=int(source.parts.slots.sum()),
+                num_slots=int(source.laid_out.parts.slots.sum()),
                 quarantined=tuple(found.values()),
             )
             for source, found in zip(self.sources, self._quarantined, strict=True)
@@ -172,20 +141,25 @@ class RowLoader:
         index = self._epoch(epoch)
         return 1.0 - float(index.slots.sum()) / (index.num_rows * self._data.row_slots)
 
+    def rows(self, positions: Sequence[int]) -> Batch:
+        """These rows of the endless sequence of rows."""
+        batch = self._writer.empty(len(positions))
+        for row, position in enumerate(positions):
+            index, r = self._locate(position)
+            parts = slice(int(index.row_starts[r]), int(index.row_starts[r + 1]))
+            columns = (index.source, index.record, index.part, index.slots)
+            place, num_tiles = 0, 0
+            for number, (source, record, part, slots) in enumerate(
+                zip(*(column[parts].tolist() for column in columns), strict=True), start=1
+            ):
+                if slots:
+                    num_tiles = self._put(batch, row, number, place, num_tiles, source, record, part)
+                    place += slots
+        return batch
+
     def row(self, position: int) -> Batch:
-        """Row `position` of the endless sequence of rows, as a Batch of one row."""
-        index, r = self._locate(position)
-        row = empty_rows(1, self._data.row_slots, self._num_tiles, self._model)
-        place, num_tiles = 0, 0
-        start, end = int(index.row_starts[r]), int(index.row_starts[r + 1])
-        for number, part in enumerate(range(start, end), start=1):
-            source, record, first, last, slots = (
-                int(column[part]) for column in (index.source, index.record, index.first, index.last, index.slots)
-            )
-            if slots:
-                num_tiles += self._fill(row, number, place, num_tiles, source, record, first, last, slots)
-                place += slots
-        return row
+        """One row, as a Batch of one."""
+        return self.rows([position])
 
     def _epoch(self, epoch: int) -> RowIndex:
         with self._lock:
@@ -204,71 +178,33 @@ class RowLoader:
             epoch = bisect.bisect_right(self._epoch_ends, position)
             return self._epoch(epoch), position - (self._epoch_ends[epoch - 1] if epoch else 0)
 
-    def _fill(
-        self,
-        row: Batch,
-        number: int,
-        place: int,
-        tile_place: int,
-        source: int,
-        record: int,
-        first: int,
-        last: int,
-        slots: int,
+    def _put(
+        self, batch: Batch, row: int, number: int, place: int, num_tiles: int, source: int, record: int, part: int
     ) -> int:
-        """Puts one part into a row at `place`, or leaves padding of its length; returns its number of tiles."""
+        """Puts one part into a row, or leaves padding of its length; returns the row's number of tiles."""
+        opened = self.sources[source]
+        parts = opened.laid_out.parts
+        if opened.kind is SourceKind.DOCUMENTS:
+            self._writer.put(batch, row, number, place, opened.laid_out, part)
+            return num_tiles
+        media = self._kept.get((source, record))
         try:
-            encoded, segment = self._segment(source, record, first, last, slots)
-        except (RecordError, SessionError) as error:
+            data = b"" if media else opened.records.records[record]
+            with self._composing:
+                if media is None:
+                    media = opened.records.media(record, data)
+                    if parts.part_starts[record + 1] - parts.part_starts[record] > 1:
+                        self._keep((source, record), media)
+                self._writer.put(batch, row, number, place, opened.laid_out, part)
+                return self._writer.put_media(batch, row, place, num_tiles, media, parts, part)
+        except RecordError as error:
             self._quarantine(source, record, error)
-            return 0
-        if isinstance(encoded, EncodedDocument):
-            first, last = 0, slots
-        kinds = segment.kinds[first:last]
-        target_kinds = segment.target_kinds[first:last]
-        here = slice(place, place + slots)
-        row.tokens_BS[0, here] = segment.tokens[first:last]
-        row.kinds_BS[0, here] = kinds
-        row.segment_ids_BS[0, here] = number
-        row.positions_BS[0, here] = np.arange(slots)
-        row.targets_BS[0, here] = segment.targets[first:last]
-        row.target_kinds_BS[0, here] = target_kinds
-        row.loss_weights_BS[0, here] = self._loss_weights[target_kinds]
-        if isinstance(encoded, EncodedDocument):
-            return 0
-        audio = np.flatnonzero(kinds == Kind.AUDIO)
-        if len(audio):
-            self._fill_levels(row.levels_BSM[0], place + audio, segment.source[first + audio], encoded.levels_TM)
-        tiles = np.flatnonzero(kinds == Kind.TILE)
-        if len(tiles):
-            which = slice(tile_place, tile_place + len(tiles))
-            row.tiles_BP[0, which] = encoded.tiles_P[segment.source[first + tiles]]
-            row.tile_index_BS[0, place + tiles] = np.arange(which.start, which.stop)
-        return len(tiles)
+            return num_tiles
 
-    def _fill_levels(self, row_SM: np.ndarray, slots: np.ndarray, frames: np.ndarray, levels_TM: np.ndarray) -> None:
-        """Copies consecutive frames of a session; frames past its end, in its last turn, are silence."""
-        first, last = int(frames[0]), int(frames[-1]) + 1
-        held = max(0, min(last, len(levels_TM)) - first)
-        row_SM[slots[:held]] = levels_TM[first : first + held]
-        row_SM[slots[held:]] = self._silence_M
-
-    def _segment(
-        self, source: int, record: int, first: int, last: int, slots: int
-    ) -> tuple[EncodedSession | EncodedDocument, Segment]:
-        key = (source, record)
-        with self._lock:
-            kept = self._segments.get(key)
-        if kept is not None:
-            return kept
-        encoded = self.sources[source].records[record]
-        segment = segment_of(encoded, first, last, self._layout)
-        if isinstance(encoded, EncodedSession) and segment.num_slots > slots:
-            with self._lock:
-                self._segments[key] = (encoded, segment)
-                while len(self._segments) > _KEPT_SEGMENTS:
-                    self._segments.popitem(last=False)
-        return encoded, segment
+    def _keep(self, key: tuple[int, int], media: Media) -> None:
+        self._kept[key] = media
+        while len(self._kept) > _KEPT_SESSIONS:
+            self._kept.pop(next(iter(self._kept)))
 
     def _quarantine(self, source: int, record: int, error: Exception) -> None:
         with self._lock:
@@ -285,20 +221,19 @@ class RowLoader:
         check_fraction(entries, len(opened.records), fraction, f"data source {opened.name}")
 
 
-class _ProcessRows(Sequence[Batch]):
-    """The rows that one process reads, from one step on, as a source for Grain."""
+class _ProcessBatches(Sequence[Batch]):
+    """The batches that one process reads, from one step on, as a source for Grain."""
 
     def __init__(self, loader: RowLoader, start_step: int, rows_per_batch: int, index: int, count: int) -> None:
         self._loader, self._start_step, self._rows_per_batch = loader, start_step, rows_per_batch
-        self._mine = rows_per_batch // count
-        self._offset = index * self._mine
+        self._mine = range(index * rows_per_batch // count, (index + 1) * rows_per_batch // count)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, k: int) -> Batch:  # type: ignore[override]
-        step, row = divmod(k, self._mine)
-        return self._loader.row((self._start_step + step) * self._rows_per_batch + self._offset + row)
+        first = (self._start_step + k) * self._rows_per_batch
+        return self._loader.rows([first + row for row in self._mine])
 
 
 def process_batches(
@@ -312,10 +247,10 @@ def process_batches(
     data = experiment.data
     if data.rows_per_batch % process_count:
         raise ValueError(f"data.rows_per_batch = {data.rows_per_batch} does not divide among {process_count} processes")
-    rows = _ProcessRows(loader, start_step, data.rows_per_batch, process_index, process_count)
-    options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_rows)
-    dataset = grain.MapDataset.source(rows).to_iter_dataset(options)
-    return iter(dataset.batch(data.rows_per_batch // process_count, batch_fn=concatenate_rows))
+    batches = _ProcessBatches(loader, start_step, data.rows_per_batch, process_index, process_count)
+    ahead = -(-data.prefetch_rows * process_count // data.rows_per_batch)
+    options = grain.ReadOptions(num_threads=min(data.read_threads, ahead), prefetch_buffer_size=ahead)
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
 def train_batches(

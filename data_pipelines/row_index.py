@@ -6,47 +6,23 @@ A quarantined record keeps its place in the order and takes no slots.
 """
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-from data_pipelines.encoded import EncodedDocument, EncodedSource, Quarantined
-from data_pipelines.records import RecordError
-from tml.config import config_hash
-from tml.microturn import EncodedSession, Layout, Segment, cut_at_turns
-from tml.session import SessionError
+from data_pipelines.encoded import EncodedSource
+from data_pipelines.laid_out import LaidOut
+from tml.config import SourceKind, config_hash
 
 SCHEMA_VERSION = 1
 # Rows that stay open while an epoch is packed; more rows leave less padding and cost more time.
 OPEN_ROWS = 64
-# [document] and [end of text], which every piece of a document has.
-DOCUMENT_MARKERS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartTable:
-    """The parts of N records under one layout; part k belongs to the record whose range of parts holds k.
-
-    Attributes:
-        part_starts: the first part of each record, and the end (int64 [N + 1]).
-        first: first position of each part; for documents, the first token (int32 [K]).
-        last: one past the last (int32 [K]).
-        slots: positions that the part takes in a row; 0 for a quarantined record (int32 [K]).
-        quarantined: the records that cannot be laid out.
-    """
-
-    part_starts: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    slots: np.ndarray
-    quarantined: tuple[Quarantined, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +33,14 @@ class RowIndex:
         row_starts: int64 [R + 1].
         source: which source each part is from (int32 [K]).
         record: its record in that source (int64 [K]).
-        first, last, slots: as in `PartTable` (int32 [K]).
+        part: its number in the source's `PartTable` (int64 [K]).
+        slots: positions that it takes (int32 [K]).
     """
 
     row_starts: np.ndarray
     source: np.ndarray
     record: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
+    part: np.ndarray
     slots: np.ndarray
 
     @property
@@ -75,70 +51,13 @@ class RowIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureSource:
-    """One source of a mixture: its name, its weight, its records, and their parts."""
+    """One source of a mixture: its name, its kind, its weight, its records, and these laid out."""
 
     name: str
+    kind: SourceKind
     weight: float
     records: EncodedSource
-    parts: PartTable
-
-
-def layout_hash(layout: Layout, row_slots: int) -> str:
-    """A short hash of everything that decides how records become positions, and where they are cut."""
-    return config_hash({"schema": SCHEMA_VERSION, "layout": layout, "row_slots": row_slots})
-
-
-def segment_of(encoded: EncodedSession | EncodedDocument, first: int, last: int, layout: Layout) -> Segment:
-    """Lays out one part of a record; `first` and `last` are tokens of a document, ignored for a session."""
-    if isinstance(encoded, EncodedDocument):
-        return layout.lay_out_document(encoded.tokens[first:last].tolist())
-    return layout.lay_out(layout.contents(encoded))
-
-
-def parts_of(encoded: EncodedSession | EncodedDocument, layout: Layout, row_slots: int) -> list[tuple[int, int, int]]:
-    """Cuts a record into parts of at most `row_slots` positions, as (first, last, slots).
-
-    Raises:
-        SessionError: it cannot be laid out, or one micro-turn alone is longer than a row.
-    """
-    if isinstance(encoded, EncodedDocument):
-        piece, size = row_slots - DOCUMENT_MARKERS, len(encoded.tokens)
-        firsts = range(0, max(size, 1), piece)
-        return [(a, min(a + piece, size), min(piece, size - a) + DOCUMENT_MARKERS) for a in firsts]
-    segment = segment_of(encoded, 0, 0, layout)
-    return [(first, last, last - first) for first, last in cut_at_turns(segment.turn_starts, row_slots)]
-
-
-def part_table(source: EncodedSource, layout: Layout, row_slots: int) -> PartTable:
-    """The parts of every record, read once per layout and kept beside the encoded records."""
-    path = source.directory / f"parts-{layout_hash(layout, row_slots)}.npz"
-    if path.is_file():
-        with np.load(path) as arrays:
-            entries = tuple(Quarantined(**entry) for entry in json.loads(str(arrays["quarantined"])))
-            columns = {name: arrays[name] for name in ("part_starts", "first", "last", "slots")}
-            return PartTable(**columns, quarantined=entries)
-    quarantined: list[Quarantined] = []
-    rows: list[tuple[int, int, int]] = []
-    starts = [0]
-    for index in range(len(source)):
-        try:
-            rows += parts_of(source[index], layout, row_slots)
-        except (RecordError, SessionError) as error:
-            rows.append((0, 0, 0))
-            known = source.quarantined.get(index)
-            quarantined.append(known or Quarantined.of(index, source.records, error))
-        starts.append(len(rows))
-    columns_K3 = np.array(rows, np.int32).reshape(-1, 3)
-    table = PartTable(
-        part_starts=np.array(starts, np.int64),
-        first=columns_K3[:, 0],
-        last=columns_K3[:, 1],
-        slots=columns_K3[:, 2],
-        quarantined=tuple(quarantined),
-    )
-    entries_json = json.dumps([asdict(entry) for entry in quarantined])
-    _save(path, {**vars(table), "quarantined": np.array(entries_json)})
-    return table
+    laid_out: LaidOut
 
 
 def record_order(lengths: Sequence[int], weights: Sequence[float], seed: int | None) -> grain.MapDataset:
@@ -195,27 +114,24 @@ def build_row_index(order: np.ndarray, sources: Sequence[MixtureSource], row_slo
     record_of = order - offsets[source_of]
     columns: list[np.ndarray] = []
     for number, source in enumerate(sources):
+        parts = source.laid_out.parts
         chosen = np.flatnonzero(source_of == number)
-        starts, ends = source.parts.part_starts[record_of[chosen]], source.parts.part_starts[record_of[chosen] + 1]
-        counts = ends - starts
+        starts = parts.part_starts[record_of[chosen]]
+        counts = parts.part_starts[record_of[chosen] + 1] - starts
         place = np.repeat(chosen, counts)
-        rank = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
-        part = np.repeat(starts, counts) + rank
-        fields = (source.parts.first[part], source.parts.last[part], source.parts.slots[part])
-        columns.append(np.stack([place, rank, np.full(len(part), number), record_of[place], *fields], axis=1))
-    parts_K7 = np.concatenate(columns)
-    parts_K7 = parts_K7[np.lexsort((parts_K7[:, 1], parts_K7[:, 0]))]
-    row_K = pack(parts_K7[:, 6], row_slots)
+        part = np.arange(len(place)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+        columns.append(np.stack([place, np.full(len(part), number), record_of[place], part, parts.slots[part]]))
+    parts_5K = np.concatenate(columns, axis=1)
+    parts_5K = parts_5K[:, np.argsort(parts_5K[0], kind="stable")]
+    row_K = pack(parts_5K[4], row_slots)
     by_row = np.argsort(row_K, kind="stable")
-    parts_K7 = parts_K7[by_row]
-    num_rows = int(row_K.max()) + 1
+    _, source, record, part, slots = parts_5K[:, by_row]
     return RowIndex(
-        row_starts=np.searchsorted(row_K[by_row], np.arange(num_rows + 1)).astype(np.int64),
-        source=parts_K7[:, 2].astype(np.int32),
-        record=parts_K7[:, 3].astype(np.int64),
-        first=parts_K7[:, 4].astype(np.int32),
-        last=parts_K7[:, 5].astype(np.int32),
-        slots=parts_K7[:, 6].astype(np.int32),
+        row_starts=np.searchsorted(row_K[by_row], np.arange(int(row_K.max()) + 2)).astype(np.int64),
+        source=source.astype(np.int32),
+        record=record,
+        part=part,
+        slots=slots.astype(np.int32),
     )
 
 
@@ -238,7 +154,7 @@ class RowIndexes:
             "seed": seed,
             "segments_per_epoch": segments_per_epoch,
             "layout": layout_hash,
-            "sources": [[s.name, s.weight, s.records.manifest.identity, _digest(s.parts)] for s in sources],
+            "sources": [[s.name, s.weight, s.records.manifest.identity, _digest(s.laid_out)] for s in sources],
         }
         # The index lies with the first source; its name tells mixtures and seeds apart.
         self.directory = sources[0].records.directory / f"rows-{config_hash(key)}"
@@ -257,9 +173,9 @@ class RowIndexes:
         return index
 
 
-def _digest(parts: PartTable) -> str:
-    data = b"".join(np.ascontiguousarray(array).tobytes() for array in (parts.part_starts, parts.slots))
-    return hashlib.sha256(data).hexdigest()[:16]
+def _digest(laid_out: LaidOut) -> str:
+    parts = laid_out.parts
+    return hashlib.sha256(parts.part_starts.tobytes() + parts.slots.tobytes()).hexdigest()[:16]
 
 
 def _save(path: Path, arrays: dict[str, Any]) -> None:

@@ -11,17 +11,17 @@ from conftest import encode_all, make_session, with_sources
 from PIL import Image
 
 from data_pipelines.encoded import codec_header, encoded_directory
+from data_pipelines.laid_out import segments_of
 from data_pipelines.loader import (
     RowLoader,
     eval_batches,
-    layout_of,
-    loss_weight_table,
-    max_tiles_per_row,
     process_batches,
     train_batches,
 )
 from data_pipelines.records import RecordKind, SessionWriter, read_manifest
+from data_pipelines.rows import layout_of, loss_weight_table, max_tiles_per_row
 from tml.batch import Batch
+from tml.codec.audio import pad_frames
 from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig, SourceConfig
 from tml.microturn import Kind, Target
 from tml.session import Stream, VideoFrame
@@ -87,13 +87,13 @@ def test_every_record_of_an_epoch_appears_once_and_whole(mixture, loader):
     index = loader._indexes.epoch(1)
     offsets = np.cumsum([0, *(len(source.records) for source in loader.sources)])
     order = [int(loader._indexes._order[k]) for k in range(50, 100)]
-    placed = Counter(zip(index.source.tolist(), index.record.tolist(), index.first.tolist(), strict=True))
-    expected = Counter()
+    placed = Counter(zip(index.source.tolist(), index.part.tolist(), strict=True))
+    expected: Counter[tuple[int, int]] = Counter()
     for number in order:
         source = int(np.searchsorted(offsets, number, side="right")) - 1
-        record, parts = number - offsets[source], loader.sources[source].parts
-        for part in range(parts.part_starts[record], parts.part_starts[record + 1]):
-            expected[source, int(record), int(parts.first[part])] += 1
+        starts = loader.sources[source].laid_out.parts.part_starts
+        record = number - int(offsets[source])
+        expected.update((source, part) for part in range(starts[record], starts[record + 1]))
     assert placed == expected
     start = loader.rows_in_epoch(0)
     used = sum(int((loader.row(start + r).kinds_BS > 0).sum()) for r in range(index.num_rows))
@@ -106,35 +106,37 @@ def test_rows_hold_what_the_layout_says(mixture, tokenizer, loader):
     layout, table = layout_of(mixture, tokenizer), loss_weight_table(mixture.loss)
     index = loader._indexes.epoch(0)
     for r in range(index.num_rows):
-        row = loader.row(r)
-        place = 0
-        for number, part in enumerate(range(index.row_starts[r], index.row_starts[r + 1]), start=1):
-            encoded = loader.sources[index.source[part]].records[int(index.record[part])]
-            first, last = int(index.first[part]), int(index.last[part])
-            if loader.sources[index.source[part]].name == "c":
-                segment = layout.lay_out_document(encoded.tokens[first:last].tolist())
-                first, last = 0, segment.num_slots
+        row, place = loader.row(r), 0
+        for number, at in enumerate(range(index.row_starts[r], index.row_starts[r + 1]), start=1):
+            source, part = loader.sources[index.source[at]], int(index.part[at])
+            encoded, starts = source.records[int(index.record[at])], source.laid_out.parts.part_starts
+            segments = segments_of(encoded, layout, 128)
+            first_part = int(starts[index.record[at]])
+            if source.name == "c":
+                segment, first = segments[part - first_part], 0
             else:
-                segment = layout.lay_out(layout.contents(encoded))
-                assert {first, last} <= set(segment.turn_starts.tolist())
-            here = slice(place, place + last - first)
-            np.testing.assert_array_equal(row.tokens_BS[0, here], segment.tokens[first:last])
-            np.testing.assert_array_equal(row.kinds_BS[0, here], segment.kinds[first:last])
-            np.testing.assert_array_equal(row.targets_BS[0, here], segment.targets[first:last])
-            np.testing.assert_array_equal(row.target_kinds_BS[0, here], segment.target_kinds[first:last])
-            np.testing.assert_array_equal(row.loss_weights_BS[0, here], table[segment.target_kinds[first:last]])
-            np.testing.assert_array_equal(row.positions_BS[0, here], np.arange(last - first))
+                segment = segments[0]
+                first = int(source.laid_out.parts.slots[first_part:part].sum())
+                assert first in segment.turn_starts
+                assert first + index.slots[at] in segment.turn_starts
+            there, here = slice(first, first + index.slots[at]), slice(place, place + index.slots[at])
+            np.testing.assert_array_equal(row.tokens_BS[0, here], segment.tokens[there])
+            np.testing.assert_array_equal(row.kinds_BS[0, here], segment.kinds[there])
+            np.testing.assert_array_equal(row.targets_BS[0, here], segment.targets[there])
+            np.testing.assert_array_equal(row.target_kinds_BS[0, here], segment.target_kinds[there])
+            np.testing.assert_array_equal(row.loss_weights_BS[0, here], table[segment.target_kinds[there]])
+            np.testing.assert_array_equal(row.positions_BS[0, here], np.arange(index.slots[at]))
             assert (row.segment_ids_BS[0, here] == number).all()
-            for slot in range(first, last):
-                if segment.kinds[slot] == Kind.AUDIO:
-                    frame = segment.source[slot]
-                    heard = row.levels_BSM[0, place + slot - first]
-                    if frame < len(encoded.levels_TM):
-                        np.testing.assert_array_equal(heard, encoded.levels_TM[frame])
-                    else:
-                        assert (heard == 2).all(), "the last turn is filled with digital silence"
+            if source.name != "c":
+                heard = row.levels_BSM[0, here][segment.kinds[there] == Kind.AUDIO]
+                frames = segment.source[there][segment.kinds[there] == Kind.AUDIO]
+                num_frames = 4 * (len(segment.turn_starts) - 1)
+                np.testing.assert_array_equal(
+                    heard, pad_frames(encoded.levels_TM, num_frames, mixture.model.audio)[frames]
+                )
+            assert not row.levels_BSM[0, here][segment.kinds[there] != Kind.AUDIO].any()
             place = here.stop
-        for name in ("tokens_BS", "kinds_BS", "segment_ids_BS", "loss_weights_BS", "targets_BS"):
+        for name in ("tokens_BS", "kinds_BS", "segment_ids_BS", "loss_weights_BS", "targets_BS", "levels_BSM"):
             assert not getattr(row, name)[0, place:].any()
 
 

@@ -1,0 +1,91 @@
+"""Rows: laid-out parts of records put into the arrays of a batch."""
+
+import numpy as np
+
+from data_pipelines.encoded import Media
+from data_pipelines.laid_out import LaidOut, PartTable
+from tml.batch import Batch, empty_rows
+from tml.codec.audio import silence_frame
+from tml.codec.text import Tokenizer
+from tml.config import Boundary, Experiment, LossConfig
+from tml.microturn import Clock, Kind, Layout, Target
+
+
+def layout_of(experiment: Experiment, tokenizer: Tokenizer) -> Layout:
+    """The micro-turn layout of an experiment."""
+    return Layout(
+        clock=Clock.of(experiment.turn, experiment.model.audio),
+        turn=experiment.turn,
+        special=tokenizer.special,
+        max_tiles_per_turn=experiment.model.video.max_tiles_per_turn,
+    )
+
+
+def max_tiles_per_row(layout: Layout, row_slots: int) -> int:
+    """The most tiles that a row can hold: as many turns full of tiles as fit, and one that is partly full."""
+    most = layout.max_tiles_per_turn
+    least_others = int(layout.turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + 1
+    full, rest = divmod(row_slots, least_others + most)
+    return full * most + min(most, max(0, rest - least_others))
+
+
+def loss_weight_table(loss: LossConfig) -> np.ndarray:
+    """The loss weight of each `Target` (float32 [6])."""
+    table = np.zeros(len(Target), np.float32)
+    table[Target.LISTEN] = loss.listen_weight
+    table[Target.SPEAK] = loss.speak_weight
+    table[Target.TEXT] = loss.text_weight
+    table[Target.ACTION] = loss.action_weight
+    table[Target.DOCUMENT] = loss.document_weight
+    return table
+
+
+class RowWriter:
+    """Puts parts into rows, one beside the other."""
+
+    def __init__(self, experiment: Experiment, layout: Layout) -> None:
+        self._row_slots, self._model = experiment.data.row_slots, experiment.model
+        self._num_tiles = max_tiles_per_row(layout, self._row_slots)
+        self._loss_weights = loss_weight_table(experiment.loss)
+        self._silence_M = silence_frame(experiment.model.audio)
+        self._order_S = np.arange(self._row_slots, dtype=np.int32)
+
+    def empty(self, num_rows: int) -> Batch:
+        """Rows of padding."""
+        return empty_rows(num_rows, self._row_slots, self._num_tiles, self._model)
+
+    def put(self, batch: Batch, row: int, number: int, place: int, laid_out: LaidOut, part: int) -> None:
+        """Puts a part at `place` of a row, as the row's segment `number`, without its sound and pictures."""
+        begin, slots = int(laid_out.parts.begin[part]), int(laid_out.parts.slots[part])
+        here, there = slice(place, place + slots), slice(begin, begin + slots)
+        target_kinds = laid_out.target_kinds[there]
+        batch.tokens_BS[row, here] = laid_out.tokens[there]
+        batch.kinds_BS[row, here] = laid_out.kinds[there]
+        batch.segment_ids_BS[row, here] = number
+        batch.positions_BS[row, here] = self._order_S[:slots]
+        batch.targets_BS[row, here] = laid_out.targets[there]
+        batch.target_kinds_BS[row, here] = target_kinds
+        batch.loss_weights_BS[row, here] = self._loss_weights[target_kinds]
+
+    def put_media(
+        self, batch: Batch, row: int, place: int, num_tiles: int, media: Media, parts: PartTable, part: int
+    ) -> int:
+        """Copies the sound and the tiles of a part of a session; returns the row's number of tiles with them."""
+        kinds = batch.kinds_BS[row, place : place + int(parts.slots[part])]
+        audio = np.flatnonzero(kinds == Kind.AUDIO.value)
+        if len(audio):
+            # Frames are consecutive; those past the session's end, in its last turn, are silence.
+            first_frame = int(parts.first_frame[part])
+            frames = media.levels_TM[first_frame : first_frame + len(audio)]
+            row_SM = batch.levels_BSM[row]
+            audio += place
+            row_SM[audio[: len(frames)]] = frames
+            if len(frames) < len(audio):
+                row_SM[audio[len(frames) :]] = self._silence_M
+        if not len(media.tiles_P):
+            return num_tiles
+        tiles, first_tile = np.flatnonzero(kinds == Kind.TILE.value), int(parts.first_tile[part])
+        end = num_tiles + len(tiles)
+        batch.tiles_BP[row, num_tiles:end] = media.tiles_P[first_tile : first_tile + len(tiles)]
+        batch.tile_index_BS[row, place + tiles] = np.arange(num_tiles, end)
+        return end

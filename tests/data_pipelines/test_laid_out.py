@@ -1,0 +1,101 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import make_session
+
+from data_pipelines.encoded import EncodedDocument
+from data_pipelines.encoding import encode_dataset
+from data_pipelines.laid_out import laid_out_directory, lay_out_source, layout_hash, segments_of
+from data_pipelines.loader import RowLoader
+from data_pipelines.records import SessionWriter
+from data_pipelines.rows import layout_of
+from tml.config import Boundary, MicroTurnConfig
+from tml.microturn import Kind
+
+
+def test_parts_cut_between_turns_and_join_to_the_whole(mixture, tokenizer):
+    layout, cut = layout_of(mixture, tokenizer), 0
+    for source in RowLoader(mixture.data.sources, mixture, tokenizer).sources[:2]:
+        laid_out = source.laid_out
+        for index in range(len(source.records)):
+            encoded = source.records[index]
+            segment = layout.lay_out(layout.contents(encoded))
+            parts = range(*laid_out.parts.part_starts[index : index + 2].tolist())
+            cut += len(parts) > 1
+            first = int(laid_out.parts.begin[parts[0]])
+            begins = [int(laid_out.parts.begin[part]) - first for part in parts]
+            ends = [begin + int(laid_out.parts.slots[part]) for begin, part in zip(begins, parts, strict=True)]
+            assert [*begins, segment.num_slots] == [0, *ends], "the parts join"
+            assert set(begins) <= set(segment.turn_starts.tolist()), "a tick is never split"
+            assert all(0 < end - begin <= 128 for begin, end in zip(begins, ends, strict=True))
+            for name in ("tokens", "targets", "kinds", "target_kinds"):
+                flat = getattr(laid_out, name)[first : first + segment.num_slots]
+                np.testing.assert_array_equal(flat, getattr(segment, name))
+            for begin, end, part in zip(begins, ends, parts, strict=True):
+                frames = segment.source[begin:end][segment.kinds[begin:end] == Kind.AUDIO]
+                assert frames.tolist() == list(range(frames[0], frames[-1] + 1))
+                assert laid_out.parts.first_frame[part] == frames[0]
+    assert cut > 5, "some of these sessions are longer than a row"
+
+
+def test_documents_are_cut_to_pieces_that_fill_rows(mixture, tokenizer):
+    layout, special = layout_of(mixture, tokenizer), tokenizer.special
+    for size in (0, 1, 125, 126, 127, 252, 1_000):
+        document = EncodedDocument(document_id="d", tokens=np.arange(20, 20 + size, dtype=np.int32))
+        pieces = segments_of(document, layout, 128)
+        assert np.concatenate([piece.tokens[1:-1] for piece in pieces]).tolist() == document.tokens.tolist()
+        assert all(piece.tokens[[0, -1]].tolist() == [special.document, special.end_of_text] for piece in pieces)
+        assert all(piece.num_slots == 128 for piece in pieces[:-1])
+        assert pieces[-1].num_slots <= 128
+
+
+def test_layout_hash_covers_layout_and_row(mixture, tokenizer):
+    layout = layout_of(mixture, tokenizer)
+    others = [
+        (layout, 256),
+        (replace(layout, max_tiles_per_turn=1), 128),
+        (replace(layout, turn=MicroTurnConfig(boundary=Boundary.NONE)), 128),
+        (replace(layout, clock=replace(layout.clock, turn_samples=6_400)), 128),
+        (replace(layout, special=replace(layout.special, speak=99)), 128),
+    ]
+    assert len({layout_hash(*other) for other in [(layout, 128), *others]}) == 6
+
+
+def test_a_source_is_laid_out_once(mixture, tokenizer):
+    layout = layout_of(mixture, tokenizer)
+    source = RowLoader(mixture.data.sources, mixture, tokenizer).sources[0].records
+    directory = laid_out_directory(source, layout, 128)
+    before = directory.stat().st_mtime_ns
+    again = lay_out_source(source, layout, 128)
+    assert directory.stat().st_mtime_ns == before
+    assert len(again.parts.part_starts) == len(source) + 1
+    assert not list(source.directory.glob(".*")), "nothing unfinished is left"
+
+
+@pytest.fixture
+def source(tmp_path, mixture, tokenizer):
+    with SessionWriter(tmp_path / "set", name="set") as writer:
+        for number in range(4):
+            writer.write(make_session(number))
+    return encode_dataset(tmp_path / "set", mixture.model, tokenizer, max_quarantined_fraction=0.0)
+
+
+def test_what_the_layout_cannot_hold_takes_no_positions(source, mixture, tokenizer):
+    """A micro-turn that is longer than a row, and one that is not."""
+    layout = layout_of(mixture, tokenizer)
+    assert not lay_out_source(source, layout, 20).quarantined
+    laid_out = lay_out_source(source, layout, 8)
+    assert {entry.index for entry in laid_out.quarantined} == {0, 1, 2, 3}
+    assert "data.row_slots is 8" in laid_out.quarantined[0].reason
+    assert laid_out.parts.slots.tolist() == [0, 0, 0, 0]
+    assert len(laid_out.tokens) == 0
+
+
+def test_damaged_layout_is_refused_with_the_way_out(source, mixture, tokenizer):
+    layout = layout_of(mixture, tokenizer)
+    lay_out_source(source, layout, 128)
+    directory = laid_out_directory(source, layout, 128)
+    (directory / "kinds.bin").write_bytes(b"12")
+    with pytest.raises(ValueError, match=r"kinds.bin has 2 bytes instead of \d+; remove .*layout-"):
+        lay_out_source(source, layout, 128)
