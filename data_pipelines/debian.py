@@ -99,3 +99,63 @@ def _run(command: Sequence[str], directory: Path) -> None:
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
         raise ValueError(f"`{' '.join(command)}` failed: {' '.join(said) or f'code {done.returncode}'}")
+
+
+_PACKAGES_OF_LIBRARIES = {
+    "libestbase": "libestools{version}",
+    "libeststring": "libestools{version}",
+    "libpulse-simple": "libpulse{version}",
+    "libvorbis": "libvorbis{version}a",
+}
+"""Libraries whose package is not named after them, as Debian does otherwise."""
+
+
+def library_directories(files: Sequence[Path], cache: Path | str) -> list[Path]:
+    """Folders with the shared libraries that `files` need and this system lacks, unpacked from Debian.
+
+    Args:
+        files: programs or libraries from unpacked packages; their own folders come first in the result.
+        cache: where packages are unpacked.
+
+    Raises:
+        ValueError: a library cannot be had.
+    """
+    cache = Path(cache).absolute()
+    folders = list(dict.fromkeys(path.parent for path in files))
+    asked: set[str] = set()
+    while missing := _missing_libraries([*files, *(f for d in folders for f in d.glob("lib*.so*"))], folders):
+        wanted = {package_of_library(name) for name in missing} - asked
+        if not wanted:
+            raise ValueError(f"{files[0].name} needs {', '.join(sorted(missing))}, which {sorted(asked)} do not hold")
+        for package in sorted(wanted):
+            tree = _unpack_library(package, cache)
+            folders += sorted({path.parent for path in tree.rglob("lib*.so*") if path.parent not in folders})
+        asked |= wanted
+    return folders
+
+
+def package_of_library(soname: str) -> str:
+    """The package of a shared library by Debian's rule: `libfoo.so.2` is in `libfoo2`, `libmp3.so.2` in `libmp3-2`."""
+    stem, _, version = soname.partition(".so.")
+    if stem in _PACKAGES_OF_LIBRARIES:
+        return _PACKAGES_OF_LIBRARIES[stem].format(version=version)
+    return f"{stem}{'-' if stem[-1].isdigit() else ''}{version}".lower()
+
+
+def _unpack_library(package: str, cache: Path) -> Path:
+    try:
+        return unpack(package, cache)
+    except ValueError as error:
+        # Since 2024 libraries built with 64-bit time have this suffix.
+        try:
+            return unpack(f"{package}t64", cache)
+        except ValueError:
+            raise error from None
+
+
+def _missing_libraries(files: Sequence[Path], folders: Sequence[Path]) -> set[str]:
+    path = ":".join(str(folder) for folder in folders)
+    done = subprocess.run(
+        ["ldd", *map(str, files)], capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": path}
+    )
+    return {line.split()[0] for line in done.stdout.splitlines() if line.rstrip().endswith("not found")}

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soxr
 
-from data_pipelines.speech import SAMPLE_RATE_HZ, Speech, Word, speech_of
+from data_pipelines.speech import SAMPLE_RATE_HZ, Speech, Word, speech_of, to_clock
 
 ACCENTS = ("en", "en-us", "en-029", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc")
 """The English accents; `en` is British."""
@@ -134,7 +133,7 @@ def synthesise(text: str, voice: Voice) -> Speech:
     if not text.strip():
         raise ValueError("there is no text to say")
     pcm, rate_hz, events = _run(text, voice)
-    samples = soxr.resample(pcm.astype(np.float32) / 32768, rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+    samples = to_clock(pcm, rate_hz)
     words = _words(text, events, SAMPLE_RATE_HZ / rate_hz, len(samples))
     speech = speech_of(samples, words)
     speech.samples.flags.writeable = False

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from data_pipelines.records import UNCOMPRESSED, RecordKind, Shard, commit, shard_name, stage, write_shard
 from tml.session import ExpectationKind, Session, encode_session
@@ -21,6 +21,7 @@ _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.5
 
 
+@runtime_checkable
 class SessionTask(Protocol):
     """Something that makes session `index` of a split, the same in every process."""
 

@@ -45,7 +45,7 @@ def draw_surroundings(
     )
 
 
-def place(pieces: Sequence[tuple[int, np.ndarray]], num_samples: int) -> Float32[np.ndarray, "T"]:
+def place(pieces: Sequence[tuple[int, np.ndarray]], num_samples: int) -> Float32[np.ndarray, " n"]:
     """Silence with each piece added at its first sample."""
     track = np.zeros(num_samples, np.float32)
     for start, samples in pieces:
@@ -54,8 +54,8 @@ def place(pieces: Sequence[tuple[int, np.ndarray]], num_samples: int) -> Float32
 
 
 def add_noise(
-    track: Float32[np.ndarray, "T"], surroundings: Surroundings, rng: np.random.Generator
-) -> Float32[np.ndarray, "T"]:
+    track: Float32[np.ndarray, " n"], surroundings: Surroundings, rng: np.random.Generator
+) -> Float32[np.ndarray, " n"]:
     """The track with noise; its signal-to-noise ratio counts only the samples that are not zero."""
     if not surroundings.noise_kind:
         return track
@@ -65,7 +65,7 @@ def add_noise(
     return track + level * noise.noise(surroundings.noise_kind, len(track), rng)
 
 
-def to_level(track: Float32[np.ndarray, "T"], peak_db: float) -> Float32[np.ndarray, "T"]:
+def to_level(track: Float32[np.ndarray, " n"], peak_db: float) -> Float32[np.ndarray, " n"]:
     """The track scaled so that its loudest sample lies at `peak_db`; silence stays silence."""
     peak = float(np.abs(track).max(initial=0.0))
     return track * np.float32(FULL_SCALE * 10 ** (peak_db / 20) / peak) if peak else track

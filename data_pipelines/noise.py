@@ -18,7 +18,7 @@ _LOWEST_HZ = 30.0
 _BABBLE_SPEAKERS = 5
 
 
-def noise(kind: str, num_samples: int, rng: np.random.Generator) -> Float32[np.ndarray, "T"]:
+def noise(kind: str, num_samples: int, rng: np.random.Generator) -> Float32[np.ndarray, " n"]:
     """Noise of mean power 1 (over the long run), cut at a random place.
 
     Raises:
@@ -32,7 +32,7 @@ def noise(kind: str, num_samples: int, rng: np.random.Generator) -> Float32[np.n
 
 
 @functools.cache
-def _stretch(kind: str) -> Float32[np.ndarray, "T"]:
+def _stretch(kind: str) -> Float32[np.ndarray, " n"]:
     rng = np.random.default_rng([NOISE_KINDS.index(kind), 0x6E6F6973])
     size = _STRETCH_S * SAMPLE_RATE_HZ
     if kind == "babble":

@@ -15,7 +15,7 @@ from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent
 
 SPLITS = ("train", "heldout")
 
-Channel = Callable[[Float32[np.ndarray, "T"], np.random.Generator], Float32[np.ndarray, "T"]]
+Channel = Callable[[Float32[np.ndarray, " n"], np.random.Generator], Float32[np.ndarray, " n"]]
 """What sound goes through; see `augment.channel`."""
 
 

@@ -6,6 +6,7 @@ request; during pauses, and after speech that asks for nothing, silence is due.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from data_pipelines import espeak, mixing
 from data_pipelines.request_session import SPLITS, Channel, RequestTaskConfig, Turn, arrange, compose
 from data_pipelines.request_vocabulary import FOREIGN, REQUEST_TYPES, STATEMENTS
 from data_pipelines.speech import Speaker, utter
-from data_pipelines.voices import draw_speaker
+from data_pipelines.voices import DEFAULT_CACHE, draw_speaker
 from tml.session import Session
 
 _WEIGHTS = np.array([kind.weight for kind in REQUEST_TYPES])
@@ -28,12 +29,14 @@ class RequestTask:
         seed: of the whole data set.
         config: the shape of the sessions.
         makers: of voices; each session draws one of them (see `voices.draw_speaker`).
+        cache: where Debian packages are unpacked, for the makers that come from there.
         channel: what the sound of a session goes through, or None; see `augment.channel`.
     """
 
     seed: int
     config: RequestTaskConfig = field(default_factory=RequestTaskConfig)
     makers: tuple[str, ...] = ("espeak",)
+    cache: Path = DEFAULT_CACHE
     channel: Channel | None = None
 
     def session(self, split: str, index: int) -> Session:
@@ -45,7 +48,7 @@ class RequestTask:
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
-        speaker = draw_speaker(self.makers[int(rng.integers(len(self.makers)))], split, rng)
+        speaker = draw_speaker(self.makers[int(rng.integers(len(self.makers)))], split, rng, self.cache)
         silent = bool(rng.random() < self.config.silent_fraction)
         # The larger of two draws, so that more sessions have several utterances than one.
         draws = rng.integers(self.config.max_utterances, size=2)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
+import soxr
+from jaxtyping import Float32, Int16
 
 SAMPLE_RATE_HZ = 16_000
 """The clock of every synthesised or recorded clip of this package."""
@@ -37,7 +38,7 @@ class Speech:
         words: with their times where the maker knows them, else empty.
     """
 
-    samples: Float32[np.ndarray, "T"]
+    samples: Float32[np.ndarray, " n"]
     start: int
     end: int
     words: tuple[Word, ...] = ()
@@ -60,7 +61,7 @@ class Speaker(Protocol):
 
 
 def audible_span(
-    samples: Float32[np.ndarray, "T"], sample_rate_hz: int = SAMPLE_RATE_HZ, audible_db: float = AUDIBLE_DB
+    samples: Float32[np.ndarray, " n"], sample_rate_hz: int = SAMPLE_RATE_HZ, audible_db: float = AUDIBLE_DB
 ) -> tuple[int, int]:
     """First and one past the last sample of the frames of 10 ms that are audible; (0, 0) for silence.
 
@@ -78,7 +79,7 @@ def audible_span(
     return int(audible[0]) * frame, min(len(samples), (int(audible[-1]) + 1) * frame)
 
 
-def speech_of(samples: Float32[np.ndarray, "T"], words: tuple[Word, ...] = ()) -> Speech:
+def speech_of(samples: Float32[np.ndarray, " n"], words: tuple[Word, ...] = ()) -> Speech:
     """Samples as Speech, its audible span measured.
 
     Raises:
@@ -88,6 +89,16 @@ def speech_of(samples: Float32[np.ndarray, "T"], words: tuple[Word, ...] = ()) -
     if end == 0:
         raise ValueError(f"{len(samples)} samples of speech are all silent; the voice said nothing")
     return Speech(samples=samples, start=start, end=end, words=words)
+
+
+def to_clock(samples: Int16[np.ndarray, " n"], rate_hz: int) -> Float32[np.ndarray, " m"]:
+    """16-bit samples of any rate as samples in [-1, 1] at 16 kHz."""
+    return soxr.resample(samples.astype(np.float32) / 32768, rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+
+
+def warp(samples: Float32[np.ndarray, " n"], factor: float) -> Float32[np.ndarray, " m"]:
+    """The sound with pitch and formants `factor` times higher, and as much shorter: another person's vocal tract."""
+    return samples if factor == 1.0 else soxr.resample(samples, factor * SAMPLE_RATE_HZ, SAMPLE_RATE_HZ, quality="HQ")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +111,7 @@ class Utterance:
         words: as in Speech.
     """
 
-    samples: Float32[np.ndarray, "T"]
+    samples: Float32[np.ndarray, " n"]
     pauses: tuple[tuple[int, int], ...]
     words: tuple[Word, ...]
 
@@ -113,8 +124,11 @@ def utter(speaker: Speaker, parts: Sequence[str], pauses_s: Sequence[float]) -> 
     """
     if len(parts) != len(pauses_s) + 1:
         raise ValueError(f"{len(parts)} parts need {len(parts) - 1} pauses, but there are {len(pauses_s)}")
-    whole = speaker.say(", ".join(parts)) if len(parts) > 1 else speaker.say(parts[0])
-    pieces = _cut_at_commas(whole, len(parts)) if whole.words or len(parts) == 1 else [speaker.say(p) for p in parts]
+    whole = speaker.say(", ".join(parts))
+    if len(parts) == 1:
+        pieces = [whole]
+    else:
+        pieces = _cut_at_commas(whole, len(parts)) if whole.words else [speaker.say(part) for part in parts]
     sounds: list[np.ndarray] = []
     pauses: list[tuple[int, int]] = []
     words: list[Word] = []

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from absl import app, flags
 
+from data_pipelines import augment
+from data_pipelines.dialogue import DialogueTask
 from data_pipelines.generate import GenerateSummary, generate
 from data_pipelines.request_session import SPLITS
 from data_pipelines.request_task import RequestTask
-from data_pipelines.voices import MAKERS
+from data_pipelines.voices import DEFAULT_CACHE, MAKERS, licences
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("task", "requests", ["requests"], "What the sessions are.")
+flags.DEFINE_enum("task", "requests", ["requests", "dialogue"], "What the sessions are.")
 flags.DEFINE_string("out", None, "Directory of the new data set.")
 flags.DEFINE_integer("num_sessions", 6000, "Sessions to make.", lower_bound=1)
 flags.DEFINE_enum("split", "train", list(SPLITS), "Voices to use; no voice is in both splits.")
@@ -27,6 +29,10 @@ flags.DEFINE_integer("seed", 0, "Everything random follows from it.", lower_boun
 flags.DEFINE_integer("num_workers", 2, "Processes.", lower_bound=1)
 flags.DEFINE_integer("num_shards", 8, "Files of the data set.", lower_bound=1)
 flags.DEFINE_list("voices", ["espeak"], f"Makers of voices, of {', '.join(MAKERS)}; each session draws one.")
+flags.DEFINE_enum(
+    "augment", "none", ["none", "channel"], "What the user's sound goes through (data_pipelines.augment)."
+)
+flags.DEFINE_string("cache", str(DEFAULT_CACHE), "Where Debian packages are unpacked, for voices that come from there.")
 flags.DEFINE_bool("overwrite", False, "Replace a data set that is at --out.")
 
 LICENCE = "synthetic speech; the programs that made it are named in `makers`, and their licences do not cover it"
@@ -60,8 +66,17 @@ def _describe(summary: GenerateSummary, out: str) -> str:
     )
 
 
-def _task() -> RequestTask:
-    return RequestTask(seed=FLAGS.seed, makers=tuple(FLAGS.voices))
+def _task() -> RequestTask | DialogueTask:
+    unknown = [maker for maker in FLAGS.voices if maker not in MAKERS]
+    if unknown or not FLAGS.voices:
+        raise ValueError(f"--voices={','.join(FLAGS.voices)} must name some of {', '.join(MAKERS)}")
+    kind = {"requests": RequestTask, "dialogue": DialogueTask}[FLAGS.task]
+    return kind(
+        seed=FLAGS.seed,
+        makers=tuple(FLAGS.voices),
+        cache=Path(FLAGS.cache).expanduser().absolute(),
+        channel=augment.channel if FLAGS.augment == "channel" else None,
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -84,9 +99,11 @@ def main(argv: list[str]) -> int:
             "split": FLAGS.split,
             "seed": str(FLAGS.seed),
             "makers": ",".join(FLAGS.voices),
+            "augment": FLAGS.augment,
             "settings": json.dumps(dataclasses.asdict(task.config)),
             "licence": LICENCE,
         },
+        attachments=licences(task.makers, task.cache),
         overwrite=FLAGS.overwrite,
         progress=_progress(FLAGS.num_sessions),
     )
