@@ -138,11 +138,11 @@ def _draw(key: jax.Array, spec: ParamSpec, sharding: jax.sharding.Sharding | Non
     return draw(key, scale, spec.shape)
 
 
-def _normal(key: jax.Array, deviation: float, shape: tuple[int, ...]) -> jax.Array:
+def _normal(key: jax.Array, deviation: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32) * deviation
 
 
-def _constant(_: jax.Array, value: float, shape: tuple[int, ...]) -> jax.Array:
+def _constant(_: jax.Array, value: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.full(shape, value, jnp.float32)
 
 

@@ -163,7 +163,7 @@ def move_router_bias(
     for stage, layers in zip(layer_stages(cfg), params["stages"], strict=True):
         num_mixtures = sum(not kind.is_dense for kind in stage.kinds)
         load_LGE = expert_load_LE[first : first + stage.repeats * num_mixtures]
-        load_LGE = load_LGE.reshape(stage.repeats, num_mixtures, -1)
+        load_LGE = load_LGE.reshape(stage.repeats, num_mixtures, cfg.moe.num_experts)
         first += stage.repeats * num_mixtures
         moved, place = [], 0
         for kind, layer in zip(stage.kinds, layers, strict=True):

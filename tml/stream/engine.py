@@ -23,7 +23,7 @@ from tml.params import Leaf, PyTree
 from tml.stream.inputs import TurnInputs
 
 CONTROL, TEXT, ACTION, DONE = range(4)
-"""Phases of the output half: before control, in own text, in an action's payload, over."""
+"""Phases of the output half: at its start or after an action, in own text, in an action's payload, over."""
 
 StepFunction = Callable[[PyTree, "StreamState", TurnInputs], tuple["StreamState", "TurnOutputs"]]
 
@@ -69,7 +69,7 @@ def make_step(model: ModelConfig, layout: Layout, stream: StreamConfig) -> StepF
     allowed_PV = jnp.asarray(allowed_tokens(layout, model.num_logits))
     choose = _likeliest if stream.temperature == 0 else _sampler(stream.temperature)
     special, turn = layout.special, layout.turn
-    first_phase = CONTROL if turn.control is Control.EXPLICIT else TEXT
+    not_words = jnp.array([special.listen, special.speak, special.end_of_text])
 
     def step(params: PyTree, state: StreamState, inputs: TurnInputs) -> tuple[StreamState, TurnOutputs]:
         with jax.named_scope("turn_in"):
@@ -77,7 +77,7 @@ def make_step(model: ModelConfig, layout: Layout, stream: StreamConfig) -> StepF
         num_rows = inputs.counts_B.shape[0]
         last_B = jnp.maximum(inputs.counts_B - 1, 0)
         logits_BV = jnp.take_along_axis(logits_BWV, last_B[:, None, None], axis=1)[:, 0]
-        phase_B = jnp.where(inputs.counts_B > 0, first_phase, DONE).astype(jnp.int32)
+        phase_B = jnp.where(inputs.counts_B > 0, CONTROL, DONE).astype(jnp.int32)
         zero_B = jnp.zeros(num_rows, jnp.int32)
         outputs = TurnOutputs(
             tokens_BO=jnp.zeros((num_rows, layout.max_slots_out), jnp.int32),
@@ -94,17 +94,19 @@ def make_step(model: ModelConfig, layout: Layout, stream: StreamConfig) -> StepF
                 (phase_B == ACTION) & (acted_B >= turn.max_action_per_turn - 1)
             )
             can_act_B = (phase_B != CONTROL) | (acted_B <= turn.max_action_per_turn - 2)
-            allowed_BV = allowed_PV[phase_B] & (can_act_B[:, None] | (jnp.arange(model.num_logits) != special.action))
+            allowed_BV = allowed_PV[phase_B] & (
+                can_act_B[:, None] | (jnp.arange(model.num_logits) != special.action)[None]
+            )
             masked_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
             token_B = jnp.where(over_B, special.end_of_text, choose(masked_BV, state.keys_B, decode.num_positions_B))
             active_B = phase_B != DONE
             outputs = _record(outputs, token_B, active_B, logits_BV)
             decode, next_logits_BWV = cache.append(params, decode, token_slots(token_B, active_B, inputs, model), model)
-            is_word_B = token_B != special.end_of_text
-            said_B = said_B + ((phase_B == TEXT) & is_word_B).astype(jnp.int32)
             acting_B = (phase_B == ACTION) | ((phase_B == CONTROL) & (token_B == special.action))
             acted_B = acted_B + acting_B.astype(jnp.int32)
-            phase_B = _next_phase(phase_B, token_B, layout, first_phase)
+            speaking_B = active_B & ~acting_B & ~jnp.isin(token_B, not_words)
+            said_B = said_B + speaking_B.astype(jnp.int32)
+            phase_B = _next_phase(phase_B, token_B, layout)
             return decode, next_logits_BWV[:, 0], phase_B, said_B, acted_B, outputs
 
         with jax.named_scope("turn_out"):
@@ -124,22 +126,25 @@ def allowed_tokens(layout: Layout, num_logits: int) -> np.ndarray:
     """Which tokens may come next in each phase: bool [phases, V]."""
     special = layout.special
     allowed_PV = np.zeros((4, num_logits), bool)
-    allowed_PV[CONTROL, [special.listen, special.speak, special.action]] = True
     allowed_PV[[TEXT, ACTION]] = True
     allowed_PV[np.ix_([TEXT, ACTION], sorted(vars(special).values()))] = False
     allowed_PV[[TEXT, ACTION], special.end_of_text] = True
-    allowed_PV[DONE, special.pad] = True
     if layout.turn.control is Control.IMPLICIT:
-        allowed_PV[TEXT, special.action] = True
+        allowed_PV[CONTROL] = allowed_PV[TEXT]
+    else:
+        allowed_PV[CONTROL, [special.listen, special.speak]] = True
+    allowed_PV[CONTROL, special.action] = True
+    allowed_PV[DONE, special.pad] = True
     return allowed_PV
 
 
-def _next_phase(phase_B: jax.Array, token_B: jax.Array, layout: Layout, first_phase: int) -> Int32[Array, "B"]:
+def _next_phase(phase_B: jax.Array, token_B: jax.Array, layout: Layout) -> Int32[Array, "B"]:
     special = layout.special
     ended_B = token_B == special.end_of_text
-    after_control = jnp.where(token_B == special.speak, TEXT, jnp.where(token_B == special.action, ACTION, DONE))
-    after_text = jnp.where(ended_B, DONE, jnp.where(token_B == special.action, ACTION, TEXT))
-    after_action = jnp.where(ended_B, first_phase, ACTION)
+    over_B = ended_B | (token_B == special.listen)
+    after_control = jnp.where(over_B, DONE, jnp.where(token_B == special.action, ACTION, TEXT))
+    after_text = jnp.where(ended_B, DONE, TEXT)
+    after_action = jnp.where(ended_B, CONTROL, ACTION)
     branches = [phase_B == CONTROL, phase_B == TEXT, phase_B == ACTION]
     return jnp.select(branches, [after_control, after_text, after_action], DONE).astype(jnp.int32)
 
