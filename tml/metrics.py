@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -221,10 +222,11 @@ class RichConsole:
 
         self._num_steps = num_steps
         self._live = Live(console=Console(), auto_refresh=False, transient=False)
-        self._live.start()
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Redraws the panel; scalars of an evaluation are printed as a line that stays."""
+        if not self._live.is_started:
+            self._live.start()
         if any(name.startswith("eval/") for name in scalars):
             self._live.console.print(f"[bold]step {step}[/bold]  {format_scalars(scalars)}", highlight=False)
             return
@@ -259,6 +261,14 @@ class Sinks:
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
+
+    def __enter__(self) -> "Sinks":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Writes to every sink."""

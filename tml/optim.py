@@ -161,7 +161,11 @@ def orthogonalise(matrices: Float32[Array, "n i o"]) -> Float32[Array, "n i o"]:
     x = x / (norm + 1e-8)
     identity = jnp.eye(x.shape[1], dtype=x.dtype)[None]
     linear, cubic, quintic = NEWTON_SCHULZ
-    for _ in range(NEWTON_SCHULZ_STEPS):
+
+    def iterate(_: jax.Array | int, x: jax.Array) -> jax.Array:
         gram = jnp.einsum("nij,nkj->nik", x, x)
-        x = (linear * identity + cubic * gram + quintic * (gram @ gram)) @ x
+        return (linear * identity + cubic * gram + quintic * (gram @ gram)) @ x
+
+    # A loop, not unrolled: the program compiles in half the time and runs as fast.
+    x = jax.lax.fori_loop(0, NEWTON_SCHULZ_STEPS, iterate, x)
     return x.swapaxes(1, 2) if is_tall else x

@@ -1,0 +1,168 @@
+"""What every app shares: flags, the experiment behind --config, errors as one line, a quiet screen, the compile cache.
+
+Exit codes: 0 done, 1 failed, 2 wrong flags or config, 75 interrupted with the state saved, 130 Ctrl-C.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from tml.config import Experiment, from_config_dict
+from tml.config.tree import nearest_keys
+
+FLAGS = flags.FLAGS
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_KEYBOARD = 130
+
+COMPILE_CACHE = Path("~/.cache/tml/xla")
+"""Where compiled programs stay between runs; JAX_COMPILATION_CACHE_DIR overrides it."""
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines --config=FILE and its overrides, --config.group.key=value."""
+    return config_flags.DEFINE_config_file(
+        "config",
+        help_string="An experiment, such as experiments/quickstart.py. "
+        "--config.group.key=value changes one value, as in --config.train.num_steps=200.",
+    )
+
+
+def read_experiment(config: flags.FlagHolder) -> Experiment:
+    """The experiment that the flags describe, checked before any array exists.
+
+    Raises:
+        app.UsageError: no file, or values that do not fit.
+    """
+    if FLAGS["config"].value is None:
+        raise app.UsageError("--config is missing; name an experiment, as in --config=experiments/quickstart.py")
+    try:
+        return from_config_dict(config.value)
+    except (ValueError, OSError) as error:
+        raise app.UsageError(_readable(error)) from error
+
+
+def run_app(main: Callable[[list[str]], int | None]) -> None:
+    """Runs an app: parses flags, prints help, and turns errors that a user can mend into one line.
+
+    Args:
+        main: gets what is left of the command line; returns the exit code, None for 0. ValueError,
+            FileNotFoundError and the like become one line; other exceptions are our mistakes and
+            keep their traceback.
+    """
+    _quieten()
+    app.run(lambda argv: sys.exit(_guarded(main, argv)), flags_parser=_parse_flags)
+
+
+def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    try:
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown arguments {argv[1:]}; every option is a --flag")
+        return main(argv) or 0
+    except app.UsageError as error:
+        return _complain(str(error), EXIT_USAGE)
+    except (ValueError, OSError) as error:
+        if _TRACEBACK.value:
+            raise
+        return _complain(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted", EXIT_KEYBOARD)
+
+
+def _complain(message: str, code: int) -> int:
+    line = re.sub(r"\s*\n\s*", " ", message).strip()
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; bad flags and config files end the program with one line."""
+    if any(arg in ("--help", "-h", "-help", "--helpshort", "--helpfull") for arg in argv[1:]):
+        print(_help_text())
+        sys.exit(0)
+    try:
+        _check_overrides(argv)
+        return FLAGS(argv)
+    except KeyError as error:
+        sys.exit(_complain(f"a --config override names {error.args[0]}; only the config file can add such a key", EXIT_USAGE))
+    except (flags.Error, app.UsageError, AttributeError, TypeError, ValueError, OSError) as error:
+        sys.exit(_complain(_readable(error), EXIT_USAGE))
+
+
+def _readable(error: Exception) -> str:
+    """The message, cut down to file and reason where a config file could not be loaded."""
+    text = str(error)
+    found = re.search(r"Attempted \[[^]]*\]:\s*(\S+)\s*(\[Errno[^\n]*)", text)
+    return f"config file {found.group(1)} cannot be loaded: {found.group(2)}" if found else text
+
+
+def _check_overrides(argv: list[str]) -> None:
+    """Checks every --config.a.b=value against the dataclasses, to name the nearest keys."""
+    for arg in argv[1:]:
+        found = re.match(r"--?config\.([\w.]+)(=|$)", arg)
+        if found:
+            _check_key(found.group(1).split("."), Experiment, "config")
+
+
+def _check_key(names: list[str], kind: Any, path: str) -> None:
+    if not names:
+        return
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if names[0] not in hints:
+            raise app.UsageError(f"unknown key {path}.{names[0]}; {nearest_keys(names[0], hints)}")
+        _check_key(names[1:], hints[names[0]], f"{path}.{names[0]}")
+        return
+    origin = typing.get_origin(kind)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _check_key(names[1:], typing.get_args(kind)[1], f"{path}.{names[0]}")
+        return
+    raise app.UsageError(f"unknown key {path}.{'.'.join(names)}; {path} is a single value")
+
+
+def _help_text() -> str:
+    """The app's docstring and its own flags."""
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
+    shared = [FLAGS[name] for name in ("config", "traceback") if name in FLAGS]
+    for flag in [*FLAGS.get_key_flags_for_module(sys.argv[0]), *shared]:
+        default = "" if flag.default in (None, "", False) else f" (default {flag.default_as_str})"
+        lines.append(f"  --{flag.name}  {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def _quieten() -> None:
+    """Keeps third parties from flooding the screen; our own warnings stay."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.ERROR)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"(tml|launch|data_pipelines|experiments)\b")
+
+
+def prepare_jax() -> None:
+    """Turns on the cache of compiled programs. Call it after the config is checked and before the first array."""
+    import jax  # slow to import, and nothing about flags needs it
+
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or COMPILE_CACHE.expanduser() / _machine()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _machine() -> str:
+    """A short name of this processor's instruction set: programs compiled for another one may not run here."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    known = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return hashlib.sha256("\n".join(sorted(known)).encode()).hexdigest()[:12]

@@ -1,0 +1,292 @@
+"""Checkpoints: the whole TrainState, written by Orbax in the background, verified when it is read.
+
+    checkpoints/STEP/params     the parameters, router biases included
+    checkpoints/STEP/optimizer  step, num_skipped and the optimizer's state
+    checkpoints/STEP/manifest   config, its hash, and a checksum of every array
+
+Orbax commits a step in phases: data, then a marker; a step without its marker does not exist.
+The position in the data is the step itself: batch k is read by step k.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from tml.config import Experiment, config_hash, difference, to_mapping
+from tml.config.tree import from_mapping
+from tml.model import transformer
+from tml.params import PyTree, abstract_params
+from tml.train_step import TrainState, abstract_state
+
+FORMAT = 1
+FOLDER = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read, with what to do about it."""
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Example:
+        >>> with Checkpoints(Path("runs/quick"), keep=2) as checkpoints:
+        ...     state = checkpoints.restore(experiment, mesh)
+        ...     checkpoints.save(state, experiment)
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2, is_read_only: bool = False) -> None:
+        self._folder = (workdir / FOLDER).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            read_only=is_read_only,
+            create=not is_read_only,
+            cleanup_tmp_directories=not is_read_only,
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Every committed step, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The newest committed step; None when there is none."""
+        return max(self._manager.all_steps(), default=None)
+
+    def save(self, state: TrainState, experiment: Experiment) -> None:
+        """Copies the state to the host and writes it in the background.
+
+        Raises:
+            CheckpointError: the previous save failed.
+        """
+        step = int(state.step)
+        params, optimizer = _items(state)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "config": to_mapping(experiment),
+            "config_hash": config_hash(experiment),
+            "checksums": _checksums({"params": params, "optimizer": optimizer}),
+        }
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(optimizer),
+            manifest=ocp.args.JsonSave(manifest),
+        )
+        self._surfaced(f"saving step {step}", lambda: self._manager.save(step, args=items))
+
+    def check(self) -> None:
+        """Raises the error of a save in the background, if it has failed.
+
+        Raises:
+            CheckpointError: with the reason.
+        """
+        self._surfaced("saving in the background", self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        self._surfaced("saving in the background", self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for the last save and releases the folder.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        self._surfaced("saving in the background", self._manager.close)
+
+    def _surfaced(self, doing: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            raise CheckpointError(
+                f"{doing} to {self._folder} failed: {_first_line(error)}; "
+                "free the disk or change --workdir, then run the same command to continue from the last checkpoint"
+            ) from error
+
+    def restore(self, experiment: Experiment, mesh: Mesh, step: int | None = None) -> TrainState:
+        """Reads a checkpoint onto the shardings of `mesh`, which need not be those it was written from.
+
+        Args:
+            experiment: the run that continues.
+            mesh: where the state goes.
+            step: which checkpoint; the newest if None.
+
+        Raises:
+            CheckpointError: there is none, it belongs to another model, or it is damaged.
+        """
+        step = self._chosen(step)
+        manifest = self._manifest(step)
+        changed = difference(manifest["config"]["model"], to_mapping(experiment.model))
+        stored_optimizer = manifest["config"]["optim"]["optimizer"]
+        if stored_optimizer != experiment.optim.optimizer.value:
+            changed.append(("optim.optimizer", stored_optimizer, experiment.optim.optimizer.value))
+        if changed:
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(step)} belongs to another model: {describe(changed)}; "
+                "change the config back, or choose another --workdir"
+            )
+        abstract = abstract_state(experiment, mesh)
+        params, optimizer = _items(abstract)
+        restored = self._read(step, manifest, {"params": params, "optimizer": optimizer})
+        values = [*restored["params"].values(), *restored["optimizer"].values()]
+        by_path = dict(zip([*params, *optimizer], values, strict=True))
+        paths = [path for path, _ in _named_leaves(abstract)]
+        return jax.tree.unflatten(jax.tree.structure(abstract), [by_path[path] for path in paths])
+
+    def restore_params(self, step: int | None = None) -> tuple[Experiment, PyTree]:
+        """Reads the config and the parameters alone onto the first device, for streaming and evaluation.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        step = self._chosen(step)
+        manifest = self._manifest(step)
+        try:
+            experiment = from_mapping(Experiment, manifest["config"], "config")
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(step)} was written by another version of tml: {error}; train it anew"
+            ) from error
+        abstract = abstract_params(transformer.specs(experiment.model))
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        flat = {
+            f"params.{path}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            for path, leaf in _named_leaves(abstract)
+        }
+        restored = self._read(step, manifest, {"params": flat})["params"]
+        return experiment, jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in flat])
+
+    def _chosen(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self._folder} holds no checkpoint; train first, or name another --workdir")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self._folder} holds steps {steps}, not step {step}")
+        return steps[-1] if step is None else step
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        items = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+        manifest = self._guarded(step, lambda: self._manager.restore(step, args=items)["manifest"])
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(step)} has format {manifest.get('format')}, this tml reads {FORMAT}"
+            )
+        return manifest
+
+    def _read(
+        self, step: int, manifest: Mapping[str, Any], abstract: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Restores items and compares the checksum of every array with the manifest."""
+        wanted = {path for item in abstract.values() for path in item}
+        missing = sorted(wanted - manifest["checksums"].keys())
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(step)} lacks {len(missing)} arrays of this run, "
+                f"{missing[0]} first; it was written by another version of tml"
+            )
+        items = ocp.args.Composite(**{name: ocp.args.StandardRestore(dict(item)) for name, item in abstract.items()})
+        read = self._guarded(step, lambda: self._manager.restore(step, args=items))
+        restored = {name: {path: read[name][path] for path in item} for name, item in abstract.items()}
+        found = _checksums(restored)
+        wrong = [path for path in found if found[path] != manifest["checksums"][path]]
+        if wrong:
+            raise self._damaged(step, f"the checksum of {wrong[0]} is wrong")
+        return restored
+
+    def _guarded(self, step: int, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except Exception as error:
+            raise self._damaged(step, _first_line(error)) from error
+
+    def _damaged(self, step: int, reason: str) -> CheckpointError:
+        older = [other for other in self.steps() if other < step]
+        folder = self._folder / str(step)
+        way_out = (
+            f"delete {folder} and run again to continue from step {older[-1]}"
+            if older
+            else f"there is no older one; delete {folder} to start anew"
+        )
+        return CheckpointError(f"checkpoint {folder} is damaged ({reason}); {way_out}")
+
+
+def restore(workdir: Path, step: int | None = None) -> tuple[Experiment, PyTree]:
+    """The config and the parameters of a run folder, for streaming and evaluation.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    if not (workdir / FOLDER).is_dir():
+        raise CheckpointError(f"{workdir} has no {FOLDER} folder; train first, or name another --workdir")
+    with Checkpoints(workdir, is_read_only=True) as checkpoints:
+        return checkpoints.restore_params(step)
+
+
+def describe(changed: list[tuple[str, Any, Any]], most: int = 5) -> str:
+    """Differences between configs for an error: `model.d_model was 128, is 256`."""
+    shown = [f"{path} was {old!r}, is {new!r}" for path, old, new in changed[:most]]
+    rest = len(changed) - len(shown)
+    return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def state_hash(state: PyTree) -> str:
+    """A short hash of every bit of a state: equal states, equal hash."""
+    return config_hash(_checksums({"state": dict(_named_leaves(state))}))
+
+
+def _items(state: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a state into its parameters and the rest, each a flat dict by path."""
+    leaves = dict(_named_leaves(state))
+    params = {path: leaf for path, leaf in leaves.items() if path.startswith("params.")}
+    return params, {path: leaf for path, leaf in leaves.items() if path not in params}
+
+
+def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def _checksums(items: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, int]:
+    """The sum of the bits of every array, by path; the same on any mesh, as integers add up in any order."""
+    flat = {path: leaf for item in items.values() for path, leaf in item.items()}
+    return {path: int(value) for path, value in jax.device_get(_bit_sums(flat)).items()}
+
+
+@jax.jit
+def _bit_sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(_bit_sum, leaves)
+
+
+def _bit_sum(values: jax.Array) -> jax.Array:
+    """Sums words, each multiplied by an odd number of its place, so that two that are swapped are noticed."""
+    words = jax.lax.bitcast_convert_type(values, f"uint{8 * values.dtype.itemsize}").astype(jnp.uint32)
+    places, stride = jnp.ones(words.shape, jnp.uint32), 2
+    for axis in reversed(range(words.ndim)):  # no reshape, which would gather a sharded array
+        places += stride * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        stride *= words.shape[axis]
+    return jnp.sum(words * places, dtype=jnp.uint32)
+
+
+def _first_line(error: BaseException) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " …"

@@ -1,0 +1,260 @@
+"""The training loop, and what it shows: a first screen, a log that is one step late, a summary."""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import jax
+from jax.sharding import Mesh
+
+from tml.batch import Batch
+from tml.checkpoint import Checkpoints, state_hash
+from tml.config import Experiment, SourceConfig, config_hash
+from tml.flops import measure_matmul_rate, param_table, param_table_text, row_flops, token_flops
+from tml.mesh import make_mesh
+from tml.metrics import Sink, Window, duration, format_scalars, open_sinks, short_number
+from tml.model import transformer
+from tml.params import PyTree
+from tml.train_step import EvalStep, Metrics, TrainState, init_state, make_eval_step, make_train_step, to_devices
+
+EXIT_INTERRUPTED = 75
+"""Exit code after SIGTERM or Ctrl-C: the state is saved, the same command continues (EX_TEMPFAIL of sysexits.h)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        state: the last state, which is also saved.
+        is_interrupted: whether a signal ended the run before `num_steps`.
+        scalars: the last logged metrics and evaluation.
+    """
+
+    state: TrainState
+    is_interrupted: bool
+    scalars: Mapping[str, float]
+
+
+def train(
+    experiment: Experiment,
+    workdir: Path,
+    train_batches: Callable[[int], Iterator[Batch]],
+    eval_batches: Callable[[], Iterable[Batch]],
+) -> TrainResult:
+    """Trains from the newest checkpoint in `workdir`, or from the start, to `train.num_steps`.
+
+    Args:
+        experiment: the run.
+        workdir: its folder; gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+        train_batches: the batches from a given step on; batch k must depend on k alone.
+        eval_batches: the held-out batches, the same every time.
+
+    Raises:
+        ValueError: the mesh does not fit the devices, or the checkpoint belongs to another model.
+    """
+    cfg, mesh = experiment.train, make_mesh(experiment.mesh)
+    with Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints, Interrupts() as interrupts:
+        first, state = start(experiment, mesh, checkpoints)
+        with open_sinks(workdir, cfg.num_steps, first) as sinks:
+            train_step, eval_step = make_train_step(experiment, mesh), make_eval_step(experiment, mesh)
+            log = Log(experiment, mesh, sinks, first)
+            print(first_screen(experiment, mesh, workdir, log.peak_flops_per_s, first), flush=True)
+            batches, step, saved = train_batches(first), first, first
+            while step < cfg.num_steps and not interrupts.requested:
+                with log.waiting_for_data():
+                    batch = next(batches)
+                state, metrics = train_step(state, to_devices(batch, mesh))
+                step += 1
+                log.add(step, metrics)
+                checkpoints.check()
+                if step % cfg.eval_every == 0 or step == cfg.num_steps:
+                    with log.paused():
+                        log.write(step, evaluate(eval_step, state.params, eval_batches(), mesh))
+                if step % cfg.checkpoint_every == 0:
+                    with log.paused():
+                        checkpoints.save(state, experiment)
+                        saved = step
+            log.finish()
+            if saved != step:
+                checkpoints.save(state, experiment)
+    result = TrainResult(state=state, is_interrupted=step < cfg.num_steps, scalars=log.latest)
+    print(summary(result, workdir, step, time.monotonic() - log.start_time), flush=True)
+    return result
+
+
+def start(experiment: Experiment, mesh: Mesh, checkpoints: Checkpoints) -> tuple[int, TrainState]:
+    """The newest checkpoint, or a fresh state; also the number of steps it has made."""
+    latest = checkpoints.latest_step()
+    if latest is None:
+        return 0, init_state(jax.random.key(experiment.seed), experiment, mesh)
+    return latest, checkpoints.restore(experiment, mesh, latest)
+
+
+def evaluate(eval_step: EvalStep, params: PyTree, batches: Iterable[Batch], mesh: Mesh) -> dict[str, float]:
+    """Means over held-out batches, named `eval/…`; nothing if there are none."""
+    window = Window()
+    for batch in batches:
+        window.add(eval_step(params, to_devices(batch, mesh)))
+    return {f"eval/{name}": value for name, value in window.take().items()}
+
+
+class Log:
+    """Collects metrics one step late, measures time, and writes both every `log_every` steps.
+
+    The metrics of a step are fetched after the next one has been sent to the device, so that the
+    device always has work while the host waits.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh, sink: Sink, first: int) -> None:
+        cfg, devices = experiment.train, mesh.local_devices
+        specs = transformer.specs(experiment.model)
+        self.peak_flops_per_s = cfg.peak_flops_per_s or measure_matmul_rate(devices)
+        self.latest: dict[str, float] = {}
+        self.start_time = time.monotonic()
+        self._cfg, self._sink, self._window = cfg, sink, Window()
+        self._batch_flops = (
+            row_flops(specs, experiment.model, experiment.data.row_slots) * experiment.data.rows_per_batch
+        )
+        self._all_peak_flops_per_s = self.peak_flops_per_s * mesh.size
+        self._pending: tuple[int, Metrics] | None = None
+        self._first, self._num_skipped = first, 0
+        self._restart_clock()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of the step just sent, and handles those of the step before."""
+        self._settle()
+        self._pending = (step, metrics)
+        if step == self._first + 1:
+            self._settle()
+            print(f"first step {time.monotonic() - self.start_time:.1f} s after the start of the loop", flush=True)
+            self._restart_clock()  # the first step also compiles
+
+    def _settle(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = self._window.add(metrics)
+        self._steps += 1
+        self._tokens += values["tokens"]
+        if values["num_skipped"] > self._num_skipped:
+            self._num_skipped = int(values["num_skipped"])
+            print(f"step {step} was not finite and changed nothing ({self._num_skipped} so far)", file=sys.stderr)
+        if step % self._cfg.log_every == 0 or step == self._cfg.num_steps:
+            self._write_window(step)
+
+    def _write_window(self, step: int) -> None:
+        values = self._window.take()
+        groups = {"tokens": "data/", "fill": "data/", "load_cv": "moe/", "load_max_over_mean": "moe/"}
+        scalars = {f"{groups.get(name, 'train/')}{name}": value for name, value in values.items()}
+        seconds = time.monotonic() - self._clock_start
+        if self._steps and seconds > 0:
+            flops_per_s = self._batch_flops * self._steps / seconds
+            scalars |= {
+                "throughput/tokens_per_s": self._tokens / seconds,
+                "throughput/model_flops_per_s": flops_per_s,
+                "throughput/mfu": flops_per_s / self._all_peak_flops_per_s,
+                "throughput/step_s": seconds / self._steps,
+                "throughput/data_wait_s": self._waited / self._steps,
+                "throughput/eta_s": (self._cfg.num_steps - step) * seconds / self._steps,
+            }
+        self.write(step, scalars)
+        self._restart_clock()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes scalars now."""
+        if scalars:
+            self.latest |= scalars
+            self._sink.write(step, scalars)
+
+    def finish(self) -> None:
+        """Handles the last step."""
+        self._settle()
+
+    def _restart_clock(self) -> None:
+        self._clock_start, self._waited, self._steps, self._tokens = time.monotonic(), 0.0, 0, 0.0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside as waiting for the next batch."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Settles the last step, then keeps the time inside out of the throughput."""
+        self._settle()
+        began = time.monotonic()
+        yield
+        self._clock_start += time.monotonic() - began
+
+
+class Interrupts:
+    """While entered, SIGTERM and Ctrl-C ask for an orderly end; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "Interrupts":
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(f"{signal.Signals(number).name}: finishing the step and saving", file=sys.stderr, flush=True)
+
+
+def first_screen(experiment: Experiment, mesh: Mesh, workdir: Path, peak_flops_per_s: float, first: int) -> str:
+    """What is about to run: parameters, FLOPs, mesh, data, folder, and where the state comes from."""
+    model, data, cfg = experiment.model, experiment.data, experiment.train
+    specs = transformer.specs(model)
+    flops_per_token = token_flops(specs, model, data.row_slots)
+    device = mesh.devices.flat[0]
+    origin = "stated" if cfg.peak_flops_per_s else "measured float32 matmuls"
+    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    resumed = f"resuming from {workdir / 'checkpoints' / str(first)}" if first else f"new, seed {experiment.seed}"
+    lines = [
+        param_table_text(param_table(specs, model)),
+        f"flops    {short_number(flops_per_token)} per token (forward and backward, active experts, "
+        f"row of {data.row_slots}); {short_number(flops_per_token * data.row_slots * data.rows_per_batch)} per step",
+        f"mesh     {axes} on {mesh.size} {device.device_kind} device(s), "
+        f"peak {short_number(peak_flops_per_s)}FLOP/s each ({origin})",
+        f"batch    {data.rows_per_batch} rows of {data.row_slots}, in {cfg.grad_accum_steps} part(s)",
+        f"data     {mixture_text(data.sources)}",
+        f"held out {mixture_text(data.eval_sources)}",
+        f"run      {experiment.name} ({config_hash(experiment)}) in {workdir}",
+        f"state    {resumed}; {cfg.num_steps - first} of {cfg.num_steps} steps to go",
+    ]
+    return "\n".join(lines)
+
+
+def mixture_text(sources: Mapping[str, SourceConfig]) -> str:
+    """The sources with their shares."""
+    total = math.fsum(source.weight for source in sources.values())
+    parts = [f"{name} {source.weight / total:.0%} ({source.path})" for name, source in sources.items()]
+    return ", ".join(parts) if parts else "none"
+
+
+def summary(result: TrainResult, workdir: Path, step: int, seconds: float) -> str:
+    """The last lines of a run."""
+    how = "interrupted, saved" if result.is_interrupted else "finished"
+    shown = {name: value for name, value in result.scalars.items() if name.startswith(("train/loss", "eval/"))}
+    return (
+        f"{how} at step {step} after {duration(seconds)}; state {state_hash(result.state)} "
+        f"in {workdir / 'checkpoints' / str(step)}\n{format_scalars(shown)}"
+    )
