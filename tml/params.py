@@ -101,6 +101,16 @@ def param(
     )
 
 
+def scale(layout: str, sizes: Mapping[str, int]) -> ParamSpec:
+    """A parameter that multiplies and starts at one: norms and learned scalars."""
+    return param(layout, sizes, init=Init.ONES, update=Update.VECTOR)
+
+
+def taps(layout: str, sizes: Mapping[str, int]) -> ParamSpec:
+    """The taps of a residual short convolution; they start at zero, so that the convolution starts as identity."""
+    return param(layout, sizes, init=Init.ZEROS, update=Update.VECTOR)
+
+
 def stack(specs: PyTree, num_layers: int) -> PyTree:
     """Adds a leading layer axis to every spec of a tree, for `lax.scan`."""
     return map_specs(lambda spec: replace(spec, axes=("L", *spec.axes), shape=(num_layers, *spec.shape)), specs)

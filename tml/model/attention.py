@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from tml.config import ModelConfig
 from tml.model.layer_functions import LayerFunctions, LayerState, log_length_scale
 from tml.ops.norm import rms_norm
-from tml.params import Init, ParamSpec, PyTree, Update, param
+from tml.params import ParamSpec, PyTree, Update, param, scale, taps
 
 
 def specs(is_global: bool, cfg: ModelConfig) -> dict[str, ParamSpec]:
@@ -23,18 +23,16 @@ def specs(is_global: bool, cfg: ModelConfig) -> dict[str, ParamSpec]:
         "X": attention.global_extent if is_global else attention.window,
         "Y": cfg.conv_taps,
     }
-    norm = {"init": Init.ONES, "update": Update.VECTOR}
-    taps = {"init": Init.ZEROS, "update": Update.VECTOR}
     return {
         "q": param("D N H", sizes, fan_in="D"),
         "k": param("D K H", sizes, fan_in="D"),
         "v": param("D K H", sizes, fan_in="D"),
         "r": param("D N J", sizes, fan_in="D"),
         "o": param("N H D", sizes, fan_in="N H"),
-        "q_norm": param("H", sizes, **norm),
-        "k_norm": param("H", sizes, **norm),
-        "k_conv": param("Y K H", sizes, **taps),
-        "v_conv": param("Y K H", sizes, **taps),
+        "q_norm": scale("H", sizes),
+        "k_norm": scale("H", sizes),
+        "k_conv": taps("Y K H", sizes),
+        "v_conv": taps("Y K H", sizes),
         "profiles": param("J X", sizes, fan_in="J", update=Update.VECTOR),
     }
 

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from tml.config import ModelConfig
 from tml.model import attention, moe
 from tml.model.layer_functions import LayerFunctions, LayerState
 from tml.ops.norm import rms_norm
-from tml.params import Init, PyTree, Update, param
+from tml.params import PyTree, scale, taps
 
 
 class LayerKind(NamedTuple):
@@ -24,15 +23,13 @@ class LayerKind(NamedTuple):
 def specs(kind: LayerKind, cfg: ModelConfig) -> dict[str, PyTree]:
     """The parameters of one layer."""
     sizes = {"D": cfg.d_model, "Y": cfg.conv_taps}
-    norm = param("D", sizes, init=Init.ONES, update=Update.VECTOR)
-    taps = param("Y D", sizes, init=Init.ZEROS, update=Update.VECTOR)
     return {
-        "attention_norm": norm,
+        "attention_norm": scale("D", sizes),
         "attention": attention.specs(kind.is_global, cfg),
-        "attention_conv": taps,
-        "mlp_norm": norm,
+        "attention_conv": taps("Y D", sizes),
+        "mlp_norm": scale("D", sizes),
         "mlp": moe.dense_specs(cfg) if kind.is_dense else moe.moe_specs(cfg),
-        "mlp_conv": taps,
+        "mlp_conv": taps("Y D", sizes),
     }
 
 
@@ -52,7 +49,7 @@ def apply(
         x_BSD = x_BSD + h_BSD
     with jax.named_scope("mlp"):
         h_BSD = rms_norm(x_BSD, params["mlp_norm"], cfg.norm_eps)
-        load_E: jnp.ndarray | None = None
+        load_E: jax.Array | None = None
         if kind.is_dense:
             h_BSD = moe.apply_dense(params["mlp"], h_BSD)
         else:

@@ -1,6 +1,7 @@
 """The network over live sessions: the same layers, fed a few slots at a time, with everything remembered in a state."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import flax.struct
@@ -111,13 +112,13 @@ def append(
     ring_positions_BT = _write(state.ring_positions_BT, ring_BW, positions_BW)
     full_positions_BT = _write(state.full_positions_BT, full_BW, positions_BW)
 
-    def conv(name: str, x: jax.Array, taps: jax.Array, layer: LayerState) -> tuple[jax.Array, LayerState]:
+    def conv(name: str, x: jax.Array, taps: jax.Array, layer: PyTree) -> tuple[jax.Array, PyTree]:
         out, history = short_conv_stream(x, taps, layer.histories[name], slots.counts_B)
-        return out, layer.replace(histories={**layer.histories, name: history})
+        return out, replace(layer, histories={**layer.histories, name: history})
 
     def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, layer: LayerState) -> PyTree:
         places_BW, key_positions_BT = (full_BW, full_positions_BT) if is_global else (ring_BW, ring_positions_BT)
-        layer = layer.replace(k_BTKH=_write(layer.k_BTKH, places_BW, k), v_BTKH=_write(layer.v_BTKH, places_BW, v))
+        layer = replace(layer, k_BTKH=_write(layer.k_BTKH, places_BW, k), v_BTKH=_write(layer.v_BTKH, places_BW, v))
         window = None if is_global else cfg.attention.window
         out = attend_cache(q, layer.k_BTKH, layer.v_BTKH, bias, positions_BW, key_positions_BT, window)
         return out, layer
@@ -125,6 +126,7 @@ def append(
     functions = LayerFunctions(
         positions=positions_BW, valid=valid_BW, conv=conv, attend=attend, experts=gathered_experts
     )
+    layers: PyTree
     x_BWD, layers, _ = transformer.run_layers(params["stages"], x_BWD, state.layers, functions, cfg)
     state = DecodeState(
         layers=layers,

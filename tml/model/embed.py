@@ -10,9 +10,7 @@ from tml.codec.video import normalise_tiles
 from tml.config import AudioConfig, ComputeDtype, ModelConfig, VideoConfig
 from tml.microturn import Kind
 from tml.ops.norm import rms_norm
-from tml.params import Init, PyTree, Update, param
-
-NORM = {"init": Init.ONES, "update": Update.VECTOR}
+from tml.params import PyTree, Update, param, scale
 
 
 def specs(cfg: ModelConfig) -> dict[str, PyTree]:
@@ -21,11 +19,11 @@ def specs(cfg: ModelConfig) -> dict[str, PyTree]:
     tree: dict[str, PyTree] = {
         "tokens": {
             "table": param("V D", sizes, fan_in="D", update=Update.EMBEDDING),
-            "norm": param("D", sizes, **NORM),
+            "norm": scale("D", sizes),
         },
         "audio": {
             "table": param("M Q D", sizes, fan_in="D", update=Update.EMBEDDING),
-            "norm": param("D", sizes, **NORM),
+            "norm": scale("D", sizes),
         },
     }
     if cfg.video.max_tiles_per_turn:
@@ -42,7 +40,7 @@ def _video_specs(video: VideoConfig, d_model: int) -> dict[str, PyTree]:
     tree = {}
     for index, (inner, outer) in enumerate(zip(widths_in, (*video.fold_dims, d_model), strict=True)):
         sizes = {"I": inner, "O": outer}
-        tree[f"fold_{index}"] = {"matrix": param("I O", sizes, fan_in="I"), "norm": param("O", sizes, **NORM)}
+        tree[f"fold_{index}"] = {"matrix": param("I O", sizes, fan_in="I"), "norm": scale("O", sizes)}
     return tree
 
 

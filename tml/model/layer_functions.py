@@ -60,10 +60,10 @@ def row_functions(
 ) -> LayerFunctions:
     """For packed rows: everything restarts where a segment starts."""
 
-    def conv(_: str, x: jax.Array, taps: jax.Array, state: None) -> tuple[jax.Array, None]:
+    def conv(_: str, x: jax.Array, taps: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
         return short_conv_rows(x, taps, positions_BS), state
 
-    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, state: None) -> PyTree:
+    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, state: PyTree) -> PyTree:
         if is_global:
             return attend_global(q, k, v, bias, segment_ids_BS), state
         return attend_sliding(q, k, v, bias, segment_ids_BS, min(SLIDING_BLOCK_SLOTS, cfg.attention.window)), state

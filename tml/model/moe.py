@@ -8,15 +8,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from tml.config import MatmulBackend, ModelConfig, MoEConfig
 from tml.ops.grouped_matmul import block_matmul, collect, dispatch, plan_blocks
-from tml.params import Init, ParamSpec, PyTree, Update, param
+from tml.params import Init, ParamSpec, PyTree, Update, param, scale
 
 ExpertFunction = Callable[
     [Mapping[str, jax.Array], Float[Array, "t D"], Float[Array, "t k"], Int32[Array, "t k"], MoEConfig],
     Float[Array, "t D"],
 ]
 """(weights, tokens, gate of each choice, expert of each choice, config) to the gated sum over the choices."""
-
-SCALE = {"init": Init.ONES, "update": Update.VECTOR}
 
 
 def dense_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
@@ -25,7 +23,7 @@ def dense_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     return {
         "gate_up": param("D Z F", sizes, fan_in="D"),
         "down": param("F D", sizes, fan_in="F"),
-        "scale": param("", sizes, **SCALE),
+        "scale": scale("", sizes),
     }
 
 
@@ -37,7 +35,7 @@ def moe_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
         "router": param("D E", sizes, fan_in="D", update=Update.EMBEDDING),
         "shared_router": param("D A", sizes, fan_in="D", update=Update.EMBEDDING),
         "router_bias": param("E", sizes, init=Init.ZEROS, update=Update.BALANCE),
-        "scale": param("", sizes, **SCALE),
+        "scale": scale("", sizes),
         "gate_up": param("E D Z F", sizes, fan_in="D"),
         "down": param("E F D", sizes, fan_in="F"),
         "shared_gate_up": param("A D Z F", sizes, fan_in="D"),

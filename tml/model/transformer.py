@@ -14,7 +14,7 @@ from tml.model import block, embed, moe
 from tml.model.block import LayerKind
 from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
 from tml.ops.norm import rms_norm
-from tml.params import Init, Leaf, PyTree, Update, param, stack
+from tml.params import Leaf, PyTree, Update, param, scale, stack
 
 
 class Stage(NamedTuple):
@@ -69,7 +69,7 @@ def specs(cfg: ModelConfig) -> dict[str, PyTree]:
         "stages": [
             [stack(block.specs(kind, cfg), stage.repeats) for kind in stage.kinds] for stage in layer_stages(cfg)
         ],
-        "norm": param("D", sizes, init=Init.ONES, update=Update.VECTOR),
+        "norm": scale("D", sizes),
         "unembed": param("D V", sizes, fan_in="D", update=Update.EMBEDDING),
     }
 

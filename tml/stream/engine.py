@@ -7,6 +7,7 @@ then [listen] or [speak], own text, [end of text]. Tokens that cannot stand at a
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -112,7 +113,7 @@ def make_step(model: ModelConfig, layout: Layout, stream: StreamConfig) -> StepF
         with jax.named_scope("turn_out"):
             carry = (decode, logits_BV, phase_B, zero_B, zero_B, outputs)
             decode, _, _, _, _, outputs = jax.lax.while_loop(unfinished, emit, carry)
-        return state.replace(decode=decode), outputs
+        return replace(state, decode=decode), outputs
 
     return step
 

@@ -1,0 +1,147 @@
+"""A live session: sound in as it comes, a `Said` for every micro-turn, and the Session record of all of it."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from tml.codec import audio
+from tml.codec.text import Tokenizer
+from tml.codec.waveform import encode_clip
+from tml.config import ModelConfig, StreamConfig
+from tml.microturn import Layout, TurnContents
+from tml.params import PyTree
+from tml.session import Session, Stream, TextEvent
+from tml.stream import engine
+from tml.stream.inputs import NO_OUTPUT, turn_inputs
+from tml.stream.outputs import OutputReader, Said
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnResult:
+    """One micro-turn, done.
+
+    Attributes:
+        said: what went out.
+        compute_s: time from the turn's last sample to its output: features, network, decoding.
+    """
+
+    said: Said
+    compute_s: float
+
+
+class LiveSession:
+    """One session through the streaming engine.
+
+    Text that is typed (`type_text`) goes in with the next turn. Everything is remembered, and
+    `record` gives it back as a Session.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, PyTree],
+        model: ModelConfig,
+        layout: Layout,
+        stream: StreamConfig,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._params, self._model, self._layout, self._stream = params, model, layout, stream
+        self._tokenizer = tokenizer
+        self._step = engine.jit_step(engine.make_step(model, layout, stream))
+        self._state = engine.init_state(model, layout, stream, num_slots=1)
+        self._audio_state = audio.init_state(model.audio)
+        self._reader = OutputReader(layout, tokenizer)
+        self._waiting: dict[Stream, list[int]] = {}
+        self._buffer = np.zeros(0, np.float32)
+        self._heard: list[np.ndarray] = []
+        self._events: list[TextEvent] = []
+        self._num_positions = 0
+        self._warm_up()
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled for the step; 1, however long the session."""
+        return self._step._cache_size()  # type: ignore[attr-defined]
+
+    def _warm_up(self) -> None:
+        """Compiles the step on a turn of silence, and forgets it."""
+        silence = np.zeros(self._layout.clock.turn_samples, np.float32)
+        _, levels_TM = audio.push(self._audio_state, silence, self._model.audio)
+        self._state, outputs = self._step(self._params, self._state, self._inputs(levels_TM, []))
+        jax.block_until_ready(outputs)
+        self._state = engine.init_state(self._model, self._layout, self._stream, num_slots=1)
+
+    def type_text(self, text: str, stream: Stream = Stream.USER_TEXT) -> None:
+        """Puts text on an input stream; it goes in with the next turns."""
+        self._waiting.setdefault(stream, []).extend(self._tokenizer.encode(text))
+        start = sum(len(chunk) for chunk in self._heard)
+        self._events.append(TextEvent(stream=stream, start=start, end=start, text=text))
+
+    def push(self, samples: np.ndarray) -> list[TurnResult]:
+        """Takes sound (float32 [n], at the model's rate) and runs every turn that it completes.
+
+        Raises:
+            ValueError: the session has outgrown `stream.max_positions`.
+        """
+        self._buffer = np.concatenate([self._buffer, samples])
+        turn_samples, results = self._layout.clock.turn_samples, []
+        while len(self._buffer) >= turn_samples:
+            heard, self._buffer = self._buffer[:turn_samples], self._buffer[turn_samples:]
+            results.append(self._run_turn(heard))
+        return results
+
+    def _run_turn(self, heard: np.ndarray) -> TurnResult:
+        layout = self._layout
+        if self._num_positions + layout.max_slots_in + layout.max_slots_out > self._stream.max_positions:
+            raise ValueError(
+                f"the session holds {self._num_positions} positions after {len(self._heard)} turns, and one more turn "
+                f"may pass stream.max_positions = {self._stream.max_positions}; raise it or start a new session"
+            )
+        begun = time.perf_counter()
+        self._audio_state, levels_TM = audio.push(self._audio_state, heard, self._model.audio)
+        inputs = self._inputs(levels_TM, layout.text_in_chunk(self._waiting))
+        self._state, outputs = self._step(self._params, self._state, inputs)
+        count = int(outputs.counts_B[0])
+        said = self._reader.read(np.asarray(outputs.tokens_BO)[0, :count].tolist())
+        compute_s = time.perf_counter() - begun
+        self._num_positions += int(inputs.counts_B[0]) + count
+        self._heard.append(heard)
+        self._remember(said)
+        return TurnResult(said=said, compute_s=compute_s)
+
+    def _inputs(self, levels_TM: np.ndarray, text_in: list[int]) -> engine.TurnInputs:
+        contents = TurnContents(
+            num_turns=1,
+            tile_turns=np.zeros(0, np.int32),
+            text_in=np.array([(0, token) for token in text_in], np.int32).reshape(-1, 2),
+            out=NO_OUTPUT,
+        )
+        video = self._model.video
+        no_tiles = np.zeros((0, video.frames_per_tile, video.tile_px, video.tile_px, 3), np.int16)
+        turns = turn_inputs(self._layout, contents, levels_TM, no_tiles, self._model)
+        return jax.tree.map(lambda leaf: leaf[0], turns)
+
+    def _remember(self, said: Said) -> None:
+        start = (said.turn + 1) * self._layout.clock.turn_samples
+        span = {"start": start, "end": start + self._layout.clock.turn_samples}
+        if said.text.strip():
+            self._events.append(TextEvent(stream=Stream.OWN_TEXT, text=said.text.strip(), **span))
+        self._events += [TextEvent(stream=Stream.ACTION, text=action, **span) for action in said.actions]
+
+    def record(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
+        """The session so far, with a turn of silence at its end, during which its last output is heard."""
+        rate_hz = self._layout.clock.sample_rate_hz
+        silence = np.zeros(2 * self._layout.clock.turn_samples, np.float32)
+        samples = np.concatenate([*self._heard, silence])
+        texts = tuple(sorted(self._events, key=lambda event: event.start))
+        session = Session(
+            session_id=session_id,
+            sample_rate_hz=rate_hz,
+            num_samples=len(samples),
+            streams=(Stream.USER_AUDIO, *dict.fromkeys(event.stream for event in texts)),
+            audio={Stream.USER_AUDIO: encode_clip(samples, rate_hz)},
+            texts=texts,
+        )
+        return replace(session, meta=dict(meta or {}))
