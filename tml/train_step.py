@@ -194,7 +194,7 @@ def _make_accumulate(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Ba
 
 def _split_rows(rows_B: jax.Array, num_parts: int, mesh: Mesh) -> jax.Array:
     """Adds a leading axis of parts. Every device splits the rows it holds, so none of them moves."""
-    parts = rows_B.reshape(-1, num_parts, *rows_B.shape[1:]).swapaxes(0, 1)
+    parts = rows_B.reshape(rows_B.shape[0] // num_parts, num_parts, *rows_B.shape[1:]).swapaxes(0, 1)
     return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, ROW_AXES)))
 
 

@@ -40,7 +40,7 @@ class DataConfig:
     row_slots: int = 512
     """Positions in one row."""
     rows_per_batch: int = 8
-    """Rows in the global batch of one accumulation step's worth of devices (see train.grad_accum_steps)."""
+    """Rows in the global batch of one step, over all devices and all train.grad_accum_steps parts."""
     segments_per_epoch: int = 4_096
     """Segments of the mixture that one row index packs together."""
     max_quarantined_fraction: float = 0.01

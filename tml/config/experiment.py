@@ -37,12 +37,12 @@ class Experiment:
                 f"the nearest valid value is {nearest:g}"
             )
         mesh = self.mesh
-        row_shards = mesh.replica * mesh.fsdp * mesh.expert
+        row_parts = mesh.replica * mesh.fsdp * mesh.expert * self.train.grad_accum_steps
         check_multiple(
-            "data.rows_per_batch", self.data.rows_per_batch, "mesh.replica * mesh.fsdp * mesh.expert", row_shards
-        )
-        check_multiple(
-            "data.rows_per_batch", self.data.rows_per_batch, "train.grad_accum_steps", self.train.grad_accum_steps
+            "data.rows_per_batch",
+            self.data.rows_per_batch,
+            "mesh.replica * mesh.fsdp * mesh.expert * train.grad_accum_steps",
+            row_parts,
         )
         check_multiple("data.row_slots", self.data.row_slots, "mesh.context", mesh.context)
         check_multiple("model.moe.num_experts", self.model.moe.num_experts, "mesh.expert", mesh.expert)
