@@ -31,6 +31,7 @@ from data_pipelines.encoded import (
 from data_pipelines.records import (
     MANIFEST_NAME,
     UNCOMPRESSED,
+    RecordError,
     RecordKind,
     RecordSource,
     Shard,
@@ -45,8 +46,8 @@ from data_pipelines.records import (
 from tml.codec.encode import encode_session
 from tml.codec.text import Tokenizer
 from tml.config import ModelConfig
+from tml.session import Stream
 
-RECORDS_PER_SHARD = 512
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 Progress = Callable[[int, int], None]
@@ -136,6 +137,29 @@ def encode_dataset(
     return EncodedSource(directory, header)
 
 
+def records_per_shard(num_records: int) -> int:
+    """Records of one encoded shard: about 64 shards, so that workers share the work, but no tiny or huge ones."""
+    return min(max(64, -(-num_records // 64)), 4_096)
+
+
+def texts_of(source: Path | str) -> Iterator[str]:
+    """All text of a data set of sessions or documents, as it is given to the tokenizer: words with a space before.
+
+    Records that cannot be read are left out; encoding quarantines them.
+    """
+    records = RecordSource(source)
+    for index in range(len(records)):
+        try:
+            if records.manifest.kind is RecordKind.DOCUMENTS:
+                yield read_document(records, index).text
+                continue
+            events = read_session(records, index).texts
+        except RecordError:
+            continue
+        for event in events:
+            yield f" {event.text.strip()}" if event.stream is Stream.OWN_TEXT else event.text
+
+
 def is_complete(directory: Path) -> bool:
     """Whether encoded records are there and every shard has the size that the manifest states."""
     return (directory / MANIFEST_NAME).is_file() and not faults(directory)
@@ -145,14 +169,11 @@ def _write_all(
     encoder: _Encoder, staging: Path, num_workers: int, progress: Progress | None
 ) -> tuple[list[Shard], list[Quarantined]]:
     total = len(encoder.source)
-    num_shards = max(1, -(-total // RECORDS_PER_SHARD))
+    size = records_per_shard(total)
+    firsts = range(0, max(total, 1), size)
     jobs = [
-        _Job(
-            path=staging / shard_name(i, num_shards),
-            first=i * RECORDS_PER_SHARD,
-            last=min((i + 1) * RECORDS_PER_SHARD, total),
-        )
-        for i in range(num_shards)
+        _Job(path=staging / shard_name(i, len(firsts)), first=first, last=min(first + size, total))
+        for i, first in enumerate(firsts)
     ]
     shards: list[Shard] = []
     quarantined: list[Quarantined] = []

@@ -11,9 +11,10 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import grain
+import numpy as np
 from absl import logging
 
 from data_pipelines.encoded import (
@@ -25,16 +26,36 @@ from data_pipelines.encoded import (
     encoded_directory,
 )
 from data_pipelines.laid_out import lay_out_source, layout_hash
-from data_pipelines.records import RecordError, RecordKind
+from data_pipelines.records import RecordError, RecordKind, read_manifest
 from data_pipelines.row_index import MixtureSource, RowIndex, RowIndexes
 from data_pipelines.rows import RowWriter, layout_of
 from tml.batch import Batch
 from tml.codec.text import Tokenizer
 from tml.config import Experiment, SourceConfig, SourceKind
+from tml.microturn import Kind
 
 # Sessions longer than a row are wanted again by the rows that follow.
 _KEPT_SESSIONS = 32
 _KEPT_EPOCHS = 3
+
+
+def encoded_place(source: SourceConfig, experiment: Experiment, tokenizer: Tokenizer) -> Path:
+    """Where the encoded records of a source lie.
+
+    Raises:
+        FileNotFoundError: no data set there.
+        ValueError: it holds another kind of records, or the model's vocabulary is smaller than the tokenizer's.
+    """
+    found = read_manifest(source.path).kind.value
+    if found != source.kind.value:
+        raise ValueError(f"{source.path} holds {found}, but its kind in data.sources is {source.kind.value}")
+    if tokenizer.vocab_size > experiment.model.num_logits:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {experiment.model.num_logits} logits; "
+            f"raise model.vocab_size (and model.unpadded_vocab_size) to {tokenizer.vocab_size} or more"
+        )
+    header = codec_header(RecordKind(found), experiment.model, tokenizer.fingerprint())
+    return encoded_directory(source.path, header)
 
 
 def open_source(name: str, source: SourceConfig, experiment: Experiment, tokenizer: Tokenizer) -> MixtureSource:
@@ -44,27 +65,15 @@ def open_source(name: str, source: SourceConfig, experiment: Experiment, tokeniz
         FileNotFoundError: no data set there, or not encoded with these codecs.
         ValueError: too many unreadable records, or no record at all.
     """
+    place = encoded_place(source, experiment, tokenizer)
     header = codec_header(RecordKind(source.kind.value), experiment.model, tokenizer.fingerprint())
-    records = EncodedSource(encoded_directory(source.path, header), header)
+    records = EncodedSource(place, header)
     if not len(records):
         raise ValueError(f"data source {name} at {source.path} holds no records")
     laid_out = lay_out_source(records, layout_of(experiment, tokenizer), experiment.data.row_slots)
     fraction = experiment.data.max_quarantined_fraction
     check_fraction(list(laid_out.quarantined), len(records), fraction, f"data source {name}")
     return MixtureSource(name=name, kind=source.kind, weight=source.weight, records=records, laid_out=laid_out)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceSummary:
-    """What the first screen says about one source."""
-
-    name: str
-    num_records: int
-    share: float
-    """Of the records drawn."""
-    num_slots: int
-    """Positions of one pass."""
-    quarantined: tuple[Quarantined, ...]
 
 
 class RowLoader:
@@ -92,6 +101,7 @@ class RowLoader:
             raise ValueError(f"experiment {experiment.name} names no data sources; set data.sources")
         self.sources = [open_source(name, sources[name], experiment, tokenizer) for name in sorted(sources)]
         self._data = experiment.data
+        self._frame_s = experiment.model.audio.hop_samples / experiment.model.audio.sample_rate_hz
         layout = layout_of(experiment, tokenizer)
         self._writer = RowWriter(experiment, layout)
         self._indexes = RowIndexes(
@@ -118,19 +128,21 @@ class RowLoader:
         """The records of each source that could not be used so far."""
         return {s.name: list(found.values()) for s, found in zip(self.sources, self._quarantined, strict=True)}
 
-    def summary(self) -> list[SourceSummary]:
-        """What the mixture holds."""
+    def summary_lines(self) -> list[str]:
+        """What the mixture holds, for the screen: a line a source, one about the rows, and what is quarantined."""
         total = sum(source.weight for source in self.sources)
-        return [
-            SourceSummary(
-                name=source.name,
-                num_records=len(source.records),
-                share=source.weight / total,
-                num_slots=int(source.laid_out.parts.slots.sum()),
-                quarantined=tuple(found.values()),
+        lines = []
+        for source, found in zip(self.sources, self._quarantined, strict=True):
+            laid_out = source.laid_out
+            frames = np.count_nonzero(laid_out.kinds == Kind.AUDIO)
+            lines.append(
+                f"{source.name}: {source.weight / total:.0%} of segments; {len(source.records)} records, "
+                f"{frames * self._frame_s / 3600:.2f} h of sound, {len(laid_out.tokens)} positions, "
+                f"{len(found)} quarantined"
             )
-            for source, found in zip(self.sources, self._quarantined, strict=True)
-        ]
+            lines += [f"  {entry.file}, record {entry.record}: {entry.reason}" for entry in list(found.values())[:5]]
+        rows, row_slots = self.rows_in_epoch(0), self._data.row_slots
+        return [*lines, f"{rows} rows of {row_slots} in the first epoch, {self.padding_fraction():.1%} padding"]
 
     def rows_in_epoch(self, epoch: int) -> int:
         """Rows of one epoch of the index."""
@@ -214,7 +226,7 @@ class RowLoader:
             entry = Quarantined.of(record, opened.records.records, error)
             found[record] = entry
             entries = sorted(found.values(), key=lambda each: each.index)
-        logging.warning(
+        logging.error(
             "data source %s: %s, record %d is quarantined: %s", opened.name, entry.file, entry.record, entry.reason
         )
         fraction = self._data.max_quarantined_fraction

@@ -28,7 +28,7 @@ USER_WORDS_KEY = "user_words"
 _WIDTH_IN, _LEFT_IN, _RIGHT_IN = 14.0, 1.25, 0.25
 _TITLE_IN, _AXIS_IN, _LINE_IN, _WAVE_IN, _GAP_IN = 0.45, 0.42, 0.2, 0.5, 0.12
 _LABEL_SHIFT_IN = 0.03
-_PANEL_S, _MAX_PANELS, _MAX_LABEL = 10.0, 40, 56
+_PANEL_S, _MAX_PANELS, _MAX_LABEL = 12.0, 40, 56
 _DPI, _FONT_POINTS = 110, 8.5
 _COLOURS = {
     Stream.USER_AUDIO: "#33658a",
@@ -133,7 +133,7 @@ def _counted(texts: list[str]) -> str:
 def draw_timeline(session: Session, path: Path | str, clock: Clock) -> None:
     """Draws the session as a PNG: lanes of sound, pictures and text over seconds, with the grid of ticks.
 
-    Sessions longer than 10 s continue on further panels below.
+    Sessions longer than 12 s continue on further panels below.
 
     Raises:
         SessionError: sound or pictures that cannot be decoded.
@@ -142,8 +142,10 @@ def draw_timeline(session: Session, path: Path | str, clock: Clock) -> None:
     from matplotlib.figure import Figure
 
     duration_s = max(session.duration_s, clock.turn_samples / clock.sample_rate_hz)
-    panel_s = max(min(_PANEL_S, duration_s), duration_s / _MAX_PANELS)
-    starts_s = [i * panel_s for i in range(math.ceil(duration_s / panel_s - 1e-9))]
+    num_panels = min(math.ceil(duration_s / _PANEL_S - 1e-9), _MAX_PANELS)
+    tick_s = clock.turn_samples / clock.sample_rate_hz
+    panel_s = math.ceil(duration_s / num_panels / tick_s - 1e-9) * tick_s
+    starts_s = [i * panel_s for i in range(num_panels)]
     lanes = _lanes(session)
     figure = Figure(figsize=(_WIDTH_IN, 1.0), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)

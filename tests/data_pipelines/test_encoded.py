@@ -70,7 +70,7 @@ def test_documents_become_tokens(tmp_path, tokenizer):
 
 
 def test_worker_count_does_not_matter(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("data_pipelines.encoding.RECORDS_PER_SHARD", 4)
+    monkeypatch.setattr("data_pipelines.encoding.records_per_shard", lambda num_records: 4)
     identities = []
     for workers in (1, 2):
         directory = write_sessions(tmp_path / f"set{workers}", broken=(3,))

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.row_index import pack, record_order
+from data_pipelines.row_index import pack, permutation, record_order
 
 
 def first(order, count):
@@ -33,6 +33,15 @@ def test_neighbouring_seeds_share_no_pass():
         return {tuple(first(record_order([30], [1.0], seed), 90)[k : k + 30]) for k in (0, 30, 60)}
 
     assert not passes(3) & passes(4)
+
+
+def test_permutations_are_fair_and_never_change():
+    assert permutation(10, "0/0/0").tolist() == [1, 2, 6, 5, 7, 4, 9, 3, 8, 0], "old runs resume in this order"
+    counts = np.zeros((5, 5))
+    for turn in range(2_000):
+        counts[np.arange(5), permutation(5, f"0/0/{turn}")] += 1
+    assert (abs(counts - 400) < 80).all(), "four and a half standard deviations"
+    assert (np.sort(permutation(1_000, "x")) == np.arange(1_000)).all()
 
 
 def test_without_a_seed_sources_are_read_in_order():
