@@ -1,5 +1,5 @@
 import pytest
-from conftest import make_session
+from small_sets import make_session
 
 from data_pipelines.description import describe
 from data_pipelines.documents import Document, write_documents

@@ -6,7 +6,7 @@ from dataclasses import replace
 import msgpack
 import numpy as np
 import pytest
-from conftest import make_session
+from small_sets import make_session
 
 from data_pipelines.documents import Document, write_documents
 from data_pipelines.encoded import EncodedDocument, EncodedSource, HeaderError, codec_header, encoded_directory

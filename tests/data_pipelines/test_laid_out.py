@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_session
+from small_sets import make_session
 
 from data_pipelines.encoded import EncodedDocument
 from data_pipelines.encoding import encode_dataset

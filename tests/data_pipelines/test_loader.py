@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from conftest import encode_all, make_session, with_sources
 from PIL import Image
+from small_sets import encode_all, make_session, with_sources
 
 from data_pipelines.encoded import codec_header, encoded_directory
 from data_pipelines.laid_out import segments_of
