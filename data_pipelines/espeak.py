@@ -26,12 +26,17 @@ ACCENTS = ("en", "en-us", "en-029", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbc
 """The English accents; `en` is British."""
 
 HELD_OUT_VARIANTS = (
-    "Alicia", "Annie", "Lee", "Marco", "Storm", "f4", "m5", "paul", "quincy", "travis", "zac",
+    "Annie", "Marco", "Storm", "antonio", "f4", "m5", "paul", "quincy", "sandro", "travis", "victor",
 )  # fmt: skip
-"""Variants that training never hears, in any accent. None shares a family of parameters with one that it does."""
+"""Variants that training never hears, in any accent.
 
-EXCLUDED_VARIANTS = ("fast", "Mr serious")
-"""In neither split: the first is the base voice, the second a copy of `Tweaky` whose name no request can hold."""
+None shares a family of parameters with one that it does. Caricatures (every formant 45 % higher, as in
+`zac`, or one missing, as in `Lee`) only train: no held-out voice should be unlike all people.
+"""
+
+EXCLUDED_VARIANTS = ("Mr serious", "RicishayMax", "RicishayMax2", "RicishayMax3", "fast", "kaukovalta")
+"""In neither split: a copy of `Tweaky` with a space in its name; the base voice; and four of whose words
+the recogniser Whisper tiny.en mistakes more than 60 % (of the others', 19 % in the median)."""
 
 _SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT = 2, 0x0001, 0x8000
 _CHARS_UTF8, _POSITION_CHARACTER = 1, 1

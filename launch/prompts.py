@@ -15,6 +15,8 @@ from absl import app, flags
 
 from data_pipelines import prompts
 from data_pipelines.generate import SessionTask, generate
+from launch.app import run_app
+from launch.progress import Progress
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", None, "Directory for the data sets.")
@@ -28,6 +30,7 @@ flags.DEFINE_bool("overwrite", False, "Replace data sets that are there.")
 
 
 def _write(name: str, task: SessionTask, split: str, count: int, meta: Mapping[str, str], licences: dict) -> None:
+    progress = Progress(name, "sessions")
     summary = generate(
         Path(FLAGS.out) / name,
         task,
@@ -39,15 +42,14 @@ def _write(name: str, task: SessionTask, split: str, count: int, meta: Mapping[s
         meta={"split": split, "seed": str(FLAGS.seed), **meta},
         attachments=licences,
         overwrite=FLAGS.overwrite,
+        progress=lambda done: progress(done, count),
     )
     counts = ", ".join(f"{tag} {number}" for tag, number in sorted(summary.tags.items()))
     print(f"{name}: {summary.sessions} sessions, {summary.audio_s / 60:.1f} min, {counts}, {summary.wall_s:.1f} s")
 
 
-def main(argv: list[str]) -> int:
+def main(_: list[str]) -> int:
     """Fetches the packages, writes the data sets and prints what is in them."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; every option is a --flag")
     if not FLAGS.out:
         raise app.UsageError("--out names the directory for the data sets")
     cache = Path(FLAGS.cache).expanduser().absolute()
@@ -89,4 +91,4 @@ def _settings(task: prompts.HumanDigitTask | prompts.HumanSilenceTask) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_app(main)

@@ -7,10 +7,9 @@ The same flags give the same bytes, whatever --num_workers is.
 
 import dataclasses
 import json
-import sys
-import time
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
 
 from data_pipelines import augment
@@ -18,7 +17,9 @@ from data_pipelines.dialogue import DialogueTask
 from data_pipelines.generate import GenerateSummary, generate
 from data_pipelines.request_session import SPLITS
 from data_pipelines.request_task import RequestTask
-from data_pipelines.voices import DEFAULT_CACHE, MAKERS, licences
+from data_pipelines.voices import MAKERS, draw_speaker, licences
+from launch.app import run_app
+from launch.progress import Progress
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("task", "requests", ["requests", "dialogue"], "What the sessions are.")
@@ -32,29 +33,10 @@ flags.DEFINE_list("voices", ["espeak"], f"Makers of voices, of {', '.join(MAKERS
 flags.DEFINE_enum(
     "augment", "none", ["none", "channel"], "What the user's sound goes through (data_pipelines.augment)."
 )
-flags.DEFINE_string("cache", str(DEFAULT_CACHE), "Where Debian packages are unpacked, for voices that come from there.")
+flags.DEFINE_string("cache", "~/.cache/tml", "Where Debian packages are unpacked, for voices that come from there.")
 flags.DEFINE_bool("overwrite", False, "Replace a data set that is at --out.")
 
 LICENCE = "synthetic speech; the programs that made it are named in `makers`, and their licences do not cover it"
-_LINE_EVERY_S = 10.0
-
-
-def _progress(total: int):
-    """A line that shows how far it is: redrawn on a terminal, every ten seconds elsewhere."""
-    begun = time.monotonic()
-    last_line = [begun]
-
-    def show(done: int) -> None:
-        now = time.monotonic()
-        left = (total - done) * (now - begun) / done if done else 0.0
-        text = f"{done}/{total} sessions, {now - begun:.0f} s, {left:.0f} s left"
-        if sys.stderr.isatty():
-            print(f"\r{text}\033[K", end="" if done < total else "\n", file=sys.stderr, flush=True)
-        elif now - last_line[0] > _LINE_EVERY_S:
-            last_line[0] = now
-            print(text, file=sys.stderr, flush=True)
-
-    return show
 
 
 def _describe(summary: GenerateSummary, out: str) -> str:
@@ -69,7 +51,10 @@ def _describe(summary: GenerateSummary, out: str) -> str:
 def _task() -> RequestTask | DialogueTask:
     unknown = [maker for maker in FLAGS.voices if maker not in MAKERS]
     if unknown or not FLAGS.voices:
-        raise ValueError(f"--voices={','.join(FLAGS.voices)} must name some of {', '.join(MAKERS)}")
+        raise app.UsageError(f"--voices={','.join(FLAGS.voices)} must name some of {', '.join(MAKERS)}")
+    for maker in FLAGS.voices:
+        # Refuses a split in which the maker has no voice, before anything is downloaded.
+        draw_speaker(maker, FLAGS.split, np.random.default_rng(0))
     kind = {"requests": RequestTask, "dialogue": DialogueTask}[FLAGS.task]
     return kind(
         seed=FLAGS.seed,
@@ -79,17 +64,16 @@ def _task() -> RequestTask | DialogueTask:
     )
 
 
-def main(argv: list[str]) -> int:
+def main(_: list[str]) -> int:
     """Makes the data set and prints what is in it."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; every option is a --flag")
     if not FLAGS.out:
         raise app.UsageError("--out names the directory of the new data set")
-    task = _task()
+    task, name = _task(), Path(FLAGS.out).absolute().name
+    progress = Progress(name, "sessions")
     summary = generate(
         FLAGS.out,
         task,
-        name=Path(FLAGS.out).name,
+        name=name,
         split=FLAGS.split,
         num_sessions=FLAGS.num_sessions,
         num_shards=FLAGS.num_shards,
@@ -105,11 +89,11 @@ def main(argv: list[str]) -> int:
         },
         attachments=licences(task.makers, task.cache),
         overwrite=FLAGS.overwrite,
-        progress=_progress(FLAGS.num_sessions),
+        progress=lambda done: progress(done, FLAGS.num_sessions),
     )
     print(_describe(summary, FLAGS.out))
     return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run_app(main)
