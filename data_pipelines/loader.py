@@ -1,8 +1,8 @@
 """From encoded records to batches: one global row position decides everything.
 
 Row g is a pure function of (experiment, g). Step s holds rows s * rows_per_batch up to
-(s + 1) * rows_per_batch, and process p of n reads the p-th n-th of them, so any number of
-processes sees the same global batches and a run resumes at any step on any number of hosts.
+(s + 1) * rows_per_batch, and process p of n reads the p-th of n equal blocks of them: joined in
+order they are the global batch, so a run resumes at any step on any number of hosts.
 """
 
 import bisect

@@ -22,7 +22,7 @@ from data_pipelines.records import RecordKind, SessionWriter, read_manifest
 from data_pipelines.rows import layout_of, loss_weight_table, max_tiles_per_row
 from tml.batch import Batch
 from tml.codec.audio import pad_frames
-from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig, SourceConfig
+from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig, SourceConfig, SourceKind
 from tml.microturn import Kind, Target
 from tml.session import Stream, VideoFrame
 
@@ -273,6 +273,15 @@ def test_sources_that_are_not_there(mixture, tokenizer, tmp_path):
     other_rate = replace(mixture, model=replace(mixture.model, audio=replace(mixture.model.audio, level_low=-6.0)))
     with pytest.raises(FileNotFoundError, match=r"not encoded; run launch.encode"):
         train_batches(other_rate, tokenizer, start_step=0)
+
+
+def test_sources_that_do_not_fit_the_config(mixture, tokenizer):
+    books = {"c": replace(mixture.data.sources["c"], kind=SourceKind.SESSIONS)}
+    with pytest.raises(ValueError, match=r"holds documents, but its kind in data.sources is sessions"):
+        RowLoader(books, mixture, tokenizer)
+    small = replace(mixture, model=replace(mixture.model, vocab_size=256))
+    with pytest.raises(ValueError, match=r"tokenizer has \d+ tokens, the model 256 logits; raise"):
+        RowLoader(small.data.sources, small, tokenizer)
 
 
 def test_batches_have_the_shape_of_the_config(mixture, tokenizer, loader):
