@@ -274,6 +274,9 @@ def _words(text: str, events: Sequence[_Event], scale: float, num_samples: int) 
         pauses = [event.sample for event in inside if event.phoneme.startswith(b"_") and sounding]
         start = sounding[0] if sounding else events[i].sample
         last = events[until].sample if until < len(events) else num_samples / scale
+        if until < len(events) and sounding and last <= sounding[-1]:
+            # The event came a sound too early, before the word's last one: the word lasts until the next sound.
+            last = next((event.sample for event in events[until:] if event.kind == _PHONEME_EVENT), last)
         end = min([sample for sample in pauses if sample > start] + [last])
         # Positions are characters counted from 1.
         first = events[i].position - 1

@@ -133,3 +133,11 @@ def test_nothing_to_say_is_an_error():
 def test_cached_samples_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
         synthesise("seven", Voice()).samples[0] = 1.0
+
+
+def test_a_word_keeps_its_last_sound_when_its_neighbour_is_announced_early():
+    speech = synthesise("will it rain on thursday", Voice(accent="en-gb-x-rp", variant="Demonic", pitch=60, rate=140))
+    will, _, rain, on, _ = speech.words
+    assert will.end - will.start > 0.3 * 16_000
+    assert rain.end - rain.start > 0.25 * 16_000
+    assert rain.end == on.start
