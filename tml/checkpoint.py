@@ -4,10 +4,12 @@
     checkpoints/STEP/optimizer  step, num_skipped and the optimizer's state
     checkpoints/STEP/manifest   config, its hash, and a checksum of every array
 
-Orbax commits a step in phases: data, then a marker; a step without its marker does not exist.
+Orbax writes a step into a temporary folder and renames it when it is complete, so that a step
+exists whole or not at all; what a killed run left is swept away by the next one.
 The position in the data is the step itself: batch k is read by step k.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,6 +51,8 @@ class Checkpoints:
             read_only=is_read_only,
             create=not is_read_only,
             cleanup_tmp_directories=not is_read_only,
+            # In the background a folder that cannot be made is noticed only after minutes of waiting.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -136,10 +140,7 @@ class Checkpoints:
         """
         step = self._chosen(step)
         manifest = self._manifest(step)
-        changed = difference(manifest["config"]["model"], to_mapping(experiment.model))
-        stored_optimizer = manifest["config"]["optim"]["optimizer"]
-        if stored_optimizer != experiment.optim.optimizer.value:
-            changed.append(("optim.optimizer", stored_optimizer, experiment.optim.optimizer.value))
+        changed = difference(_fixed_part(manifest["config"]), _fixed_part(to_mapping(experiment)))
         if changed:
             raise CheckpointError(
                 f"checkpoint {self._folder / str(step)} belongs to another model: {describe(changed)}; "
@@ -240,6 +241,11 @@ def restore(workdir: Path, step: int | None = None) -> tuple[Experiment, PyTree]
         raise CheckpointError(f"{workdir} has no {FOLDER} folder; train first, or name another --workdir")
     with Checkpoints(workdir, is_read_only=True) as checkpoints:
         return checkpoints.restore_params(step)
+
+
+def _fixed_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint cannot be read without: the model, and which optimizer's moments it holds. As JSON has it."""
+    return json.loads(json.dumps({"model": config["model"], "optim": {"optimizer": config["optim"]["optimizer"]}}))
 
 
 def describe(changed: list[tuple[str, Any, Any]], most: int = 5) -> str:

@@ -202,14 +202,26 @@ class PlainConsole:
         """Nothing to release."""
 
 
+NOT_ON_CONSOLE = frozenset(
+    {"train/accuracy_control", "eval/accuracy_control", "moe/load_max_over_mean", "data/tokens", "data/fill"}
+)
+"""What only TensorBoard and JSONL show."""
+
+
+def console_parts(scalars: Scalars) -> list[str]:
+    """`name value` of what the console shows, with short names."""
+    return [
+        f"{short_name(name)} {short_number(value)}"
+        for name, value in scalars.items()
+        if name not in NOT_ON_CONSOLE and not name.endswith("eta_s") and (value or not name.endswith("num_skipped"))
+    ]
+
+
 def format_scalars(scalars: Scalars) -> str:
-    """All scalars in one line, with short names; `eta_s` as a duration."""
-    parts = []
-    for name, value in scalars.items():
-        if name.endswith("eta_s"):
-            parts.append(f"eta {duration(value)}")
-        else:
-            parts.append(f"{short_name(name)} {short_number(value)}")
+    """What the console shows, in one line that ends with the time left."""
+    parts = console_parts(scalars)
+    if "throughput/eta_s" in scalars:
+        parts.append(f"eta {duration(scalars['throughput/eta_s'])}")
     return "  ".join(parts)
 
 
@@ -243,9 +255,7 @@ class RichConsole:
         head.add_row(ProgressBar(total=self._num_steps, completed=step, width=40), f"{step}/{self._num_steps}", left)
         body = Table.grid(padding=(0, 2))
         cells = [
-            f"[dim]{short_name(name)}[/dim] {short_number(value)}"
-            for name, value in scalars.items()
-            if not name.endswith("eta_s")
+            f"[dim]{name}[/dim] {value}" for name, value in (part.rsplit(" ", 1) for part in console_parts(scalars))
         ]
         for start in range(0, len(cells), 5):
             body.add_row(*cells[start : start + 5])

@@ -26,6 +26,18 @@ from tml.train_step import EvalStep, Metrics, TrainState, init_state, make_eval_
 EXIT_INTERRUPTED = 75
 """Exit code after SIGTERM or Ctrl-C: the state is saved, the same command continues (EX_TEMPFAIL of sysexits.h)."""
 
+GROUPS = (
+    ("loss", "train"),
+    ("accuracy", "train"),
+    ("grad_norm", "train"),
+    ("lr", "train"),
+    ("num_skipped", "train"),
+    ("load", "moe"),
+    ("tokens", "data"),
+    ("fill", "data"),
+)
+"""Under which name, and in which order, the metrics of a step are logged."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -151,8 +163,9 @@ class Log:
 
     def _write_window(self, step: int) -> None:
         values = self._window.take()
-        groups = {"tokens": "data/", "fill": "data/", "load_cv": "moe/", "load_max_over_mean": "moe/"}
-        scalars = {f"{groups.get(name, 'train/')}{name}": value for name, value in values.items()}
+        scalars = {
+            f"{group}/{name}": values[name] for prefix, group in GROUPS for name in values if name.startswith(prefix)
+        }
         seconds = time.monotonic() - self._clock_start
         if self._steps and seconds > 0:
             flops_per_s = self._batch_flops * self._steps / seconds

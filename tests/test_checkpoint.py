@@ -1,0 +1,175 @@
+"""Checkpoints: what comes back, what is refused, and what damage is noticed."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from made_up import made_up_experiment
+
+from tml.checkpoint import CheckpointError, Checkpoints, restore, state_hash
+from tml.config import Experiment, MeshConfig, OptimConfig, Optimizer
+from tml.mesh import make_mesh
+from tml.train_step import TrainState, init_state
+
+EXPERIMENT = made_up_experiment()
+
+
+@pytest.fixture(scope="module")
+def first() -> TrainState:
+    return init_state(jax.random.key(1), EXPERIMENT, make_mesh(EXPERIMENT.mesh, jax.devices()[:1]))
+
+
+@jax.jit
+def moved(state: TrainState) -> TrainState:
+    """A stand-in for a step: every number changes."""
+    return jax.tree.map(lambda leaf: leaf + 1, state)
+
+
+@pytest.fixture
+def run_folder(first: TrainState, tmp_path: Path) -> Path:
+    """A folder with the checkpoints of steps 1 and 2."""
+    with Checkpoints(tmp_path) as checkpoints:
+        state = first
+        for _ in range(2):
+            state = moved(state)
+            checkpoints.save(state, EXPERIMENT)
+    return tmp_path
+
+
+def at_step(first: TrainState, step: int) -> TrainState:
+    for _ in range(step):
+        first = moved(first)
+    return first
+
+
+def restored(folder: Path, experiment: Experiment = EXPERIMENT) -> TrainState:
+    mesh = make_mesh(experiment.mesh, jax.devices()[: experiment.mesh.fsdp])
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(experiment, mesh)
+
+
+def test_everything_comes_back_bit_for_bit(first: TrainState, run_folder: Path):
+    state = restored(run_folder)
+    wanted = at_step(first, 2)
+    assert int(state.step) == 2
+    for left, right in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+    assert state_hash(state) == state_hash(wanted)
+    assert state_hash(state) != state_hash(at_step(first, 1))
+
+
+def test_restores_onto_other_devices(first: TrainState, run_folder: Path):
+    eight = dataclasses.replace(EXPERIMENT, mesh=MeshConfig(fsdp=8))
+    state = restored(run_folder, eight)
+    table = state.params["embed"]["tokens"]["table"]
+    assert len(table.sharding.device_set) == 8
+    assert state_hash(state) == state_hash(at_step(first, 2))
+
+
+def test_parameters_alone_come_with_their_config(first: TrainState, run_folder: Path):
+    experiment, params = restore(run_folder)
+    assert experiment == EXPERIMENT
+    wanted = at_step(first, 2).params
+    assert jax.tree.structure(params) == jax.tree.structure(wanted)
+    for left, right in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_a_save_is_not_disturbed_by_the_steps_after_it(first: TrainState, tmp_path: Path):
+    donating = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = jax.tree.map(lambda leaf: leaf.copy(), moved(first))
+    wanted = state_hash(state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, EXPERIMENT)
+        for _ in range(50):
+            state = donating(state)
+        jax.block_until_ready(state)
+    assert state_hash(restored(tmp_path)) == wanted
+
+
+def test_only_the_newest_are_kept(first: TrainState, run_folder: Path):
+    with Checkpoints(run_folder, keep=2) as checkpoints:
+        checkpoints.save(at_step(first, 3), EXPERIMENT)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
+
+
+def test_another_model_is_refused_with_both_values(run_folder: Path):
+    model = dataclasses.replace(EXPERIMENT.model, d_model=32, norm_eps=1e-5)
+    with pytest.raises(CheckpointError, match=r"model.d_model was 16, is 32; model.norm_eps was 1e-06, is 1e-05; "):
+        restored(run_folder, dataclasses.replace(EXPERIMENT, model=model))
+
+
+def test_another_optimizer_is_refused(run_folder: Path):
+    optim = OptimConfig(optimizer=Optimizer.ADAMW, warmup_steps=2)
+    with pytest.raises(CheckpointError, match=r"optim.optimizer was 'muon', is 'adamw'"):
+        restored(run_folder, dataclasses.replace(EXPERIMENT, optim=optim))
+
+
+def test_nothing_there(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint"):
+        restored(tmp_path)
+    with pytest.raises(CheckpointError, match=r"train first"):
+        restore(tmp_path / "elsewhere")
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 0x10
+        path.write_bytes(data)
+    elif how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.unlink()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax gives up
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_damage_is_noticed_and_the_older_checkpoint_named(first: TrainState, run_folder: Path, how: str):
+    newest = run_folder / "checkpoints" / "2"
+    files = sorted(newest.glob("params/**/d/*"), key=lambda path: path.stat().st_size)
+    damage(files[-1], how)
+    with pytest.raises(CheckpointError) as caught:
+        restored(run_folder)
+    assert "is damaged" in str(caught.value)
+    assert f"delete {newest} and run again to continue from step 1" in str(caught.value)
+    shutil.rmtree(newest)
+    assert state_hash(restored(run_folder)) == state_hash(at_step(first, 1))
+
+
+def test_a_checksum_guards_what_the_file_format_does_not(first: TrainState, run_folder: Path):
+    with Checkpoints(run_folder) as checkpoints:
+        manifest = checkpoints._manifest(2)
+        name = next(name for name in manifest["checksums"] if name.startswith("params."))
+        manifest["checksums"][name] ^= 1
+        checkpoints._manifest = lambda step: manifest
+        with pytest.raises(CheckpointError, match=f"the checksum of {name} is wrong"):
+            checkpoints.restore(EXPERIMENT, make_mesh(EXPERIMENT.mesh, jax.devices()[:1]))
+
+
+def test_what_a_killed_run_leaves_is_swept_away(first: TrainState, run_folder: Path):
+    folder = run_folder / "checkpoints"
+    # Killed while it wrote step 3, and while it deleted step 1.
+    shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
+    (folder / "1" / "_CHECKPOINT_METADATA").unlink()
+    shutil.rmtree(folder / "1" / "params")
+    assert int(restored(run_folder).step) == 2
+    with Checkpoints(run_folder) as checkpoints:
+        checkpoints.save(at_step(first, 3), EXPERIMENT)
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+    assert int(restored(run_folder).step) == 3
+
+
+def test_a_save_that_cannot_begin_is_an_error(first: TrainState, tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(at_step(first, 1), EXPERIMENT)
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("a file is in the way")
+    with pytest.raises(CheckpointError, match=r"saving step 2 .* failed: .*run the same command to continue"):
+        checkpoints.save(at_step(first, 2), EXPERIMENT)
