@@ -9,13 +9,14 @@ from tml.ops import attention
 
 
 def inputs(num_slots: int, extent: int, seed: int = 0) -> tuple:
-    keys = jax.random.split(jax.random.key(seed), 4)
+    keys = jax.random.split(jax.random.key(seed), 5)
     shape_q, shape_k = (2, num_slots, 4, 8), (2, num_slots, 2, 8)
     q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, (shape_q, shape_k, shape_k), strict=False))
-    bias = jax.random.normal(keys[3], (2, num_slots, 4, extent))
+    r = jax.random.normal(keys[3], (2, num_slots, 4, 3))
+    profiles = jax.random.normal(keys[4], (3, extent))
     cuts = np.array([[num_slots // 3, num_slots // 2], [5, 6]])
     segments = 1 + (np.arange(num_slots)[None, :, None] >= cuts[:, None, :]).sum(-1)
-    return q, k, v, bias, jnp.asarray(segments, jnp.int32)
+    return q, k, v, r, profiles, jnp.asarray(segments, jnp.int32)
 
 
 def value_and_grads(function, cotangent, *arrays):
@@ -23,15 +24,17 @@ def value_and_grads(function, cotangent, *arrays):
         out = function(*arrays)
         return jnp.sum(out * cotangent), out
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))(*arrays)
 
 
 @pytest.mark.parametrize(("num_slots", "window", "block"), [(50, 16, 8), (33, 12, 8), (10, 16, 4), (64, 5, 32)])
 def test_sliding_equals_the_definition_forward_and_gradient(num_slots: int, window: int, block: int) -> None:
-    q, k, v, bias, segments = inputs(num_slots, window)
+    q, k, v, r, profiles, segments = inputs(num_slots, window)
     cotangent = jax.random.normal(jax.random.key(9), q.shape)
-    ours = value_and_grads(lambda *a: attention.attend_sliding(*a, segments, block), cotangent, q, k, v, bias)
-    expected = value_and_grads(lambda *a: attention.attention_reference(*a, segments, window), cotangent, q, k, v, bias)
+    ours = value_and_grads(lambda *a: attention.attend_sliding(*a, segments, block), cotangent, q, k, v, r, profiles)
+    expected = value_and_grads(
+        lambda *a: attention.attention_reference(*a, segments, window), cotangent, q, k, v, r, profiles
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), ours, expected)
 
 
@@ -40,27 +43,30 @@ def test_global_equals_the_definition_forward_and_gradient(
     num_slots: int, extent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "GLOBAL_BLOCK_SLOTS", 12)
-    q, k, v, bias, segments = inputs(num_slots, extent)
+    q, k, v, r, profiles, segments = inputs(num_slots, extent)
     cotangent = jax.random.normal(jax.random.key(9), q.shape)
-    ours = value_and_grads(lambda *a: attention.attend_global(*a, segments), cotangent, q, k, v, bias)
-    expected = value_and_grads(lambda *a: attention.attention_reference(*a, segments, None), cotangent, q, k, v, bias)
+    ours = value_and_grads(lambda *a: attention.attend_global(*a, segments), cotangent, q, k, v, r, profiles)
+    expected = value_and_grads(
+        lambda *a: attention.attention_reference(*a, segments, None), cotangent, q, k, v, r, profiles
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), ours, expected)
 
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_cache_equals_the_definition(window: int | None) -> None:
-    q, k, v, bias, _ = inputs(12, 6 if window else 20)
+    q, k, v, r, profiles, _ = inputs(12, 6 if window else 20)
     one_segment = jnp.ones((2, 12), jnp.int32)
-    expected = attention.attention_reference(q, k, v, bias, one_segment, window)
+    expected = attention.attention_reference(q, k, v, r, profiles, one_segment, window)
     order = jax.random.permutation(jax.random.key(3), 12)
     positions = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32)[None], (2, 12))
     empty = jnp.full((2, 3), -1, jnp.int32)
     junk = jnp.full((2, 3, 2, 8), 7.0)
-    got = jax.jit(attention.attend_cache, static_argnums=6)(
+    got = jax.jit(attention.attend_cache, static_argnums=7)(
         q,
         jnp.concatenate([k[:, order], junk], axis=1),
         jnp.concatenate([v[:, order], junk], axis=1),
-        bias,
+        r,
+        profiles,
         positions,
         jnp.concatenate([positions[:, order], empty], axis=1),
         window,
@@ -68,12 +74,12 @@ def test_cache_equals_the_definition(window: int | None) -> None:
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-def test_skew_places_every_distance() -> None:
-    bias = jax.random.normal(jax.random.key(0), (3, 5, 4))
-    skewed = np.asarray(attention.skew(bias))
-    assert skewed.shape == (3, 5, 9)
+def test_the_skewed_bias_places_every_distance() -> None:
+    r, profiles = jax.random.normal(jax.random.key(0), (2, 5, 3, 2)), jax.random.normal(jax.random.key(1), (2, 4))
+    skewed = np.asarray(attention.skewed_bias(r, profiles))
+    assert skewed.shape == (2, 3, 5, 9)
     for query in range(5):
         for key in range(9):
             distance = 4 + query - key
-            expected = bias[:, query, distance] if 0 <= distance < 4 else np.zeros(3)
-            np.testing.assert_array_equal(skewed[:, query, key], expected)
+            expected = r[:, query] @ profiles[:, distance] if 0 <= distance < 4 else np.zeros((2, 3))
+            np.testing.assert_allclose(skewed[:, :, query, key], expected, atol=1e-6)

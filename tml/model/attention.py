@@ -58,10 +58,10 @@ def apply(
         convolved[name] = flat.reshape(kv_shape)
     q_BSNH = rms_norm(q_BSNH, params["q_norm"], eps)
     k_BSKH = rms_norm(convolved["k"], params["k_norm"], eps)
-    bias_BSNX = jnp.einsum("BSNJ,JX->BSNX", r_BSNJ, params["profiles"].astype(dtype))
     if is_global:
         tau_BS11 = log_length_scale(functions.positions, cfg.attention)[:, :, None, None]
         q_BSNH = (q_BSNH.astype(jnp.float32) * tau_BS11).astype(dtype)
-        bias_BSNX = (bias_BSNX.astype(jnp.float32) * tau_BS11).astype(dtype)
-    out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias_BSNX, state)
+        r_BSNJ = (r_BSNJ.astype(jnp.float32) * tau_BS11).astype(dtype)
+    bias = r_BSNJ, params["profiles"].astype(dtype)
+    out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias, state)
     return jnp.einsum("BSNH,NHD->BSD", out_BSNH, params["o"].astype(dtype)), state

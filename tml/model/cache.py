@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, Int16, Int32, UInt8
 
 from tml.config import ModelConfig
 from tml.model import embed, transformer
-from tml.model.layer_functions import LayerFunctions, LayerState
+from tml.model.layer_functions import Bias, LayerFunctions, LayerState
 from tml.model.moe import gathered_experts
 from tml.ops.attention import attend_cache
 from tml.ops.short_conv import short_conv_stream, zero_history
@@ -116,11 +116,11 @@ def append(
         out, history = short_conv_stream(x, taps, layer.histories[name], slots.counts_B)
         return out, replace(layer, histories={**layer.histories, name: history})
 
-    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, layer: LayerState) -> PyTree:
+    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias, layer: LayerState) -> PyTree:
         places_BW, key_positions_BT = (full_BW, full_positions_BT) if is_global else (ring_BW, ring_positions_BT)
         layer = replace(layer, k_BTKH=_write(layer.k_BTKH, places_BW, k), v_BTKH=_write(layer.v_BTKH, places_BW, v))
         window = None if is_global else cfg.attention.window
-        out = attend_cache(q, layer.k_BTKH, layer.v_BTKH, bias, positions_BW, key_positions_BT, window)
+        out = attend_cache(q, layer.k_BTKH, layer.v_BTKH, *bias, positions_BW, key_positions_BT, window)
         return out, layer
 
     functions = LayerFunctions(

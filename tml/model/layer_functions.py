@@ -21,6 +21,9 @@ from tml.params import Leaf, PyTree
 SLIDING_BLOCK_SLOTS = 64
 """Queries in one block of sliding attention on CPU: half the quickstart's window wastes a third of the logits."""
 
+Bias = tuple[Float[Array, "B S N J"], Float[Array, "J X"]]
+"""The relative bias, not yet multiplied out: what each query mixes, and the profiles by distance."""
+
 
 @flax.struct.dataclass
 class LayerState:
@@ -44,7 +47,7 @@ class LayerFunctions(NamedTuple):
         positions: position of every slot within its segment or session (B x S).
         valid: slots that hold something; padding does not count as load.
         conv: (name, inputs, taps, state) to (outputs, state).
-        attend: (is_global, q, k, v, bias by distance, state) to (outputs, state).
+        attend: (is_global, q, k, v, bias, state) to (outputs, state).
         experts: the expert matmuls.
     """
 
@@ -63,10 +66,10 @@ def row_functions(
     def conv(_: str, x: jax.Array, taps: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
         return short_conv_rows(x, taps, positions_BS), state
 
-    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, state: PyTree) -> PyTree:
+    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias, state: PyTree) -> PyTree:
         if is_global:
-            return attend_global(q, k, v, bias, segment_ids_BS), state
-        return attend_sliding(q, k, v, bias, segment_ids_BS, min(SLIDING_BLOCK_SLOTS, cfg.attention.window)), state
+            return attend_global(q, k, v, *bias, segment_ids_BS), state
+        return attend_sliding(q, k, v, *bias, segment_ids_BS, min(SLIDING_BLOCK_SLOTS, cfg.attention.window)), state
 
     return LayerFunctions(
         positions=positions_BS,

@@ -2,9 +2,10 @@
 
 All of it computes, for query t and visible key s of the same segment, with d = t - s,
 
-    out_t = sum_s softmax_s(q_t . k_s + bias_t[d]) v_s,    bias_t[d] = 0 where d >= X.
+    out_t = sum_s softmax_s(q_t . k_s + bias_t[d]) v_s,    bias_t[d] = r_t . profiles[:, d], 0 where d >= X.
 
-Queries come scaled. Logits and softmax are float32. A sliding layer sees 0 <= d < window.
+Queries come scaled. Logits and softmax are float32. A sliding layer sees 0 <= d < X; X is its window.
+The bias is made block by block, where it is used: a bias by distance for a whole row is larger than its logits.
 """
 
 import jax
@@ -22,59 +23,58 @@ def attention_reference(
     q_BSNH: Float[Array, "B S N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    bias_BSNX: Float[Array, "B S N X"],
+    r_BSNJ: Float[Array, "B S N J"],
+    profiles_JX: Float[Array, "J X"],
     segment_ids_BS: Int32[Array, "B S"],
     window: int | None,
 ) -> Float[Array, "B S N H"]:
     """The definition, with every S x S array in full; what the others are tested against."""
-    num_slots, extent = q_BSNH.shape[1], bias_BSNX.shape[-1]
+    num_slots, extent = q_BSNH.shape[1], profiles_JX.shape[-1]
     groups = q_BSNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) for x in (k_BSKH, v_BSKH))
     distance_SS = jnp.arange(num_slots)[:, None] - jnp.arange(num_slots)[None, :]
     seen_BSS = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]) & (distance_SS >= 0)[None]
     if window is not None:
         seen_BSS &= (distance_SS < window)[None]
-    index_BNSS = jnp.broadcast_to(
-        jnp.clip(distance_SS, 0, extent - 1)[None, None], (*bias_BSNX.swapaxes(1, 2).shape[:3], num_slots)
-    )
-    bias_BNSS = jnp.take_along_axis(bias_BSNX.swapaxes(1, 2), index_BNSS, axis=-1)
-    bias_BNSS = jnp.where((distance_SS < extent)[None, None], bias_BNSS, 0.0)
+    profiles_JSS = jnp.where((distance_SS < extent)[None], profiles_JX[:, jnp.clip(distance_SS, 0, extent - 1)], 0.0)
+    bias_BNSS = jnp.einsum("BSNJ,JST->BNST", r_BSNJ, profiles_JSS)
     logits_BNSS = jnp.einsum("BSNH,BTNH->BNST", q_BSNH, k_BSNH) + bias_BNSS
     weights_BNSS = jax.nn.softmax(jnp.where(seen_BSS[:, None], logits_BNSS, MASKED), axis=-1)
     return jnp.einsum("BNST,BTNH->BSNH", weights_BNSS, v_BSNH)
 
 
-def skew(bias_AX: Float[Array, "*b A X"]) -> Float[Array, "*b A T"]:
-    """Turns a bias by distance into a bias by key, for A queries that follow X earlier keys (T = X + A).
+def skewed_bias(r_BANJ: Float[Array, "B A N J"], profiles_JX: Float[Array, "J X"]) -> Float[Array, "B N A T"]:
+    """The bias of A queries for the X keys before them and their own A (T = X + A).
 
-    Query a stands at key X + a, so key c is at distance X + a - c. The shift by one a row is
-    a reshape of rows that are one longer than they are read back.
+    Query a stands at key X + a, so key c is at distance X + a - c. With the distances reversed,
+    the shift by one a row is a reshape of rows that are one longer than they are read back.
     """
-    *batch, num_queries, extent = bias_AX.shape
+    num_rows, num_queries, num_heads, _ = r_BANJ.shape
+    extent = profiles_JX.shape[-1]
     num_keys = extent + num_queries
-    edge = [(0, 0)] * (len(batch) + 1)
-    rows = jnp.pad(bias_AX[..., ::-1], [*edge, (1, num_queries)])
-    flat = rows.reshape(*batch, num_queries * (num_keys + 1))[..., : num_queries * num_keys]
-    return flat.reshape(*batch, num_queries, num_keys)
+    bias_BNAX = jnp.einsum("BNAJ,JX->BNAX", r_BANJ.swapaxes(1, 2), profiles_JX[:, ::-1])
+    longer = jnp.pad(bias_BNAX, ((0, 0), (0, 0), (0, 0), (1, num_queries)))
+    flat = longer.reshape(num_rows, num_heads, num_queries * (num_keys + 1))[..., : num_queries * num_keys]
+    return flat.reshape(num_rows, num_heads, num_queries, num_keys)
 
 
 def attend_global(
     q_BSNH: Float[Array, "B S N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    bias_BSNX: Float[Array, "B S N X"],
+    r_BSNJ: Float[Array, "B S N J"],
+    profiles_JX: Float[Array, "J X"],
     segment_ids_BS: Int32[Array, "B S"],
 ) -> Float[Array, "B S N H"]:
     """Full causal attention within segments, in blocks of queries that see only the keys before their end."""
     num_slots = q_BSNH.shape[1]
-    extent = min(bias_BSNX.shape[-1], num_slots)
-    bias_BNSX = bias_BSNX[..., :extent].swapaxes(1, 2)
+    profiles_JX = profiles_JX[:, :num_slots]
+    extent = profiles_JX.shape[-1]
     out = []
     for first in range(0, num_slots, GLOBAL_BLOCK_SLOTS):
         last = min(first + GLOBAL_BLOCK_SLOTS, num_slots)
-        # `skew` gives the extent keys before the block and the block's own; make those the row's first `last` keys.
-        bias_BNAT = skew(bias_BNSX[:, :, first:last])
-        bias_BNAT = bias_BNAT[..., max(extent - first, 0) :]
+        # The skewed bias covers `extent` keys before the block and the block; make those the row's first `last` keys.
+        bias_BNAT = skewed_bias(r_BSNJ[:, first:last], profiles_JX)[..., max(extent - first, 0) :]
         bias_BNAT = jnp.pad(bias_BNAT, ((0, 0), (0, 0), (0, 0), (max(first - extent, 0), 0)))
         seen_BAT = segment_ids_BS[:, first:last, None] == segment_ids_BS[:, None, :last]
         seen_BAT &= (jnp.arange(first, last)[:, None] >= jnp.arange(last)[None])[None]
@@ -86,20 +86,14 @@ def attend_sliding(
     q_BSNH: Float[Array, "B S N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    bias_BSNX: Float[Array, "B S N X"],
+    r_BSNJ: Float[Array, "B S N J"],
+    profiles_JX: Float[Array, "J X"],
     segment_ids_BS: Int32[Array, "B S"],
     block_slots: int,
 ) -> Float[Array, "B S N H"]:
-    """Attention within segments to the last X positions, in blocks of queries that see only the keys they can.
-
-    Args:
-        q_BSNH: scaled queries; k_BSKH, v_BSKH: keys and values.
-        bias_BSNX: bias by distance; X is the window.
-        segment_ids_BS: segments of the packed rows.
-        block_slots: queries of one block.
-    """
+    """Attention within segments to the last X positions, in blocks of `block_slots` queries that see X + block keys."""
     num_rows, num_slots = segment_ids_BS.shape
-    window = bias_BSNX.shape[-1]
+    window = profiles_JX.shape[-1]
     past_blocks = -(-window // block_slots)
     past = past_blocks * block_slots
     num_blocks = -(-num_slots // block_slots)
@@ -115,13 +109,13 @@ def attend_sliding(
         parts = [blocks[:, shift : shift + num_blocks] for shift in range(past_blocks + 1)]
         return jnp.concatenate(parts, axis=2).reshape(num_rows * num_blocks, past + block_slots, *x.shape[2:])
 
-    bias_CAX = jnp.pad(in_blocks(bias_BSNX).swapaxes(1, 2), ((0, 0), (0, 0), (0, 0), (0, past - window)))
+    bias_CNAT = skewed_bias(in_blocks(r_BSNJ), jnp.pad(profiles_JX, ((0, 0), (0, past - window))))
     distance_AT = past + jnp.arange(block_slots)[:, None] - jnp.arange(past + block_slots)[None, :]
     # Keys before the row have segment -1, which no query has.
     key_segments_CT = with_past(segment_ids_BS + 1) - 1
     seen_CAT = in_blocks(segment_ids_BS)[:, :, None] == key_segments_CT[:, None, :]
     seen_CAT &= ((distance_AT >= 0) & (distance_AT < window))[None]
-    out = _attend(in_blocks(q_BSNH), with_past(k_BSKH), with_past(v_BSKH), skew(bias_CAX), seen_CAT)
+    out = _attend(in_blocks(q_BSNH), with_past(k_BSKH), with_past(v_BSKH), bias_CNAT, seen_CAT)
     return out.reshape(num_rows, num_blocks * block_slots, *q_BSNH.shape[2:])[:, :num_slots]
 
 
@@ -129,7 +123,8 @@ def attend_cache(
     q_BWNH: Float[Array, "B W N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    bias_BWNX: Float[Array, "B W N X"],
+    r_BWNJ: Float[Array, "B W N J"],
+    profiles_JX: Float[Array, "J X"],
     query_positions_BW: Int32[Array, "B W"],
     key_positions_BT: Int32[Array, "B T"],
     window: int | None,
@@ -137,18 +132,21 @@ def attend_cache(
     """Attention of the next W positions of live sessions to a cache that already holds them.
 
     Args:
-        q_BWNH: scaled queries; k_BTKH, v_BTKH: the cache.
-        bias_BWNX: bias by distance.
+        q_BWNH: scaled queries.
+        k_BTKH: cached keys.
+        v_BTKH: cached values.
+        r_BWNJ: what mixes the profiles into a bias.
+        profiles_JX: bias by distance, J of them.
         query_positions_BW: positions of the queries.
         key_positions_BT: positions of the cache's entries; negative where empty.
         window: distances seen; None sees all.
     """
-    extent = bias_BWNX.shape[-1]
+    extent = profiles_JX.shape[-1]
     distance_BWT = query_positions_BW[:, :, None] - key_positions_BT[:, None, :]
     seen_BWT = (distance_BWT >= 0) & (key_positions_BT >= 0)[:, None, :]
     if window is not None:
         seen_BWT &= distance_BWT < window
-    bias_BNWX = bias_BWNX.swapaxes(1, 2)
+    bias_BNWX = jnp.einsum("BNWJ,JX->BNWX", r_BWNJ.swapaxes(1, 2), profiles_JX)
     index_BNWT = jnp.broadcast_to(
         jnp.clip(distance_BWT, 0, extent - 1)[:, None], (*bias_BNWX.shape[:3], k_BTKH.shape[1])
     )
