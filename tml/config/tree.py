@@ -49,6 +49,10 @@ def from_mapping(kind: type, value: Any, path: str) -> Any:
     unknown = [key for key in value if key not in hints]
     if unknown:
         raise ValueError(f"unknown key {path}.{unknown[0]}; {nearest_keys(unknown[0], hints)}")
+    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - value.keys())
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]}, which {kind.__name__} needs")
     return kind(**{key: _convert(hints[key], item, f"{path}.{key}") for key, item in value.items()})
 
 
@@ -63,6 +67,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_mapping(typing.cast(type, hint), value, path)
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path} = {value!r} must be a group of keys")
         item_hint = typing.get_args(hint)[1]
         return {key: _convert(item_hint, item, f"{path}.{key}") for key, item in value.items()}
     if origin is tuple:

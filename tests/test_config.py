@@ -1,0 +1,156 @@
+"""The configuration: flags change it, mistakes are one clear line, and it survives JSON."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tml.config import (
+    AttentionConfig,
+    DataConfig,
+    Experiment,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    Schedule,
+    SourceConfig,
+    TrainConfig,
+    config_hash,
+    difference,
+    from_config_dict,
+    from_json,
+    to_config_dict,
+    to_json,
+    to_mapping,
+)
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = "--config=experiments/quickstart.py"
+
+
+def experiment() -> Experiment:
+    return Experiment(
+        name="x",
+        model=ModelConfig(num_layers=6, global_layers=(2, 5)),
+        data=DataConfig(sources={"speech": SourceConfig(path="somewhere", weight=2.0)}),
+        optim=OptimConfig(schedule=Schedule.WARMUP_COSINE),
+    )
+
+
+def test_a_config_dict_and_json_give_the_experiment_back():
+    assert from_config_dict(to_config_dict(experiment())) == experiment()
+    assert from_json(to_json(experiment())) == experiment()
+
+
+def test_what_flags_change_arrives_in_the_dataclasses():
+    config = to_config_dict(experiment())
+    config.optim.peak_lr = 1e-4
+    config.model.global_layers = (5,)
+    config.data.sources.speech.weight = 3.0
+    config.optim.schedule = "wsd"
+    changed = from_config_dict(config)
+    assert changed.optim.peak_lr == 1e-4
+    assert changed.model.global_layers == (5,)
+    assert changed.data.sources["speech"].weight == 3.0
+    assert changed.optim.schedule is Schedule.WSD
+    paths = [path for path, _, _ in difference(to_mapping(experiment()), to_mapping(changed))]
+    assert paths == ["data.sources.speech.weight", "model.global_layers", "optim.peak_lr", "optim.schedule"]
+
+
+def test_a_config_dict_takes_no_new_keys():
+    config = to_config_dict(experiment())
+    with pytest.raises(AttributeError):
+        config.optim.peek_lr = 1.0
+
+
+def test_the_hash_depends_on_every_value_and_on_nothing_else():
+    assert config_hash(experiment()) == config_hash(from_json(to_json(experiment())))
+    changed = dataclasses.replace(experiment(), seed=1)
+    assert config_hash(changed) != config_hash(experiment())
+    program = "from tests.test_config import *; print(config_hash(experiment()))"
+    other = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == config_hash(experiment())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: OptimConfig(peak_lr=0.0), r"optim.peak_lr = 0.0 must be greater than 0"),
+        (lambda: OptimConfig(b2=1.5), r"optim.b2 = 1.5 must lie between 0 and 1"),
+        (lambda: AttentionConfig(num_heads=6, num_kv_heads=4), r"num_heads = 6 is not a multiple .* = 4; .* is 8"),
+        (lambda: ModelConfig(global_layers=(9,)), r"names layers \[9\].*gives layers 0 to 3"),
+        (
+            lambda: Experiment(name="x", mesh=MeshConfig(fsdp=3)),
+            r"rows_per_batch = 8 is not a multiple of .* = 3; the nearest valid value is 9",
+        ),
+        (
+            lambda: Experiment(name="x", train=TrainConfig(num_steps=10), optim=OptimConfig(warmup_steps=10)),
+            r"warmup_steps = 10 leaves nothing of train.num_steps = 10",
+        ),
+        (lambda: from_json('{"name": "x", "modle": {}}'), r"unknown key config.modle; did you mean model"),
+        (
+            lambda: from_json('{"name": "x", "optim": {"schedule": "wsdd"}}'),
+            r"config.optim.schedule = 'wsdd' is not one of .*did you mean wsd\?",
+        ),
+        (lambda: from_json('{"name": 3}'), r"config.name = 3 is int, but must be str"),
+        (lambda: from_json('{"name": "x", "seed": true}'), r"config.seed = True is bool, but must be int"),
+        (lambda: from_json('{"name": "x", "data": {"sources": 4}}'), r"config.data.sources = 4 must be a group"),
+        (lambda: from_json('{"seed": 1}'), r"config lacks name, which Experiment needs"),
+        (lambda: from_json("seed"), r"Expecting value"),
+    ],
+)
+def test_impossible_values_are_refused_with_both_values(build, message: str):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def launch(*arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing; name an experiment, as in --config=experiments/quickstart.py"),
+        (["--config=nowhere.py"], "config file nowhere.py cannot be loaded: [Errno 2] No such file"),
+        ([QUICKSTART, "--config.optim.peek_lr=1"], "unknown key config.optim.peek_lr; did you mean peak_lr"),
+        ([QUICKSTART, "--config.train.num_steps=1.5"], "--config.train.num_steps=1.5: invalid literal for int()"),
+        ([QUICKSTART, "--config.optim.peak_lr=fast"], "could not convert string to float: 'fast'"),
+        ([QUICKSTART, "--config.turn.turn_ms=130"], "turn.turn_ms = 130 is not a multiple of the audio hop, 50 ms"),
+        ([QUICKSTART, "--config.data.sources.other.weight=1"], "names 'other'; only the config file can add"),
+        ([QUICKSTART, "--config.train.num_steps.x=1"], "config.train.num_steps is a single value"),
+        ([QUICKSTART, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        ([QUICKSTART, "more"], "unknown arguments ['more']"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_code_2(arguments: list[str], message: str):
+    code, out, err = launch(*arguments)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_run_folder_keeps_its_model_and_data(tmp_path: Path):
+    folder = f"--workdir={tmp_path}"
+    code, out, err = launch(QUICKSTART, folder, "--config.text.tokenizer=nowhere")
+    assert code == 1
+    assert "error: nowhere: there is no such tokenizer" in err
+    assert err.count("\n") == 1
+    assert '"peak_lr": 0.003' in out
+    written = from_json((tmp_path / "config.json").read_text())
+    assert f"config {config_hash(written)} in" in out
+    assert written.text.tokenizer == "nowhere"
+
+    code, _, err = launch(QUICKSTART, folder, "--config.text.tokenizer=nowhere", "--config.model.dense_dim=64")
+    assert code == 1
+    assert f"{tmp_path} belongs to another run: model.dense_dim was 256, is 64; choose another --workdir" in err
+    assert err.count("\n") == 1
+
+    code, out, _ = launch(QUICKSTART, folder, "--config.text.tokenizer=nowhere", "--config.train.num_steps=1234")
+    assert "config.train.num_steps was 1000 in this folder, is 1234 from here on" in out
