@@ -30,7 +30,9 @@ class Typed:
 
 
 def write(directory, task=None, **options):
-    return generate(directory, task or Typed(), **{"name": "x", "split": "train", "num_sessions": 11, "num_workers": 1, **options})
+    return generate(
+        directory, task or Typed(), **{"name": "x", "split": "train", "num_sessions": 11, "num_workers": 1, **options}
+    )
 
 
 def test_any_number_of_workers_writes_the_same_bytes_in_order(tmp_path):
