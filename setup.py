@@ -44,6 +44,7 @@ setup(
         "orbax-checkpoint>=0.11",
         "pillow>=11",
         "rich>=13",
+        "safetensors>=0.5",
         "scipy>=1.14",
         "soundfile>=0.13",
         "soxr>=0.5",

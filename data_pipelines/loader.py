@@ -28,9 +28,9 @@ from data_pipelines.encoded import (
 from data_pipelines.laid_out import lay_out_source, layout_hash
 from data_pipelines.records import RecordError, RecordKind, read_manifest
 from data_pipelines.row_index import MixtureSource, RowIndex, RowIndexes
-from data_pipelines.rows import RowWriter, layout_of
+from data_pipelines.rows import RowWriter
 from tml.batch import Batch
-from tml.codec.text import Tokenizer
+from tml.codec.text import Tokenizer, layout_of
 from tml.config import Experiment, SourceConfig, SourceKind
 from tml.microturn import Kind
 

@@ -6,19 +6,8 @@ from data_pipelines.encoded import Media
 from data_pipelines.laid_out import LaidOut, PartTable
 from tml.batch import Batch, empty_rows
 from tml.codec.audio import silence_frame
-from tml.codec.text import Tokenizer
-from tml.config import Boundary, Experiment, LossConfig
-from tml.microturn import Clock, Kind, Layout, Target
-
-
-def layout_of(experiment: Experiment, tokenizer: Tokenizer) -> Layout:
-    """The micro-turn layout of an experiment."""
-    return Layout(
-        clock=Clock.of(experiment.turn, experiment.model.audio),
-        turn=experiment.turn,
-        special=tokenizer.special,
-        max_tiles_per_turn=experiment.model.video.max_tiles_per_turn,
-    )
+from tml.config import Boundary, LossConfig
+from tml.microturn import Kind, Layout, Target
 
 
 def max_tiles_per_row(layout: Layout, row_slots: int) -> int:

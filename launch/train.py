@@ -51,6 +51,7 @@ def _train(experiment: Experiment, workdir: Path) -> int:
     from tml.train import EXIT_INTERRUPTED, train
 
     tokenizer = Tokenizer.load(experiment.text.tokenizer)
+    tokenizer.save(workdir / "tokenizer")
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def train_batches(start_step: int) -> Iterator["Batch"]:

@@ -25,9 +25,9 @@ from tml.codec.encode import encode_session
 from tml.codec.text import Tokenizer
 from tml.codec.waveform import decode_clip, resample
 from tml.config import EvaluationConfig, ModelConfig, StreamConfig
-from tml.microturn import EncodedSession, Layout
+from tml.microturn import Clock, EncodedSession, Layout
 from tml.params import PyTree
-from tml.session import ExpectationKind, Session, Stream
+from tml.session import ExpectationKind, Session, Stream, TextEvent
 from tml.stream import engine
 from tml.stream.inputs import join_sessions, session_inputs
 from tml.stream.outputs import Said, read_session
@@ -257,6 +257,21 @@ def score(sessions: Sequence[Session], said: Sequence[Sequence[Said]], answer_wi
         latencies_s=tuple(latencies),
         correct_by_tag={tag: Rate(hits=sum(marks), cases=len(marks)) for tag, marks in sorted(by_tag.items())},
     )
+
+
+def with_said(session: Session, said: Sequence[Said], clock: Clock) -> Session:
+    """The session with the model's own words in place of the recorded ones, for a picture."""
+    rate = session.sample_rate_hz
+    texts = [event for event in session.texts if event.stream is not Stream.OWN_TEXT]
+    for turn in said:
+        start = int(turn.emitted_s * rate)
+        if turn.text.strip() and start < session.num_samples:
+            end = min(start + clock.turn_samples * rate // clock.sample_rate_hz, session.num_samples)
+            texts.append(TextEvent(stream=Stream.OWN_TEXT, start=start, end=end, text=turn.text.strip()))
+    streams = tuple(stream for stream in session.streams if stream is not Stream.OWN_TEXT)
+    if any(event.stream is Stream.OWN_TEXT for event in texts):
+        streams = (*streams, Stream.OWN_TEXT)
+    return replace(session, texts=tuple(sorted(texts, key=lambda event: event.start)), streams=streams)
 
 
 def report_table(report: Report) -> str:

@@ -9,7 +9,7 @@ from data_pipelines.encoding import encode_dataset
 from data_pipelines.laid_out import laid_out_directory, lay_out_source, layout_hash, segments_of
 from data_pipelines.loader import RowLoader
 from data_pipelines.records import SessionWriter
-from data_pipelines.rows import layout_of
+from tml.codec.text import layout_of
 from tml.config import Boundary, MicroTurnConfig
 from tml.microturn import Kind
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import tokenizers
 
-from tml.microturn import SPECIAL_TOKEN_NAMES, SpecialTokens
+from tml.config import Experiment
+from tml.microturn import SPECIAL_TOKEN_NAMES, Clock, Layout, SpecialTokens
 
 TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\ufffd"
@@ -149,9 +150,26 @@ class Tokenizer:
         special = json.dumps(asdict(self.special), sort_keys=True)
         return hashlib.sha256(b"\n".join([self.format.encode(), special.encode(), self.content])).hexdigest()[:16]
 
+    def save(self, directory: Path) -> Path:
+        """Writes the file it was read from into a directory; returns what `load` reads."""
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / (TOKENIZER_FILE if self.format is TokenizerFormat.JSON else "tokenizer.tiktoken")
+        file.write_bytes(self.content)
+        return file
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the file's content, since a backend forgets its settings on the way."""
         return _tokenizer_of, (self.format, self.content)
+
+
+def layout_of(experiment: Experiment, tokenizer: Tokenizer) -> Layout:
+    """The micro-turn layout of an experiment."""
+    return Layout(
+        clock=Clock.of(experiment.turn, experiment.model.audio),
+        turn=experiment.turn,
+        special=tokenizer.special,
+        max_tiles_per_turn=experiment.model.video.max_tiles_per_turn,
+    )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:

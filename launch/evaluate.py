@@ -1,0 +1,81 @@
+"""Evaluates behaviour: streams held-out sessions through the engine, beside their controls.
+
+    python -m launch.evaluate --model=runs/quickstart --out=runs/quickstart/evaluation
+    python -m launch.evaluate --model=exports/quickstart --sessions=data/human_digits --out=reports/human
+
+Prints a table with 95 % intervals: the speech itself, and the same sessions blanked, swapped and as
+noise with the envelope of the speech. Writes report.json and a picture of some sessions to --out.
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from absl import app, flags
+
+from launch.app import prepare_jax, run_app
+
+_MODEL = flags.DEFINE_string("model", "", "Run folder or bundle.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run folder; the newest by default.")
+_SESSIONS = flags.DEFINE_string("sessions", "", "Data set of sessions; evaluation.sessions of the config by default.")
+_MAX_SESSIONS = flags.DEFINE_integer("max_sessions", 0, "Stream at most so many; evaluation.max_sessions by default.")
+_OUT = flags.DEFINE_string("out", "", "Folder for report.json and pictures; none are written by default.")
+_PICTURES = flags.DEFINE_integer("pictures", 2, "Sessions drawn into --out.")
+
+
+def main(argv: list[str]) -> int:
+    """Streams, scores, prints, writes."""
+    if not _MODEL.value:
+        raise app.UsageError("--model is missing; name a run folder or a bundle, as in --model=runs/quickstart")
+    prepare_jax()
+    from data_pipelines.records import RecordSource, read_session
+    from tml import evaluate
+    from tml.export import bundle
+
+    begun = time.monotonic()
+    model = bundle.open_model(Path(_MODEL.value), _STEP.value)
+    config = model.experiment.evaluation
+    directory = _SESSIONS.value or config.sessions
+    if not directory:
+        raise app.UsageError("--sessions is missing, and the model's config names none in evaluation.sessions")
+    source = RecordSource(directory)
+    count = min(len(source), _MAX_SESSIONS.value or config.max_sessions)
+    sessions = [read_session(source, index) for index in range(count)]
+    print(f"streaming {count} of {len(source)} sessions of {directory}, {len(evaluate.Condition)} times", flush=True)
+    report = evaluate.evaluate(
+        model.params,
+        sessions,
+        model.experiment.model,
+        model.layout,
+        model.experiment.stream,
+        config,
+        model.tokenizer,
+    )
+    print(evaluate.report_table(report))
+    if _OUT.value:
+        _write(report, sessions, model, Path(_OUT.value), directory)
+    print(f"{time.monotonic() - begun:.0f} s")
+    return 0
+
+
+def _write(report: object, sessions: list, model: object, out: Path, directory: str) -> None:
+    from tml import evaluate
+    from tml.timeline import draw_timeline
+
+    out.mkdir(parents=True, exist_ok=True)
+    plain = {"model": _MODEL.value, "sessions": directory, **evaluate.report_json(report)}  # type: ignore[arg-type]
+    (out / "report.json").write_text(json.dumps(plain, indent=2) + "\n")
+    clock = model.layout.clock  # type: ignore[attr-defined]
+    for session, said in list(zip(sessions, report.said, strict=True))[: _PICTURES.value]:  # type: ignore[attr-defined]
+        spoken = evaluate.with_said(session, said, clock)
+        draw_timeline(
+            replace(spoken, session_id=f"{session.session_id} (answers by the model)"),
+            out / f"{session.session_id}.png",
+            clock,
+        )
+    print(f"report: {out / 'report.json'}")
+
+
+if __name__ == "__main__":
+    run_app(main)

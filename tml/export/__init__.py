@@ -1,0 +1,1 @@
+"""Bundles: what leaves a run to be streamed or served elsewhere."""

@@ -1,0 +1,145 @@
+"""The bundle: parameters, config and tokenizer in one folder, which streams without the run or its data.
+
+bundle/
+config.json           the experiment
+params.safetensors    every parameter in float32, by its path
+tokenizer/            the tokenizer's own file
+bundle.json           format, config hash, checksum; written last, so that half a bundle is none
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tml import checkpoint
+from tml.codec.text import Tokenizer, layout_of
+from tml.config import Experiment, config_hash, to_json
+from tml.config.tree import from_json
+from tml.microturn import Layout
+from tml.model import transformer
+from tml.params import PyTree, map_specs, spec_leaves
+
+FORMAT = 1
+MARKER = "bundle.json"
+PARAMS = "params.safetensors"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer"
+
+
+class BundleError(ValueError):
+    """A folder that is no bundle, or a damaged one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Everything that streaming needs.
+
+    Attributes:
+        experiment: the config it was trained with.
+        params: the parameters.
+        tokenizer: the tokenizer.
+    """
+
+    experiment: Experiment
+    params: PyTree
+    tokenizer: Tokenizer
+
+    @property
+    def layout(self) -> Layout:
+        """The micro-turn layout."""
+        return layout_of(self.experiment, self.tokenizer)
+
+
+def open_model(folder: Path, step: int | None = None) -> Model:
+    """Reads a bundle, or the newest (or given) checkpoint of a run folder.
+
+    Raises:
+        BundleError: neither of the two.
+        CheckpointError: the checkpoint is damaged, or there is none.
+    """
+    if (folder / MARKER).is_file():
+        return load(folder)
+    if not (folder / checkpoint.FOLDER).is_dir():
+        raise BundleError(
+            f"{folder} is neither a bundle (no {MARKER}) nor a run folder (no {checkpoint.FOLDER}); "
+            f"train with --workdir={folder} first, or name another folder"
+        )
+    experiment, params = checkpoint.restore(folder, step)
+    return Model(experiment=experiment, params=params, tokenizer=_load_tokenizer(folder))
+
+
+def save(model: Model, folder: Path) -> None:
+    """Writes a bundle. What is there already is replaced only when the new one is whole.
+
+    Raises:
+        BundleError: the folder holds something that is not a bundle.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise BundleError(f"{folder} holds files that are not a bundle; name an empty or a new folder")
+    staging = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    safetensors.numpy.save_file(_by_path(model.params, model.experiment), staging / PARAMS)
+    (staging / CONFIG).write_text(to_json(model.experiment) + "\n")
+    model.tokenizer.save(staging / TOKENIZER)
+    marker = {
+        "format": FORMAT,
+        "config_hash": config_hash(model.experiment),
+        "params_sha256": hashlib.sha256((staging / PARAMS).read_bytes()).hexdigest(),
+    }
+    (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+
+
+def load(folder: Path) -> Model:
+    """Reads a bundle.
+
+    Raises:
+        BundleError: another format, another checksum, or parameters that do not fit the config.
+    """
+    marker = json.loads((folder / MARKER).read_text())
+    if marker.get("format") != FORMAT:
+        raise BundleError(
+            f"{folder} has bundle format {marker.get('format')}, this code reads {FORMAT}; export it again"
+        )
+    data = (folder / PARAMS).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != marker["params_sha256"]:
+        raise BundleError(
+            f"{folder / PARAMS} has sha256 {digest[:12]}, the bundle was written with {marker['params_sha256'][:12]}; "
+            f"it is damaged: export it again"
+        )
+    experiment = from_json((folder / CONFIG).read_text())
+    tensors = safetensors.numpy.load(data)
+    return Model(experiment=experiment, params=_as_tree(tensors, experiment, folder), tokenizer=_load_tokenizer(folder))
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    ranks = folder / TOKENIZER / "tokenizer.tiktoken"
+    return Tokenizer.load(ranks if ranks.exists() else folder / TOKENIZER)
+
+
+def _by_path(params: PyTree, experiment: Experiment) -> dict[str, np.ndarray]:
+    paths = [path for path, _ in spec_leaves(transformer.specs(experiment.model))]
+    return {path: np.asarray(leaf) for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)}
+
+
+def _as_tree(tensors: Mapping[str, np.ndarray], experiment: Experiment, folder: Path) -> PyTree:
+    specs = transformer.specs(experiment.model)
+    leaves = []
+    for path, spec in spec_leaves(specs):
+        found = tensors.get(path)
+        if found is None or found.shape != spec.shape:
+            shape = None if found is None else found.shape
+            raise BundleError(f"{folder / PARAMS}: {path} has shape {shape}, its config wants {spec.shape}")
+        leaves.append(jax.numpy.asarray(found))
+    return jax.tree.unflatten(jax.tree.structure(map_specs(lambda spec: 0, specs)), leaves)
