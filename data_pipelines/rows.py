@@ -6,7 +6,7 @@ from data_pipelines.encoded import Media
 from data_pipelines.laid_out import LaidOut, PartTable
 from tml.batch import Batch, empty_rows
 from tml.codec.audio import silence_frame
-from tml.config import Boundary, LossConfig
+from tml.config import Boundary, Experiment, LossConfig
 from tml.microturn import Kind, Layout, Target
 
 

@@ -8,12 +8,26 @@ Expected: to be measured.
 
 Command, after `data/quickstart` has been prepared (see the README):
 
-    python -m launch.train --config=experiments/quickstart.py --workdir=runs/quick
+    python -m launch.train --config=experiments/quickstart.py --workdir=runs/quickstart
 """
 
 from ml_collections import ConfigDict
 
-from tml.config import DataConfig, EvaluationConfig, Experiment, SourceConfig, TextConfig, to_config_dict
+from tml.config import (
+    AttentionConfig,
+    Boundary,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    MicroTurnConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    SourceConfig,
+    TextConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config() -> ConfigDict:
@@ -21,11 +35,26 @@ def get_config() -> ConfigDict:
     return to_config_dict(
         Experiment(
             name="quickstart",
+            model=ModelConfig(
+                num_layers=4,
+                num_dense_layers=1,
+                global_layers=(3,),
+                d_model=128,
+                dense_dim=256,
+                vocab_size=512,
+                attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window=64, global_extent=128),
+                moe=MoEConfig(num_experts=8, num_experts_per_token=2, num_shared_experts=1, expert_dim=64),
+            ),
+            turn=MicroTurnConfig(boundary=Boundary.NONE),
             text=TextConfig(tokenizer="data/quickstart/tokenizer", train_vocab_size=512),
             data=DataConfig(
                 sources={"requests": SourceConfig(path="data/quickstart/train")},
                 eval_sources={"requests": SourceConfig(path="data/quickstart/heldout")},
+                row_slots=1024,
+                rows_per_batch=4,
             ),
+            optim=OptimConfig(peak_lr=3e-3, warmup_steps=50, decay_fraction=0.5),
+            train=TrainConfig(num_steps=900, log_every=20, eval_every=300, checkpoint_every=300),
             evaluation=EvaluationConfig(sessions="data/quickstart/heldout"),
         )
     )

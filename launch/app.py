@@ -96,7 +96,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _check_overrides(argv)
         return FLAGS(argv)
     except KeyError as error:
-        sys.exit(_complain(f"a --config override names {error.args[0]}; only the config file can add such a key", EXIT_USAGE))
+        sys.exit(
+            _complain(f"a --config override names {error.args[0]}; only the config file can add such a key", EXIT_USAGE)
+        )
     except (flags.Error, app.UsageError, AttributeError, TypeError, ValueError, OSError) as error:
         sys.exit(_complain(_readable(error), EXIT_USAGE))
 

@@ -11,10 +11,16 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from launch.app import prepare_jax, run_app
+
+if TYPE_CHECKING:
+    from tml.evaluate import Report
+    from tml.export.bundle import Model
+    from tml.session import Session
 
 _MODEL = flags.DEFINE_string("model", "", "Run folder or bundle.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run folder; the newest by default.")
@@ -59,21 +65,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _write(report: object, sessions: list, model: object, out: Path, directory: str) -> None:
+def _write(report: "Report", sessions: list["Session"], model: "Model", out: Path, directory: str) -> None:
     from tml import evaluate
     from tml.timeline import draw_timeline
 
     out.mkdir(parents=True, exist_ok=True)
-    plain = {"model": _MODEL.value, "sessions": directory, **evaluate.report_json(report)}  # type: ignore[arg-type]
+    plain = {"model": _MODEL.value, "sessions": directory, **evaluate.report_json(report)}
     (out / "report.json").write_text(json.dumps(plain, indent=2) + "\n")
-    clock = model.layout.clock  # type: ignore[attr-defined]
-    for session, said in list(zip(sessions, report.said, strict=True))[: _PICTURES.value]:  # type: ignore[attr-defined]
+    clock = model.layout.clock
+    for session, said in list(zip(sessions, report.said, strict=True))[: _PICTURES.value]:
         spoken = evaluate.with_said(session, said, clock)
-        draw_timeline(
-            replace(spoken, session_id=f"{session.session_id} (answers by the model)"),
-            out / f"{session.session_id}.png",
-            clock,
-        )
+        titled = replace(spoken, session_id=f"{session.session_id} (answers by the model)")
+        draw_timeline(titled, out / f"{session.session_id}.png", clock)
     print(f"report: {out / 'report.json'}")
 
 

@@ -268,7 +268,7 @@ def with_said(session: Session, said: Sequence[Said], clock: Clock) -> Session:
         if turn.text.strip() and start < session.num_samples:
             end = min(start + clock.turn_samples * rate // clock.sample_rate_hz, session.num_samples)
             texts.append(TextEvent(stream=Stream.OWN_TEXT, start=start, end=end, text=turn.text.strip()))
-    streams = tuple(stream for stream in session.streams if stream is not Stream.OWN_TEXT)
+    streams: tuple[Stream, ...] = tuple(stream for stream in session.streams if stream is not Stream.OWN_TEXT)
     if any(event.stream is Stream.OWN_TEXT for event in texts):
         streams = (*streams, Stream.OWN_TEXT)
     return replace(session, texts=tuple(sorted(texts, key=lambda event: event.start)), streams=streams)
