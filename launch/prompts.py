@@ -21,6 +21,9 @@ from launch.progress import Progress
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", None, "Directory for the data sets.")
 flags.DEFINE_string("cache", "~/.cache/tml", "Where downloaded packages are unpacked.")
+flags.DEFINE_multi_enum(
+    "sets", ["digits", "silence"], ["digits", "silence"], "What to write; repeat the flag for both."
+)
 flags.DEFINE_integer("num_digits", 200, "Sessions of digits, ten recordings in turn.", lower_bound=1)
 flags.DEFINE_integer("num_silence", 600, "Training sessions to stay silent at.", lower_bound=1)
 flags.DEFINE_integer("num_silence_heldout", 60, "Held-out sessions to stay silent at.", lower_bound=1)
@@ -53,37 +56,35 @@ def main(_: list[str]) -> int:
     if not FLAGS.out:
         raise app.UsageError("--out names the directory for the data sets")
     cache = Path(FLAGS.cache).expanduser().absolute()
+    for name in FLAGS.sets:
+        {"digits": _write_digits, "silence": _write_silence}[name](cache)
+    return 0
+
+
+def _write_digits(cache: Path) -> None:
     digits = prompts.HumanDigitTask(seed=FLAGS.seed, cache=cache)
-    silence = prompts.HumanSilenceTask(seed=FLAGS.seed, cache=cache)
-    recordings = prompts.digit_prompts(cache)
-    clips = {
-        split: sum(len(prompts.silence_prompts(language, split, cache)) for language in silence.languages)
-        for split in ("train", "heldout")
+    meta = {
+        "task": "human digits",
+        "recordings": str(len(prompts.digit_prompts(cache))),
+        "settings": _settings(digits),
+        "licence": prompts.LICENCES["en"],
     }
-    print(f"{len(recordings)} digits; to stay silent at, {clips['train']} clips and {clips['heldout']} held out")
-    _write(
-        "digits",
-        digits,
-        "heldout",
-        FLAGS.num_digits,
-        {
-            "task": "human digits",
-            "recordings": str(len(recordings)),
-            "settings": _settings(digits),
-            "licence": prompts.LICENCES["en"],
-        },
-        prompts.licences("en", cache),
-    )
-    other = {name: data for language in silence.languages for name, data in prompts.licences(language, cache).items()}
+    _write("digits", digits, "heldout", FLAGS.num_digits, meta, prompts.licences("en", cache))
+
+
+def _write_silence(cache: Path) -> None:
+    silence = prompts.HumanSilenceTask(seed=FLAGS.seed, cache=cache)
+    licences = {
+        name: data for language in silence.languages for name, data in prompts.licences(language, cache).items()
+    }
     for split, count in (("train", FLAGS.num_silence), ("heldout", FLAGS.num_silence_heldout)):
         meta = {
             "task": "human silence",
-            "recordings": str(clips[split]),
+            "recordings": str(sum(len(prompts.silence_prompts(name, split, cache)) for name in silence.languages)),
             "settings": _settings(silence),
             "licence": "; ".join(f"{language}: {prompts.LICENCES[language]}" for language in silence.languages),
         }
-        _write(f"silence-{split}", silence, split, count, meta, other)
-    return 0
+        _write(f"silence-{split}", silence, split, count, meta, licences)
 
 
 def _settings(task: prompts.HumanDigitTask | prompts.HumanSilenceTask) -> str:

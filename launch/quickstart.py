@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     _synthesise(data / "heldout", "--split=heldout", "--seed=1", "--num_sessions=300")
     human = data / "human"
     if _HUMAN.value and not human.exists():
-        _run("launch.prompts", f"--out={human}")
+        _run("launch.prompts", f"--out={human}", "--sets=digits")
     _run("launch.encode", *config)
     _run("launch.train", *config, f"--workdir={workdir}", "--print_config=false")
     _run("launch.evaluate", f"--model={workdir}", f"--out={workdir}/evaluation")
