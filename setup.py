@@ -34,6 +34,7 @@ setup(
         "array-record>=0.8",
         "flax>=0.10",
         "grain>=0.2.18",
+        "importlib-resources>=6",  # tensorflow-datasets imports it and does not say so
         "jax>=0.10",
         "jaxtyping>=0.3",
         "matplotlib>=3.9",

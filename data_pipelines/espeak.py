@@ -145,6 +145,19 @@ def synthesise(text: str, voice: Voice) -> Speech:
     return speech
 
 
+def phonemes(text: str, voice: Voice) -> tuple[str, ...]:
+    """The sounds of a text in espeak-ng's own spelling (`3:`, `oU`, `dZ`), without stress marks and pauses.
+
+    Raises:
+        ValueError: the text has nothing to say, or the library fails.
+    """
+    if not text.strip():
+        raise ValueError("there is no text to say")
+    _, _, events = _run(text, voice)
+    names = [event.phoneme.decode().lstrip("',%=") for event in events if event.kind == _PHONEME_EVENT]
+    return tuple(name for name in names if name and not name.startswith("_"))
+
+
 @dataclass(frozen=True)
 class _Event:
     kind: int
