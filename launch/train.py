@@ -8,6 +8,7 @@ finish the step, save, and exit with code 75.
 """
 
 import fcntl
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -57,6 +58,7 @@ def _train(experiment: Experiment, workdir: Path) -> int:
     def train_batches(start_step: int) -> Iterator["Batch"]:
         return loader.train_batches(experiment, tokenizer, start_step=start_step, **place)
 
+    @functools.cache  # the same every time, and few
     def eval_batches() -> Iterable["Batch"]:
         return loader.eval_batches(experiment, tokenizer, experiment.train.eval_batches, **place)
 

@@ -235,8 +235,10 @@ def attributes_read(path: Path) -> set[str]:
     return {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
 
 
-def config_names_imported(path: Path) -> set[str]:
-    return {
+def config_names_at_hand(path: Path) -> set[str]:
+    """Config classes that a file imports; what has an `.experiment` hands out all of them."""
+    handed = {"Experiment"} if "experiment" in attributes_read(path) else set()
+    return handed | {
         alias.name
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("tml.config")
@@ -250,7 +252,7 @@ def unread_fields() -> Iterator[str]:
     for name, config in config_classes().items():
         holders, read = holders_of(name), set()
         for path in readers:
-            if holders & config_names_imported(path):
+            if holders & config_names_at_hand(path):
                 read |= attributes_read(path)
         for handed_out, fields in config.properties.items():
             if handed_out in read:

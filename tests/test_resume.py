@@ -60,11 +60,24 @@ def losses_of(folder: Path) -> dict[int, float]:
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
+LOGGED_NAMES = {
+    *(f"train/loss{stream}" for stream in ("", "_listen", "_speak", "_text", "_action", "_document")),
+    *("train/grad_norm", "train/lr", "train/num_skipped", "moe/load_cv", "moe/load_max_over_mean"),
+    *("throughput/tokens_per_s", "throughput/model_flops_per_s", "throughput/mfu"),
+    *("throughput/data_wait_s", "throughput/eta_s"),
+}
+
+
 def test_killed_and_interrupted_runs_end_in_the_same_state(tmp_path: Path, environment: dict[str, str]):
     code, output = run(tmp_path / "whole", environment)
     assert code == 0, output
     wanted = hash_of(output)
     assert "state    new, seed 0; 60 of 60 steps to go" in output
+
+    lines = list(read_json_lines(tmp_path / "whole" / "metrics.jsonl"))
+    assert lines[10].keys() >= LOGGED_NAMES
+    assert [line["step"] for line in lines if "eval/loss" in line] == [25, 50, 60]
+    assert list((tmp_path / "whole" / "tensorboard").glob("events.out.tfevents.*"))
 
     moment = random.SystemRandom()
     after, delay = moment.randint(7, 25), moment.uniform(0, 0.3)

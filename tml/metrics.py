@@ -292,6 +292,11 @@ class Sinks:
 
 
 def open_sinks(workdir: Path, num_steps: int, start_step: int) -> Sinks:
-    """The console (rich on a terminal, plain lines otherwise), `tensorboard/` and `metrics.jsonl` of a run folder."""
+    """The console (rich on a terminal, plain lines otherwise), `tensorboard/` and `metrics.jsonl` of a run folder.
+
+    Only the first of several processes writes.
+    """
+    if jax.process_index() != 0:
+        return Sinks([])
     console: Sink = RichConsole(num_steps) if sys.stdout.isatty() else PlainConsole(num_steps)
     return Sinks([console, TensorBoard(workdir / "tensorboard", start_step), JsonLines(workdir / "metrics.jsonl")])

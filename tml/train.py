@@ -1,10 +1,11 @@
 """The training loop, and what it shows: a first screen, a log that is one step late, a summary."""
 
 import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,12 @@ def evaluate(eval_step: EvalStep, params: PyTree, batches: Iterable[Batch], mesh
     window = Window()
     for batch in batches:
         window.add(eval_step(params, to_devices(batch, mesh)))
-    return {f"eval/{name}": value for name, value in window.take().items()}
+    return grouped(window.take(), (("loss", "eval"), ("accuracy", "eval")))
+
+
+def grouped(values: Mapping[str, float], groups: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """The values whose name begins like one of the groups, in their order, as `group/name`."""
+    return {f"{group}/{name}": values[name] for prefix, group in groups for name in values if name.startswith(prefix)}
 
 
 class Log:
@@ -162,10 +168,7 @@ class Log:
             self._write_window(step)
 
     def _write_window(self, step: int) -> None:
-        values = self._window.take()
-        scalars = {
-            f"{group}/{name}": values[name] for prefix, group in GROUPS for name in values if name.startswith(prefix)
-        }
+        scalars = grouped(self._window.take(), GROUPS)
         seconds = time.monotonic() - self._clock_start
         if self._steps and seconds > 0:
             flops_per_s = self._batch_flops * self._steps / seconds
@@ -229,7 +232,8 @@ class Interrupts:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        print(f"{signal.Signals(number).name}: finishing the step and saving", file=sys.stderr, flush=True)
+        # Not print: the signal may have come while the loop was printing.
+        os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: finishing the step and saving\n".encode())
 
 
 def first_screen(experiment: Experiment, mesh: Mesh, workdir: Path, peak_flops_per_s: float, first: int) -> str:
