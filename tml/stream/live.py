@@ -1,5 +1,6 @@
 """A live session: sound in as it comes, a `Said` for every micro-turn, and the Session record of all of it."""
 
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,24 @@ class TurnResult:
     compute_s: float
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled_step(model: ModelConfig, layout: Layout, stream: StreamConfig) -> engine.StepFunction:
+    """One program for all sessions of a model: only the first of them waits for the compiler."""
+    return engine.jit_step(engine.make_step(model, layout, stream))
+
+
+class SessionFullError(ValueError):
+    """A session that has no room for another turn.
+
+    Attributes:
+        results: the turns that the same `push` had completed before.
+    """
+
+    def __init__(self, message: str, results: list[TurnResult]) -> None:
+        super().__init__(message)
+        self.results = results
+
+
 class LiveSession:
     """One session through the streaming engine.
 
@@ -49,7 +68,7 @@ class LiveSession:
     ) -> None:
         self._params, self._model, self._layout, self._stream = params, model, layout, stream
         self._tokenizer = tokenizer
-        self._step = engine.jit_step(engine.make_step(model, layout, stream))
+        self._step = _compiled_step(model, layout, stream)
         self._state = engine.init_state(model, layout, stream, num_slots=1)
         self._audio_state = audio.init_state(model.audio)
         self._reader = OutputReader(layout, tokenizer)
@@ -62,7 +81,7 @@ class LiveSession:
 
     @property
     def num_compilations(self) -> int:
-        """Programs compiled for the step; 1, however long the session."""
+        """Programs compiled for the step; 1, however long the session and however many of the same model."""
         return self._step._cache_size()  # type: ignore[attr-defined]
 
     def _warm_up(self) -> None:
@@ -83,25 +102,34 @@ class LiveSession:
         """Takes sound (float32 [n], at the model's rate) and runs every turn that it completes.
 
         Raises:
-            ValueError: the session has outgrown `stream.max_positions`.
+            ValueError: a sample is not finite; none of the samples was taken.
+            SessionFullError: the session has outgrown `stream.max_positions`; the sound of the turn
+                that found no room waits.
         """
+        if not np.isfinite(samples).all():
+            raise ValueError("the sound holds samples that are NaN or infinite")
         self._buffer = np.concatenate([self._buffer, samples])
-        turn_samples, results = self._layout.clock.turn_samples, []
+        turn_samples = self._layout.clock.turn_samples
+        results: list[TurnResult] = []
         while len(self._buffer) >= turn_samples:
+            self._check_room(results)
             heard, self._buffer = self._buffer[:turn_samples], self._buffer[turn_samples:]
             results.append(self._run_turn(heard))
         return results
 
-    def _run_turn(self, heard: np.ndarray) -> TurnResult:
-        layout = self._layout
-        if self._num_positions + layout.max_slots_in + layout.max_slots_out > self._stream.max_positions:
-            raise ValueError(
+    def _check_room(self, results: list[TurnResult]) -> None:
+        layout, most = self._layout, self._stream.max_positions
+        if self._num_positions + layout.max_slots_in + layout.max_slots_out > most:
+            raise SessionFullError(
                 f"the session holds {self._num_positions} positions after {len(self._heard)} turns, and one more turn "
-                f"may pass stream.max_positions = {self._stream.max_positions}; raise it or start a new session"
+                f"may pass stream.max_positions = {most}; raise it or start a new session",
+                results,
             )
+
+    def _run_turn(self, heard: np.ndarray) -> TurnResult:
         begun = time.perf_counter()
         self._audio_state, levels_TM = audio.push(self._audio_state, heard, self._model.audio)
-        inputs = self._inputs(levels_TM, layout.text_in_chunk(self._waiting))
+        inputs = self._inputs(levels_TM, self._layout.text_in_chunk(self._waiting))
         self._state, outputs = self._step(self._params, self._state, inputs)
         count = int(outputs.counts_B[0])
         said = self._reader.read(np.asarray(outputs.tokens_BO)[0, :count].tolist())
