@@ -4,7 +4,7 @@ bundle/
 config.json           the experiment
 params.safetensors    every parameter in float32, by its path
 tokenizer/            the tokenizer's own file
-bundle.json           format, config hash, checksum; written last, so that half a bundle is none
+bundle.json           format, config hash, checksums; written last, so that half a bundle is none
 """
 
 import hashlib
@@ -84,43 +84,64 @@ def save(model: Model, folder: Path) -> None:
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise BundleError(f"{folder} holds files that are not a bundle; name an empty or a new folder")
-    staging = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(staging, ignore_errors=True)
+    staging, retired = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for left_over in (staging, retired):
+        shutil.rmtree(left_over, ignore_errors=True)
     staging.mkdir(parents=True)
     safetensors.numpy.save_file(_by_path(model.params, model.experiment), staging / PARAMS)
     (staging / CONFIG).write_text(to_json(model.experiment) + "\n")
-    model.tokenizer.save(staging / TOKENIZER)
+    tokenizer = model.tokenizer.save(staging / TOKENIZER)
+    files = (PARAMS, CONFIG, str(tokenizer.relative_to(staging)))
     marker = {
         "format": FORMAT,
         "config_hash": config_hash(model.experiment),
-        "params_sha256": hashlib.sha256((staging / PARAMS).read_bytes()).hexdigest(),
+        "sha256": {name: _digest(staging / name) for name in files},
     }
     (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(retired)
     staging.rename(folder)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def load(folder: Path) -> Model:
     """Reads a bundle.
 
     Raises:
-        BundleError: another format, another checksum, or parameters that do not fit the config.
+        BundleError: not a bundle, another format, another checksum, or parameters that do not fit the config.
     """
-    marker = json.loads((folder / MARKER).read_text())
-    if marker.get("format") != FORMAT:
-        raise BundleError(
-            f"{folder} has bundle format {marker.get('format')}, this code reads {FORMAT}; export it again"
-        )
-    data = (folder / PARAMS).read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != marker["params_sha256"]:
-        raise BundleError(
-            f"{folder / PARAMS} has sha256 {digest[:12]}, the bundle was written with {marker['params_sha256'][:12]}; "
-            f"it is damaged: export it again"
-        )
+    _verify(folder)
     experiment = from_json((folder / CONFIG).read_text())
-    tensors = safetensors.numpy.load(data)
+    tensors = safetensors.numpy.load_file(folder / PARAMS)
     return Model(experiment=experiment, params=_as_tree(tensors, experiment, folder), tokenizer=_load_tokenizer(folder))
+
+
+def _verify(folder: Path) -> None:
+    """Raises BundleError unless every file of the bundle has the bytes it was written with."""
+    if not (folder / MARKER).is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MARKER}")
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        found = marker["format"]
+        digests = marker["sha256"].items() if found == FORMAT else ()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{folder / MARKER} is damaged: export it again ({error!r})") from error
+    if found != FORMAT:
+        raise BundleError(f"{folder} has bundle format {found}, this code reads {FORMAT}; export it again")
+    for name, written in digests:
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder / name} is missing from the bundle: export it again")
+        digest = _digest(folder / name)
+        if digest != written:
+            raise BundleError(
+                f"{folder / name} has sha256 {digest[:12]}, the bundle was written with {written[:12]}; "
+                f"it is damaged: export it again"
+            )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:
@@ -135,6 +156,9 @@ def _by_path(params: PyTree, experiment: Experiment) -> dict[str, np.ndarray]:
 
 def _as_tree(tensors: Mapping[str, np.ndarray], experiment: Experiment, folder: Path) -> PyTree:
     specs = transformer.specs(experiment.model)
+    left_over = sorted(tensors.keys() - {path for path, _ in spec_leaves(specs)})
+    if left_over:
+        raise BundleError(f"{folder / PARAMS} holds {left_over[0]}, which its config does not know; export it again")
     leaves = []
     for path, spec in spec_leaves(specs):
         found = tensors.get(path)

@@ -1,0 +1,136 @@
+"""The bundle: what was saved comes back, what is damaged is refused, and half of one is none."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from small_model import small_model
+
+from tml.export import bundle
+from tml.export.bundle import BundleError, Model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def folder(model: Model, tmp_path: Path) -> Path:
+    bundle.save(model, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def changed_marker(folder: Path, **changes: object) -> None:
+    marker = json.loads((folder / bundle.MARKER).read_text())
+    (folder / bundle.MARKER).write_text(json.dumps({**marker, **changes}))
+
+
+def test_everything_comes_back_bit_for_bit(model: Model, folder: Path) -> None:
+    for found in (bundle.load(folder), bundle.open_model(folder)):
+        assert found.experiment == model.experiment
+        assert found.tokenizer.fingerprint() == model.tokenizer.fingerprint()
+        assert found.layout == model.layout
+        assert jax.tree.structure(found.params) == jax.tree.structure(model.params)
+        for left, right in zip(jax.tree.leaves(found.params), jax.tree.leaves(model.params), strict=True):
+            assert left.dtype == right.dtype == np.float32
+            np.testing.assert_array_equal(left, right)
+
+
+def test_a_newer_bundle_takes_the_place_of_an_older_one(model: Model, folder: Path) -> None:
+    newer = replace(model, params=jax.tree.map(lambda leaf: leaf + 1, model.params))
+    bundle.save(newer, folder)
+    np.testing.assert_array_equal(bundle.load(folder).params["norm"], model.params["norm"] + 1)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("name", [bundle.PARAMS, bundle.CONFIG, "tokenizer/tokenizer.json"])
+def test_flipped_bits_are_damage(folder: Path, name: str) -> None:
+    data = bytearray((folder / name).read_bytes())
+    place = data.rindex(b"8") if name != bundle.PARAMS else len(data) // 2
+    data[place] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(BundleError, match=rf"{name}.* is damaged: export it again"):
+        bundle.load(folder)
+
+
+@pytest.mark.parametrize("name", [bundle.PARAMS, bundle.CONFIG, "tokenizer/tokenizer.json"])
+def test_a_file_that_lacks_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(BundleError, match=rf"{name}.* export it again"):
+        bundle.load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
+def test_a_marker_that_is_none_is_refused(folder: Path, text: str) -> None:
+    (folder / bundle.MARKER).write_text(text)
+    with pytest.raises(BundleError, match=rf"{bundle.MARKER}.* is damaged: export it again"):
+        bundle.load(folder)
+
+
+def test_another_format_is_refused(folder: Path) -> None:
+    changed_marker(folder, format=2)
+    with pytest.raises(BundleError, match="has bundle format 2, this code reads 1; export it again"):
+        bundle.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors | {"norm": jnp.ones(3)}, r"norm has shape \(3,\), its config wants \(16,\)"),
+        (lambda tensors: {k: v for k, v in tensors.items() if k != "norm"}, r"norm has shape None"),
+        (lambda tensors: tensors | {"left/over": jnp.ones(3)}, "holds left/over, which its config does not know"),
+    ],
+    ids=["shape", "missing", "left over"],
+)
+def test_parameters_that_do_not_fit_the_config_are_refused(folder: Path, change, message: str) -> None:
+    tensors = change(safetensors.numpy.load_file(folder / bundle.PARAMS))
+    safetensors.numpy.save_file({name: np.asarray(values) for name, values in tensors.items()}, folder / bundle.PARAMS)
+    digests = json.loads((folder / bundle.MARKER).read_text())["sha256"]
+    changed_marker(folder, sha256=digests | {bundle.PARAMS: bundle._digest(folder / bundle.PARAMS)})
+    with pytest.raises(BundleError, match=message):
+        bundle.load(folder)
+
+
+def test_a_folder_that_is_no_bundle_is_neither_read_nor_written_over(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear reader")
+    with pytest.raises(BundleError, match=r"neither a bundle \(no bundle.json\) nor a run folder \(no checkpoints\)"):
+        bundle.open_model(tmp_path)
+    with pytest.raises(BundleError, match="holds files that are not a bundle; name an empty or a new folder"):
+        bundle.save(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_killed_at_any_moment_it_leaves_a_whole_bundle_or_none(model: Model, folder: Path, tmp_path: Path) -> None:
+    copies = tmp_path / "copies"
+    for number in range(24):
+        shutil.copytree(folder, copies / str(number))
+    program = [sys.executable, str(Path(__file__).with_name("killed_program.py")), str(copies)]
+    ran = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    ends = [line.split(maxsplit=1)[1] for line in ran.stdout.splitlines()]
+    assert len(ends) == 24
+    assert ends[-1] == "exit 0"
+    assert ends.count("killed") > 8
+    old, found = np.asarray(model.params["norm"]), []
+    for number in range(24):
+        copy = copies / str(number)
+        if copy.exists():
+            found.append(float(np.mean(np.round(bundle.load(copy).params["norm"] - old, 3))))
+        else:
+            found.append(math.nan)
+            bundle.save(model, copy)
+            assert bundle.load(copy).experiment == model.experiment
+    known = [value for value in found if value == value]
+    assert known == sorted(known)
+    assert set(known) == {0.0, 1.0}
+    assert len(known) >= 23
