@@ -172,7 +172,8 @@ class _Runner:
                 f"a session needs at least {most} positions, stream.max_positions is {stream.max_positions}; raise it"
             )
         step = engine.make_step(model, layout, stream)
-        self._run = jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs)[1])
+        self._max_positions = stream.max_positions
+        self._run = jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs))
 
     def run(self, sessions: Sequence[EncodedSession]) -> list[list[Said]]:
         """What was said in each session, turn by turn."""
@@ -181,7 +182,12 @@ class _Runner:
             group = list(sessions[first : first + self._num_slots])
             idle = [group[0]] * (self._num_slots - len(group))
             columns = [session_inputs(self._layout, session, self._model) for session in group + idle]
-            outputs = self._run(self._params, self._state, join_sessions(columns, self._num_turns))
+            state, outputs = self._run(self._params, self._state, join_sessions(columns, self._num_turns))
+            longest = int(np.max(state.decode.num_positions_B))
+            if longest > self._max_positions:
+                raise ValueError(
+                    f"a session took {longest} positions, stream.max_positions is {self._max_positions}; raise it"
+                )
             for slot, session in enumerate(group):
                 turns = self._layout.clock.num_turns(session.num_samples)
                 said.append(read_session(outputs, slot, turns, self._layout, self._tokenizer))
