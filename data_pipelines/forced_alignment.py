@@ -18,7 +18,8 @@ from data_pipelines import espeak
 from data_pipelines.speech import SAMPLE_RATE_HZ, Word, audible_span
 
 _FRAME_SAMPLES = SAMPLE_RATE_HZ // 100
-# Wider than the library's own beams: with those one clip in ten of espeak finds no way to its end.
+# Wider than the library's own beams. Of 60 espeak voices 15 fail with those, 9 with these and none without;
+# but of 49 wrong transcripts of human speech 25, 14 and 0 are refused. 80 of 80 right ones pass with any.
 _BEAM, _WORD_BEAM = 1e-100, 1e-80
 _PHONE_OF_ESPEAK = {
     "p": "P", "b": "B", "t": "T", "t#": "T", "t2": "T", "?": "T", "d": "D", "k": "K", "x": "K", "g": "G",

@@ -122,14 +122,13 @@ class TfdsRecords:
             raise ValueError(f"{directory} is not a TFDS data set that write_tfds made: {reason}") from error
         try:
             self._source = builder.as_data_source(split=self.split)
-            found = len(self._source)
-            # The reader counts what the metadata says; only a read of the last record tells a file that ends early.
-            if found:
-                self._source[found - 1]
-        except Exception as error:  # array_record raises RuntimeError and IndexError of its own making
+        except Exception as error:  # TFDS and array_record raise errors of their own making
             raise ValueError(f"{directory} cannot be read: {str(error).splitlines()[0]}") from error
-        if found != wanted:
-            raise ValueError(f"{directory} holds {found} records, its metadata says {wanted}")
+        if len(self) != wanted:
+            raise ValueError(f"{directory} holds {len(self)} records, its metadata says {wanted}")
+        if wanted:
+            # The reader counts what TFDS wrote down, not what is there; a file that ends early shows at its end.
+            self[wanted - 1]
 
     def __len__(self) -> int:
         return len(self._source)
@@ -143,9 +142,12 @@ class TfdsRecords:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.directory}")
         try:
-            return bytes(self._source[index][FEATURE])
+            found = self._source[index][FEATURE]
         except Exception as error:  # array_record raises RuntimeError and IndexError of its own making
             raise RecordError(str(self.directory), index, f"unreadable: {str(error).splitlines()[0]}") from error
+        if not isinstance(found, bytes):
+            raise RecordError(str(self.directory), index, "unreadable: its file ends before it")
+        return found
 
     def session(self, index: int) -> Session:
         """One session. Raises RecordError when the record cannot be read as a session."""
