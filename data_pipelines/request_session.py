@@ -48,6 +48,13 @@ class RequestTaskConfig:
     max_utterances: int = 3
 
 
+PACES = {
+    "calm": RequestTaskConfig(),
+    "brisk": RequestTaskConfig(gap_range_s=(0.8, 1.8), response_window_s=1.0, max_utterances=6),
+}
+"""Brisk sessions hold more than half as many requests again in the same time: more to learn from in a training step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """One utterance of the user, at `start` on the session clock.

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     ]
     if _STEPS.value:
         config.append(f"--config.train.num_steps={_STEPS.value}")
-    _synthesise(data / "train", "--split=train", "--seed=0", f"--num_sessions={_SESSIONS.value}")
+    _synthesise(data / "train", "--split=train", "--pace=brisk", "--seed=0", f"--num_sessions={_SESSIONS.value}")
     _synthesise(data / "heldout", "--split=heldout", "--seed=1", "--num_sessions=300")
     human = data / "human"
     if _HUMAN.value and not human.exists():

@@ -15,7 +15,7 @@ from absl import app, flags
 from data_pipelines import augment
 from data_pipelines.dialogue import DialogueTask
 from data_pipelines.generate import GenerateSummary, generate
-from data_pipelines.request_session import SPLITS
+from data_pipelines.request_session import PACES, SPLITS
 from data_pipelines.request_task import RequestTask
 from data_pipelines.voices import MAKERS, draw_speaker, licences
 from launch.app import run_app
@@ -32,6 +32,12 @@ flags.DEFINE_integer("num_shards", 8, "Files of the data set.", lower_bound=1)
 flags.DEFINE_list("voices", ["espeak"], f"Makers of voices, of {', '.join(MAKERS)}; each session draws one.")
 flags.DEFINE_enum(
     "augment", "none", ["none", "channel"], "What the user's sound goes through (data_pipelines.augment)."
+)
+flags.DEFINE_enum(
+    "pace",
+    "calm",
+    list(PACES),
+    "How requests follow each other: calm leaves every answer two quiet seconds, brisk one, with more in a session.",
 )
 flags.DEFINE_string("cache", "~/.cache/tml", "Where Debian packages are unpacked, for voices that come from there.")
 flags.DEFINE_bool("overwrite", False, "Replace a data set that is at --out.")
@@ -55,13 +61,17 @@ def _task() -> RequestTask | DialogueTask:
     for maker in FLAGS.voices:
         # Refuses a split in which the maker has no voice, before anything is downloaded.
         draw_speaker(maker, FLAGS.split, np.random.default_rng(0))
-    kind = {"requests": RequestTask, "dialogue": DialogueTask}[FLAGS.task]
-    return kind(
-        seed=FLAGS.seed,
-        makers=tuple(FLAGS.voices),
-        cache=Path(FLAGS.cache).expanduser().absolute(),
-        channel=augment.channel if FLAGS.augment == "channel" else None,
-    )
+    common = {
+        "seed": FLAGS.seed,
+        "makers": tuple(FLAGS.voices),
+        "cache": Path(FLAGS.cache).expanduser().absolute(),
+        "channel": augment.channel if FLAGS.augment == "channel" else None,
+    }
+    if FLAGS.task == "requests":
+        return RequestTask(config=PACES[FLAGS.pace], **common)
+    if FLAGS.pace != "calm":
+        raise app.UsageError(f"--pace={FLAGS.pace} goes with --task=requests; leave it out for --task={FLAGS.task}")
+    return DialogueTask(**common)
 
 
 def main(_: list[str]) -> int:
