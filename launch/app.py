@@ -4,9 +4,11 @@ Exit codes: 0 done, 1 failed, 2 wrong flags or config, 75 interrupted with the s
 """
 
 import hashlib
+import logging as standard_logging
 import os
 import re
 import sys
+import threading
 import typing
 import warnings
 from collections.abc import Callable, Mapping
@@ -83,6 +85,7 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 
 def _complain(message: str, code: int) -> int:
     line = re.sub(r"\s*\n\s*", " ", message).strip()
+    sys.unraisablehook = lambda _: None  # what libraries leave behind on the way out adds nothing
     print(f"error: {line}", file=sys.stderr, flush=True)
     return code
 
@@ -147,9 +150,17 @@ def _help_text() -> str:
 def _quieten() -> None:
     """Keeps third parties from flooding the screen; our own warnings stay."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.ERROR)
+    sys.unraisablehook = _main_thread_only
+    logging.set_verbosity(logging.FATAL)  # what fails raises, and is shown once
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", module=r"(tml|launch|data_pipelines|experiments)\b")
+
+
+def _main_thread_only(unraisable: Any) -> None:
+    """Shows ignored exceptions, but for those of native libraries' own threads, which come after what went wrong."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(unraisable)
 
 
 def prepare_jax() -> None:
