@@ -9,6 +9,7 @@ from small_model import small_model, small_sound
 
 from tml.codec.encode import encode_session as encode
 from tml.export.bundle import Model
+from tml.mesh import make_mesh
 from tml.session import Session, Stream, decode_session, encode_session
 from tml.stream import engine
 from tml.stream.inputs import TurnInputs, session_inputs
@@ -81,6 +82,17 @@ def test_any_chunks_give_the_same_turns(
     assert live.num_compilations == 1
     assert live.record("same") == whole[0].record("same")
     jax.tree.map(np.testing.assert_array_equal, live._state.decode, whole[0]._state.decode)
+
+
+def test_parameters_from_a_mesh_do_not_compile_again(
+    model: Model, sound: np.ndarray, whole: tuple[LiveSession, list[Said]]
+) -> None:
+    mesh = make_mesh(model.experiment.mesh, jax.devices()[:1])
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    live = live_session(dataclasses.replace(model, params=jax.device_put(model.params, replicated)))
+    live.type_text(TYPED)
+    assert [turn.said for turn in live.push(sound)] == whole[1]
+    assert live.num_compilations == 1
 
 
 def test_the_turns_equal_those_of_the_recording(model: Model, whole: tuple[LiveSession, list[Said]], scanned) -> None:

@@ -66,10 +66,13 @@ class LiveSession:
         stream: StreamConfig,
         tokenizer: Tokenizer,
     ) -> None:
-        self._params, self._model, self._layout, self._stream = params, model, layout, stream
+        # Committed to one device from the start: a state that comes back placed otherwise would compile again.
+        self._device = jax.local_devices()[0]
+        self._params = jax.device_put(params, self._device)
+        self._model, self._layout, self._stream = model, layout, stream
         self._tokenizer = tokenizer
         self._step = _compiled_step(model, layout, stream)
-        self._state = engine.init_state(model, layout, stream, num_slots=1)
+        self._state = self._first_state()
         self._audio_state = audio.init_state(model.audio)
         self._reader = OutputReader(layout, tokenizer)
         self._waiting: dict[Stream, list[int]] = {}
@@ -84,13 +87,16 @@ class LiveSession:
         """Programs compiled for the step; 1, however long the session and however many of the same model."""
         return self._step._cache_size()  # type: ignore[attr-defined]
 
+    def _first_state(self) -> engine.StreamState:
+        return jax.device_put(engine.init_state(self._model, self._layout, self._stream, num_slots=1), self._device)
+
     def _warm_up(self) -> None:
         """Compiles the step on a turn of silence, and forgets it."""
         silence = np.zeros(self._layout.clock.turn_samples, np.float32)
         _, levels_TM = audio.push(self._audio_state, silence, self._model.audio)
         self._state, outputs = self._step(self._params, self._state, self._inputs(levels_TM, []))
         jax.block_until_ready(outputs)
-        self._state = engine.init_state(self._model, self._layout, self._stream, num_slots=1)
+        self._state = self._first_state()
 
     def type_text(self, text: str, stream: Stream = Stream.USER_TEXT) -> None:
         """Puts text on an input stream; it goes in with the next turns."""

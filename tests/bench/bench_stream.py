@@ -1,0 +1,75 @@
+"""Time of one streamed tick of the quickstart model, from its last sample to its output, over a minute of sound.
+
+Run: python -m tests.bench.bench_stream [--model=DIR] (a run folder or a bundle; random weights by default).
+The bar is 20 ms at the 99th percentile, on an idle machine. Printed beside this machine's float32 matmul
+rate and the tokens that went out: every token is one more pass through the network.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments import quickstart
+from launch.app import prepare_jax
+from tml.codec.text import train_tokenizer
+from tml.config import from_config_dict
+from tml.export.bundle import Model, open_model
+from tml.flops import measure_matmul_rate
+from tml.model import transformer
+from tml.params import init_params
+from tml.stream.live import LiveSession, TurnResult
+
+BAR_MS = 20.0
+SOUND_S, EDGE_S = 60, 10
+CHUNK_MS = 20
+
+
+def random_model(folder: Path) -> Model:
+    """The quickstart model before its first step."""
+    experiment = from_config_dict(quickstart.get_config())
+    tokenizer = train_tokenizer(["one two three four five six seven"], experiment.model.vocab_size, folder)
+    params = init_params(transformer.specs(experiment.model), jax.random.key(experiment.seed))
+    return Model(experiment=experiment, params=params, tokenizer=tokenizer)
+
+
+def stream(model: Model) -> tuple[list[TurnResult], int]:
+    """Every tick of a minute of noise that comes and goes, and the programs compiled for it."""
+    clock, config = model.layout.clock, model.experiment
+    rng = np.random.default_rng(0)
+    num_samples = SOUND_S * clock.sample_rate_hz
+    loudness = np.maximum(np.sin(np.arange(num_samples) * (2 * np.pi / clock.sample_rate_hz)), 0)
+    sound = (0.1 * loudness * rng.standard_normal(num_samples)).astype(np.float32)
+    live = LiveSession(model.params, config.model, model.layout, config.stream, model.tokenizer)
+    chunk = CHUNK_MS * clock.sample_rate_hz // 1000
+    turns = [turn for first in range(0, num_samples, chunk) for turn in live.push(sound[first : first + chunk])]
+    return turns, live.num_compilations
+
+
+def main() -> None:
+    """Prints latencies per tick, the real-time factor, whether ticks grow slower, and the matmul rate."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="run folder or bundle; random weights by default")
+    folder = parser.parse_args().model
+    prepare_jax()
+    with tempfile.TemporaryDirectory() as scratch:
+        model = open_model(folder) if folder else random_model(Path(scratch))
+        turns, num_compilations = stream(model)
+    turn_ms = model.experiment.turn.turn_ms
+    tick_ms = np.array([turn.compute_s for turn in turns]) * 1000
+    edge = EDGE_S * 1000 // turn_ms
+    words = np.array([len(turn.said.tokens) for turn in turns])
+    p50, p99 = np.percentile(tick_ms, [50, 99])
+    print(
+        f"streaming: {len(turns)} ticks of {turn_ms} ms, p50 {p50:.1f} ms, p99 {p99:.1f} ms (bar {BAR_MS:g}), "
+        f"fastest {tick_ms.min():.1f}, slowest {tick_ms.max():.1f}, real-time factor {tick_ms.mean() / turn_ms:.3f}; "
+        f"last {EDGE_S} s over first {EDGE_S} s {np.median(tick_ms[-edge:]) / np.median(tick_ms[:edge]):.2f}; "
+        f"own tokens a tick: mean {words.mean():.1f}, most {words.max()}; programs compiled {num_compilations}; "
+        f"jax float32 matmul {measure_matmul_rate(jax.devices()) / 1e9:.0f} GFLOP/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
