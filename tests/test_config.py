@@ -137,20 +137,20 @@ def test_a_mistake_on_the_command_line_is_one_line_and_code_2(arguments: list[st
 
 
 def test_a_run_folder_keeps_its_model_and_data(tmp_path: Path):
-    folder = f"--workdir={tmp_path}"
-    code, out, err = launch(QUICKSTART, folder, "--config.text.tokenizer=nowhere")
+    same = [QUICKSTART, f"--workdir={tmp_path}", "--config.text.tokenizer=nowhere", "--config.optim.warmup_steps=10"]
+    code, out, err = launch(*same, "--config.train.num_steps=1000", "--config.model.dense_dim=96")
     assert code == 1
     assert "error: nowhere: there is no such tokenizer" in err
     assert err.count("\n") == 1
-    assert '"peak_lr": 0.003' in out
+    assert '"dense_dim": 96' in out
     written = from_json((tmp_path / "config.json").read_text())
     assert f"config {config_hash(written)} in" in out
-    assert written.text.tokenizer == "nowhere"
+    assert (written.text.tokenizer, written.train.num_steps) == ("nowhere", 1000)
 
-    code, _, err = launch(QUICKSTART, folder, "--config.text.tokenizer=nowhere", "--config.model.dense_dim=64")
+    code, _, err = launch(*same, "--config.model.dense_dim=64")
     assert code == 1
-    assert f"{tmp_path} belongs to another run: model.dense_dim was 256, is 64; choose another --workdir" in err
+    assert f"{tmp_path} belongs to another run: model.dense_dim was 96, is 64; choose another --workdir" in err
     assert err.count("\n") == 1
 
-    code, out, _ = launch(QUICKSTART, folder, "--config.text.tokenizer=nowhere", "--config.train.num_steps=1234")
+    code, out, _ = launch(*same, "--config.model.dense_dim=96", "--config.train.num_steps=1234")
     assert "config.train.num_steps was 1000 in this folder, is 1234 from here on" in out
