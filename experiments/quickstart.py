@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
                 attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window=64, global_extent=128),
                 moe=MoEConfig(num_experts=8, num_experts_per_token=2, num_shared_experts=1, expert_dim=64),
             ),
-            turn=MicroTurnConfig(boundary=Boundary.NONE),
+            turn=MicroTurnConfig(boundary=Boundary.NONE, max_text_in_per_turn=2, max_action_per_turn=2),
             text=TextConfig(tokenizer="data/quickstart/tokenizer", train_vocab_size=512),
             data=DataConfig(
                 sources={"requests": SourceConfig(path="data/quickstart/train")},
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
                 rows_per_batch=4,
             ),
             optim=OptimConfig(peak_lr=3e-3, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(num_steps=900, log_every=20, eval_every=300, checkpoint_every=300),
+            train=TrainConfig(num_steps=1_000, log_every=20, eval_every=500, checkpoint_every=500),
             evaluation=EvaluationConfig(sessions="data/quickstart/heldout"),
         )
     )

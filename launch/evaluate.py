@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     source = RecordSource(directory)
     count = min(len(source), _MAX_SESSIONS.value or config.max_sessions)
     sessions = [read_session(source, index) for index in range(count)]
-    print(f"streaming {count} of {len(source)} sessions of {directory}, {len(evaluate.Condition)} times", flush=True)
+    print(f"streaming {count} of {len(source)} sessions of {directory}, and their controls", flush=True)
     report = evaluate.evaluate(
         model.params,
         sessions,

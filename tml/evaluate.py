@@ -99,7 +99,7 @@ class Report:
     """The evaluation of one set of sessions.
 
     Attributes:
-        num_sessions: sessions streamed, each once a condition.
+        num_sessions: sessions streamed; the controls stream the first `max_control_sessions` of them.
         chance: accuracy of always answering with the commonest answer.
         scores: by condition.
         said: what was said in every session under SPEECH, turn by turn.
@@ -121,7 +121,7 @@ def evaluate(
     tokenizer: Tokenizer,
     conditions: Iterable[Condition] = tuple(Condition),
 ) -> Report:
-    """Streams every session under every condition and scores what was said.
+    """Streams every session, and the first of them under every control, and scores what was said.
 
     Raises:
         ValueError: no session, or one that needs more than `stream.max_positions`.
@@ -133,12 +133,13 @@ def evaluate(
     runner = _Runner(params, model, layout, stream, evaluation.num_slots, tokenizer, encoded)
     scores, said_of = {}, {}
     for condition in conditions:
+        most = len(sessions) if condition is Condition.SPEECH else evaluation.max_control_sessions
         changed = [
             replace(one, levels_TM=audio.session_frames(sound, model.audio))
-            for one, sound in zip(encoded, condition_sounds(sounds, condition), strict=True)
+            for one, sound in zip(encoded[:most], condition_sounds(sounds[:most], condition), strict=True)
         ]
         said_of[condition] = runner.run(changed)
-        scores[condition] = score(sessions, said_of[condition], evaluation.answer_window_s)
+        scores[condition] = score(sessions[:most], said_of[condition], evaluation.answer_window_s)
     answers = Counter(e.text for session in sessions for e in session.expectations if e.text)
     return Report(
         num_sessions=len(sessions),

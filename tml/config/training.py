@@ -142,6 +142,8 @@ class EvaluationConfig:
     sessions: str = ""
     """Directory of held-out sessions with expectations."""
     max_sessions: int = 400
+    max_control_sessions: int = 100
+    """Sessions streamed under each control: blanked, swapped, and as noise."""
     num_slots: int = 32
     answer_window_s: float = 2.0
 
@@ -149,6 +151,7 @@ class EvaluationConfig:
         check_positive(
             "evaluation",
             max_sessions=self.max_sessions,
+            max_control_sessions=self.max_control_sessions,
             num_slots=self.num_slots,
             answer_window_s=self.answer_window_s,
         )
