@@ -6,7 +6,6 @@ DATA = [
     "espeakng-loader>=0.2.4",  # GPL-3 library and data, called through ctypes, never vendored
     "av>=15",
     "pocketsphinx>=5",
-    "apache-beam>=2.60; python_version < '3.13'",
 ]
 SERVE = ["tiktoken>=0.8"]
 TEST = [
