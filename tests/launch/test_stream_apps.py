@@ -83,7 +83,7 @@ def test_evaluate_prints_a_table_and_writes_its_report(folder: Path) -> None:
         folder=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "streaming 2 of 3 sessions of heldout, 4 times" in done.stdout
+    assert "streaming 2 of 3 sessions of heldout, and their controls" in done.stdout
     for condition in ("speech", "blanked", "swapped", "envelope noise"):
         assert f"\n{condition}  " in done.stdout
     report = json.loads((folder / "report" / "report.json").read_text())
