@@ -132,8 +132,11 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
 def test_damage_is_noticed_and_the_older_checkpoint_named(first: TrainState, run_folder: Path, how: str):
     newest = run_folder / "checkpoints" / "2"
-    files = sorted(newest.glob("params/**/d/*"), key=lambda path: path.stat().st_size)
-    damage(files[-1], how)
+    files = list(newest.glob("params/**/d/*"))
+    assert files
+    # Orbax may leave files that no array reads, and which ones depends on its timing; so all are damaged.
+    for file in files:
+        damage(file, how)
     with pytest.raises(CheckpointError) as caught:
         restored(run_folder)
     assert "is damaged" in str(caught.value)
