@@ -134,7 +134,8 @@ def test_damage_is_noticed_and_the_older_checkpoint_named(first: TrainState, run
     newest = run_folder / "checkpoints" / "2"
     files = list(newest.glob("params/**/d/*"))
     assert files
-    # Orbax may leave files that no array reads, and which ones depends on its timing; so all are damaged.
+    # Cutting only the largest file was not noticed in one run on a busy machine; why is not known yet.
+    # All are damaged here, so that a file that is read is among them.
     for file in files:
         damage(file, how)
     with pytest.raises(CheckpointError) as caught:
