@@ -134,8 +134,6 @@ def test_damage_is_noticed_and_the_older_checkpoint_named(first: TrainState, run
     newest = run_folder / "checkpoints" / "2"
     files = list(newest.glob("params/**/d/*"))
     assert files
-    # Cutting only the largest file was not noticed in one run on a busy machine; why is not known yet.
-    # All are damaged here, so that a file that is read is among them.
     for file in files:
         damage(file, how)
     with pytest.raises(CheckpointError) as caught:
@@ -144,6 +142,25 @@ def test_damage_is_noticed_and_the_older_checkpoint_named(first: TrainState, run
     assert f"delete {newest} and run again to continue from step 1" in str(caught.value)
     shutil.rmtree(newest)
     assert state_hash(restored(run_folder)) == state_hash(at_step(first, 1))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_damage_to_any_one_file_is_noticed_or_changes_nothing(first: TrainState, run_folder: Path, how: str):
+    # OCDBT files also hold nodes of versions that were written over: damage there is not read, and harms nothing.
+    newest, kept, wanted = run_folder / "checkpoints" / "2", run_folder / "kept", state_hash(at_step(first, 2))
+    shutil.copytree(newest, kept)
+    num_noticed = 0
+    files = [path.relative_to(newest) for path in newest.glob("*/**/d/*")]
+    for file in files:
+        damage(newest / file, how)
+        try:
+            assert state_hash(restored(run_folder)) == wanted, file
+        except CheckpointError as error:
+            assert "is damaged" in str(error)
+            num_noticed += 1
+        shutil.copy(kept / file, newest / file)
+    assert 0 < num_noticed <= len(files)
 
 
 def test_a_checksum_guards_what_the_file_format_does_not(first: TrainState, run_folder: Path):
