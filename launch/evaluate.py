@@ -4,7 +4,8 @@
     python -m launch.evaluate --model=exports/quickstart --sessions=data/human_digits --out=reports/human
 
 Prints a table with 95 % intervals: the speech itself, and the same sessions blanked, swapped and as
-noise with the envelope of the speech. Writes report.json and a picture of some sessions to --out.
+noise with the envelope of the speech. Writes report.json, sessions.jsonl (what was expected and what
+was said in every session) and a picture of some sessions to --out.
 """
 
 import json
@@ -26,7 +27,7 @@ _MODEL = flags.DEFINE_string("model", "", "Run folder or bundle.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run folder; the newest by default.")
 _SESSIONS = flags.DEFINE_string("sessions", "", "Data set of sessions; evaluation.sessions of the config by default.")
 _MAX_SESSIONS = flags.DEFINE_integer("max_sessions", 0, "Stream at most so many; evaluation.max_sessions by default.")
-_OUT = flags.DEFINE_string("out", "", "Folder for report.json and pictures; none are written by default.")
+_OUT = flags.DEFINE_string("out", "", "Folder for report.json, sessions.jsonl and pictures; none by default.")
 _PICTURES = flags.DEFINE_integer("pictures", 2, "Sessions drawn into --out.")
 
 
@@ -72,6 +73,11 @@ def _write(report: "Report", sessions: list["Session"], model: "Model", out: Pat
     out.mkdir(parents=True, exist_ok=True)
     plain = {"model": _MODEL.value, "sessions": directory, **evaluate.report_json(report)}
     (out / "report.json").write_text(json.dumps(plain, indent=2) + "\n")
+    with (out / "sessions.jsonl").open("w") as lines:
+        lines.writelines(
+            json.dumps(evaluate.said_json(session, said)) + "\n"
+            for session, said in zip(sessions, report.said, strict=True)
+        )
     clock = model.layout.clock
     for session, said in list(zip(sessions, report.said, strict=True))[: _PICTURES.value]:
         spoken = evaluate.with_said(session, said, clock)

@@ -15,7 +15,9 @@ from absl import app, flags
 from launch.app import prepare_jax, run_app
 
 if TYPE_CHECKING:
-    from tml.stream.live import TurnResult
+    import numpy as np
+
+    from tml.stream.live import LiveSession, SessionFullError, TurnResult
 
 _MODEL = flags.DEFINE_string("model", "", "Run folder or bundle.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run folder; the newest by default.")
@@ -47,16 +49,7 @@ def main(argv: list[str]) -> int:
     if _TEXT.value:
         live.type_text(_TEXT.value)
     padded = np.pad(samples, (0, -len(samples) % clock.turn_samples))
-    chunk = CHUNK_MS * clock.sample_rate_hz // 1000
-    turns: list[TurnResult] = []
-    for first in range(0, len(padded), chunk):
-        for turn in live.push(padded[first : first + chunk]):
-            turns.append(turn)
-            if turn.said.text or turn.said.actions:
-                print(
-                    f"{turn.said.emitted_s:7.2f} s  tick {turn.said.turn:4d}  {turn.said.text.strip()}",
-                    *turn.said.actions,
-                )
+    turns, full = _stream(live, padded, CHUNK_MS * clock.sample_rate_hz // 1000)
     latencies = _latencies([turn.compute_s for turn in turns], config.turn.turn_ms, live.num_compilations)
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +64,32 @@ def main(argv: list[str]) -> int:
     print(f"said: {text!r} in {len(turns)} ticks of {config.turn.turn_ms} ms")
     print(", ".join(f"{name} {value:.4g}" for name, value in latencies.items()))
     print(f"wrote {out / 'transcript.json'} and {out / 'timeline.png'}")
+    if full is not None:
+        raise full  # after what was said before has been written
     return 0
+
+
+def _stream(
+    live: "LiveSession", samples: "np.ndarray", chunk: int
+) -> "tuple[list[TurnResult], SessionFullError | None]":
+    """Every turn, printed as it comes, and the error that ended the session early, if one did."""
+    from tml.stream.live import SessionFullError
+
+    turns: list[TurnResult] = []
+    full: SessionFullError | None = None
+    for first in range(0, len(samples), chunk):
+        try:
+            done = live.push(samples[first : first + chunk])
+        except SessionFullError as error:
+            done, full = error.results, error
+        turns += done
+        for turn in done:
+            if turn.said.text or turn.said.actions:
+                text = turn.said.text.strip()
+                print(f"{turn.said.emitted_s:7.2f} s  tick {turn.said.turn:4d}  {text}", *turn.said.actions)
+        if full is not None:
+            break
+    return turns, full
 
 
 def _latencies(compute_s: list[float], turn_ms: int, num_compilations: int) -> dict[str, float]:

@@ -317,3 +317,14 @@ def report_json(report: Report) -> dict[str, Any]:
         for condition, scores in report.scores.items()
     }
     return {"num_sessions": report.num_sessions, "chance_accuracy": report.chance, "conditions": conditions}
+
+
+def said_json(session: Session, said: Sequence[Said]) -> dict[str, Any]:
+    """What was expected and what was said in one session, in seconds, as plain values for a line of a file."""
+    rate = session.sample_rate_hz
+    expected = [
+        {"kind": e.kind.value, "start_s": e.start / rate, "end_s": e.end / rate, "text": e.text, "tag": e.tag}
+        for e in session.expectations
+    ]
+    spoken = [{"emitted_s": turn.emitted_s, "text": turn.text.strip()} for turn in said if turn.text.strip()]
+    return {"session": session.session_id, "meta": dict(session.meta), "expected": expected, "said": spoken}

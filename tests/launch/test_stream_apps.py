@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -77,6 +78,18 @@ def test_stream_writes_transcript_and_picture(folder: Path) -> None:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
+def test_a_sound_too_long_for_the_session_keeps_what_was_said_before(folder: Path) -> None:
+    soundfile.write(folder / "long.wav", np.zeros(RATE_HZ * 30, np.float32), RATE_HZ)
+    done = run("stream", "--model=bundle", "--wav=long.wav", "--out=full", folder=folder)
+    assert done.returncode == 1
+    assert re.search(r"error: the session holds \d+ positions after \d+ turns.*raise it or start a new", done.stderr)
+    ticks = int(re.search(r"in (\d+) ticks", done.stdout).group(1))
+    assert 5 < ticks < 150
+    transcript = json.loads((folder / "full" / "transcript.json").read_text())
+    assert all(one["tick"] < ticks for one in transcript["said"])
+    assert (folder / "full" / "timeline.png").exists()
+
+
 def test_evaluate_prints_a_table_and_writes_its_report(folder: Path) -> None:
     done = run(
         "evaluate", "--model=bundle", "--sessions=heldout", "--max_sessions=2", "--out=report", "--pictures=1",
@@ -90,6 +103,10 @@ def test_evaluate_prints_a_table_and_writes_its_report(folder: Path) -> None:
     assert (report["model"], report["sessions"], report["num_sessions"]) == ("bundle", "heldout", 2)
     assert report["conditions"]["speech"]["pause_takeover"]["cases"] == 2
     assert [path.name for path in (folder / "report").glob("*.png")] == ["small-0.png"]
+    lines = [json.loads(line) for line in (folder / "report" / "sessions.jsonl").read_text().splitlines()]
+    assert [line["session"] for line in lines] == ["small-0", "small-1"]
+    assert {expected["kind"] for line in lines for expected in line["expected"]} == {"answer", "silence"}
+    assert all(said["text"] and said["emitted_s"] > 0 for line in lines for said in line["said"])
 
 
 @pytest.mark.parametrize(
