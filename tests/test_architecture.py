@@ -191,6 +191,16 @@ class ConfigClass:
     """Which fields a property hands out."""
 
 
+def test_the_map_in_the_readme_names_every_file_as_its_docstring_does():
+    readme = (ROOT / "README.md").read_text()
+    for path in source_files(*TOP_LEVEL):
+        if path.name == "__init__.py":
+            continue
+        name = path.relative_to(ROOT).as_posix().split("/", 1)[1]
+        first = (ast.get_docstring(tree_of(path)) or "").split("\n")[0]
+        assert f"| `{name}` | {first} |" in readme, f"put the first line of {path} into the map"
+
+
 @functools.cache
 def config_classes() -> dict[str, ConfigClass]:
     classes = {}
