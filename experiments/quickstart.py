@@ -19,6 +19,7 @@ from tml.config import (
     DataConfig,
     EvaluationConfig,
     Experiment,
+    LossConfig,
     MicroTurnConfig,
     ModelConfig,
     MoEConfig,
@@ -42,19 +43,22 @@ def get_config() -> ConfigDict:
                 d_model=128,
                 dense_dim=256,
                 vocab_size=512,
-                attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window=64, global_extent=128),
-                moe=MoEConfig(num_experts=8, num_experts_per_token=2, num_shared_experts=1, expert_dim=64),
+                attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window=16, global_extent=128),
+                moe=MoEConfig(
+                    num_experts=8, num_experts_per_token=2, num_shared_experts=1, expert_dim=64, balance_rate=0.02
+                ),
             ),
             turn=MicroTurnConfig(boundary=Boundary.NONE, max_text_in_per_turn=2, max_action_per_turn=2),
             text=TextConfig(tokenizer="data/quickstart/tokenizer", train_vocab_size=512),
             data=DataConfig(
                 sources={"requests": SourceConfig(path="data/quickstart/train")},
                 eval_sources={"requests": SourceConfig(path="data/quickstart/heldout")},
-                row_slots=1024,
+                row_slots=512,
                 rows_per_batch=4,
             ),
-            optim=OptimConfig(peak_lr=3e-3, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(num_steps=1_000, log_every=20, eval_every=500, checkpoint_every=500),
+            loss=LossConfig(speak_weight=5.0),
+            optim=OptimConfig(peak_lr=6e-3, warmup_steps=50, decay_fraction=0.5),
+            train=TrainConfig(num_steps=2_000, log_every=50, eval_every=500, checkpoint_every=500),
             evaluation=EvaluationConfig(sessions="data/quickstart/heldout"),
         )
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tml.dims import DIMS
 
@@ -20,6 +21,9 @@ Leaf = Any
 
 STACK_AXES = ("L", "E", "A", "Z")
 """Axes that stack independent matrices; the rest of a MATRIX parameter is one matrix, sum axes by other axes."""
+
+SMOOTH_STEPS = 4.0
+"""Along a smooth axis, initial values this many places apart correlate by exp(-1/2)."""
 
 
 class Init(enum.Enum):
@@ -53,6 +57,8 @@ class ParamSpec:
         init: initial values.
         sum_axes: the axes that a matmul sums over.
         update: the class of its update.
+        smooth_axis: an axis of ordered places (levels of loudness, distances) along which NORMAL draws from a
+            Gaussian process, so that neighbours begin alike and what one learns holds for the next; or empty.
     """
 
     axes: tuple[str, ...]
@@ -60,6 +66,7 @@ class ParamSpec:
     init: Init
     sum_axes: tuple[str, ...]
     update: Update
+    smooth_axis: str = ""
 
     @property
     def fan_in(self) -> int:
@@ -79,6 +86,7 @@ def param(
     fan_in: str = "",
     init: Init = Init.NORMAL,
     update: Update = Update.MATRIX,
+    smooth_axis: str = "",
 ) -> ParamSpec:
     """Describes a parameter by its axes: `param("E D F", sizes, fan_in="D")`.
 
@@ -88,9 +96,11 @@ def param(
         fan_in: letters that the matmul sums over; needed for NORMAL.
         init: initial values.
         update: the class of its update.
+        smooth_axis: the letter along which initial values are smooth.
     """
     axes = tuple(layout.split())
     assert all(axis in DIMS for axis in axes), f"{layout!r} has a letter that tml.dims does not know"
+    assert not smooth_axis or smooth_axis in axes, f"{layout!r} has no axis {smooth_axis!r}"
     assert fan_in or init is not Init.NORMAL, f"{layout!r} is drawn from a normal, so it needs a fan-in"
     return ParamSpec(
         axes=axes,
@@ -98,6 +108,7 @@ def param(
         init=init,
         sum_axes=tuple(fan_in.split()),
         update=update,
+        smooth_axis=smooth_axis,
     )
 
 
@@ -143,16 +154,31 @@ def init_params(specs: PyTree, key: jax.Array, shardings: PyTree | None = None) 
 
 
 def _draw(key: jax.Array, spec: ParamSpec, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    draw = jax.jit(_normal if spec.init is Init.NORMAL else _constant, static_argnums=2, out_shardings=sharding)
-    scale = 1.0 / math.sqrt(spec.fan_in) if spec.init is Init.NORMAL else float(spec.init is Init.ONES)
-    return draw(key, scale, spec.shape)
+    if spec.init is not Init.NORMAL:
+        constant = jax.jit(_constant, static_argnums=(0, 1), out_shardings=sharding)
+        return constant(float(spec.init is Init.ONES), spec.shape)
+    normal = jax.jit(_normal, static_argnums=(2, 3), out_shardings=sharding)
+    smooth_axis = spec.axes.index(spec.smooth_axis) if spec.smooth_axis else None
+    return normal(key, 1.0 / math.sqrt(spec.fan_in), spec.shape, smooth_axis)
 
 
-def _normal(key: jax.Array, deviation: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32) * deviation
+def _normal(key: jax.Array, deviation: float | jax.Array, shape: tuple[int, ...], smooth_axis: int | None) -> jax.Array:
+    values = jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+    if smooth_axis is not None:
+        mixed = jnp.tensordot(values, _smoothing(shape[smooth_axis]), axes=(smooth_axis, 0))
+        values = jnp.moveaxis(mixed, -1, smooth_axis)
+    return values * deviation
 
 
-def _constant(_: jax.Array, value: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _smoothing(num_places: int) -> np.ndarray:
+    """The square root of the covariance exp(-d^2 / (2 SMOOTH_STEPS^2)): mixes independent values into smooth ones."""
+    places = np.arange(num_places)
+    covariance = np.exp(-0.5 * ((places[:, None] - places[None]) / SMOOTH_STEPS) ** 2)
+    variances, directions = np.linalg.eigh(covariance)
+    return (directions * np.sqrt(np.maximum(variances, 0.0)) @ directions.T).astype(np.float32)
+
+
+def _constant(value: float, shape: tuple[int, ...]) -> jax.Array:
     return jnp.full(shape, value, jnp.float32)
 
 

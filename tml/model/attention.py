@@ -33,7 +33,7 @@ def specs(is_global: bool, cfg: ModelConfig) -> dict[str, ParamSpec]:
         "k_norm": scale("H", sizes),
         "k_conv": taps("Y K H", sizes),
         "v_conv": taps("Y K H", sizes),
-        "profiles": param("J X", sizes, fan_in="J", update=Update.VECTOR),
+        "profiles": param("J X", sizes, fan_in="J", update=Update.VECTOR, smooth_axis="X"),
     }
 
 

@@ -22,7 +22,7 @@ def specs(cfg: ModelConfig) -> dict[str, PyTree]:
             "norm": scale("D", sizes),
         },
         "audio": {
-            "table": param("M Q D", sizes, fan_in="D", update=Update.EMBEDDING),
+            "table": param("M Q D", sizes, fan_in="D", update=Update.EMBEDDING, smooth_axis="Q"),
             "norm": scale("D", sizes),
         },
     }
