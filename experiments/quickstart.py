@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
             ),
             loss=LossConfig(speak_weight=5.0),
             optim=OptimConfig(peak_lr=6e-3, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(num_steps=2_000, log_every=50, eval_every=500, checkpoint_every=500),
+            train=TrainConfig(num_steps=2_000, log_every=50, eval_every=500, eval_batches=32, checkpoint_every=500),
             evaluation=EvaluationConfig(sessions="data/quickstart/heldout"),
         )
     )
