@@ -236,3 +236,16 @@ def test_the_picture_shows_the_models_words(report: evaluate.Report, model: Mode
     words = [(round(turn.emitted_s * RATE_HZ), turn.text.strip()) for turn in report.said[0] if turn.text.strip()]
     drawn = [(event.start, event.text) for event in shown.texts_of(Stream.OWN_TEXT)]
     assert drawn == [word for word in words if word[0] < 2 * RATE_HZ]
+
+
+def test_caches_grow_until_a_session_fits(
+    model: Model, sessions: list[Session], report: evaluate.Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    make_room = evaluate._Runner._make_room
+    monkeypatch.setattr(evaluate, "POSITIONS_STEP", 1)
+    monkeypatch.setattr(evaluate._Runner, "_make_room", lambda self, size: (sizes.append(size), make_room(self, size)))
+    again = evaluated(model, sessions, (Condition.SPEECH,))
+    assert len(sizes) > 1
+    assert sizes == sorted(sizes)
+    assert again.said == report.said

@@ -29,11 +29,15 @@ from tml.microturn import Clock, EncodedSession, Layout
 from tml.params import PyTree
 from tml.session import ExpectationKind, Session, Stream, TextEvent
 from tml.stream import engine
-from tml.stream.inputs import join_sessions, session_inputs
+from tml.stream.engine import TurnOutputs
+from tml.stream.inputs import TurnInputs, join_sessions, session_inputs
 from tml.stream.outputs import Said, read_session
 
 ENVELOPE_S = 0.025
 """Width of the window over which the envelope of speech is taken."""
+
+POSITIONS_STEP = 128
+"""Caches hold a multiple of so many positions, so that sets of about the same length share a compiled program."""
 
 
 class Condition(enum.StrEnum):
@@ -163,16 +167,21 @@ class _Runner:
         sessions: Sequence[EncodedSession],
     ) -> None:
         self._params, self._model, self._layout, self._tokenizer = params, model, layout, tokenizer
-        self._num_slots = min(num_slots, len(sessions))
+        self._stream, self._num_slots = stream, min(num_slots, len(sessions))
         self._num_turns = max(layout.clock.num_turns(session.num_samples) for session in sessions)
-        self._state = engine.init_state(model, layout, stream, self._num_slots)
         most = max(int(session_inputs(layout, session, model).counts_B.sum()) for session in sessions)
         most += self._num_turns * 2
         if most > stream.max_positions:
             raise ValueError(
                 f"a session needs at least {most} positions, stream.max_positions is {stream.max_positions}; raise it"
             )
-        step = engine.make_step(model, layout, stream)
+        self._make_room(-(-most // POSITIONS_STEP) * POSITIONS_STEP)
+
+    def _make_room(self, max_positions: int) -> None:
+        """Builds the program for caches of that size, which cost in every turn whether they are full or not."""
+        stream = replace(self._stream, max_positions=min(max_positions, self._stream.max_positions))
+        self._state = engine.init_state(self._model, self._layout, stream, self._num_slots)
+        step = engine.make_step(self._model, self._layout, stream)
         self._max_positions = stream.max_positions
         self._run = jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs))
 
@@ -183,16 +192,24 @@ class _Runner:
             group = list(sessions[first : first + self._num_slots])
             idle = [group[0]] * (self._num_slots - len(group))
             columns = [session_inputs(self._layout, session, self._model) for session in group + idle]
-            state, outputs = self._run(self._params, self._state, join_sessions(columns, self._num_turns))
-            longest = int(np.max(state.decode.num_positions_B))
-            if longest > self._max_positions:
-                raise ValueError(
-                    f"a session took {longest} positions, stream.max_positions is {self._max_positions}; raise it"
-                )
+            outputs = self._outputs(join_sessions(columns, self._num_turns))
             for slot, session in enumerate(group):
                 turns = self._layout.clock.num_turns(session.num_samples)
                 said.append(read_session(outputs, slot, turns, self._layout, self._tokenizer))
         return said
+
+    def _outputs(self, inputs: TurnInputs) -> TurnOutputs:
+        """Streams one group, anew in larger caches if it has said more than they hold."""
+        while True:
+            state, outputs = self._run(self._params, self._state, inputs)
+            longest = int(np.max(state.decode.num_positions_B))
+            if longest <= self._max_positions:
+                return outputs
+            if self._max_positions == self._stream.max_positions:
+                raise ValueError(
+                    f"a session took {longest} positions, stream.max_positions is {self._max_positions}; raise it"
+                )
+            self._make_room(max(longest, 2 * self._max_positions))
 
 
 def heard(session: Session, model: ModelConfig) -> np.ndarray:
