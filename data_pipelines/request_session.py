@@ -55,7 +55,9 @@ class RequestTaskConfig:
 
 PACES = {
     "calm": RequestTaskConfig(),
-    "brisk": RequestTaskConfig(pause_probability=0.8, gap_range_s=(0.8, 1.8), response_window_s=1.0, max_utterances=6),
+    "brisk": RequestTaskConfig(
+        repeat_fraction=0.4, pause_probability=0.8, gap_range_s=(0.8, 1.8), response_window_s=1.0, max_utterances=6
+    ),
 }
 """Brisk sessions hold more than half as many requests again in the same time, most with a pause: more to learn from in
 a training step."""
