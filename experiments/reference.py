@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     with config.unlocked():
         config.data.sources.channel = config.data.sources.requests.copy_and_resolve_references()
     config.data.sources.channel.path = "data/reference/train"
-    config.train.num_steps = 9_000
-    config.train.log_every = 100
-    config.train.eval_every = 1_500
-    config.train.checkpoint_every = 1_000
+    config.train.num_steps = 5_500
+    config.train.log_every = 50
+    config.train.eval_every = 1_000
+    config.train.checkpoint_every = 500
     return config
