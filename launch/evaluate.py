@@ -27,6 +27,9 @@ _MODEL = flags.DEFINE_string("model", "", "Run folder or bundle.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run folder; the newest by default.")
 _SESSIONS = flags.DEFINE_string("sessions", "", "Data set of sessions; evaluation.sessions of the config by default.")
 _MAX_SESSIONS = flags.DEFINE_integer("max_sessions", 0, "Stream at most so many; evaluation.max_sessions by default.")
+_MAX_CONTROLS = flags.DEFINE_integer(
+    "max_control_sessions", 0, "Under each control at most so many; evaluation.max_control_sessions by default."
+)
 _OUT = flags.DEFINE_string("out", "", "Folder for report.json, sessions.jsonl and pictures; none by default.")
 _PICTURES = flags.DEFINE_integer("pictures", 2, "Sessions drawn into --out.")
 
@@ -47,6 +50,7 @@ def main(argv: list[str]) -> int:
     if not directory:
         raise app.UsageError("--sessions is missing, and the model's config names none in evaluation.sessions")
     source = RecordSource(directory)
+    config = replace(config, max_control_sessions=_MAX_CONTROLS.value or config.max_control_sessions)
     count = min(len(source), _MAX_SESSIONS.value or config.max_sessions)
     sessions = [read_session(source, index) for index in range(count)]
     print(f"streaming {count} of {len(source)} sessions of {directory}, and their controls", flush=True)

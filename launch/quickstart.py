@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     _run("launch.train", *config, f"--workdir={workdir}", "--print_config=false")
     _run("launch.evaluate", f"--model={workdir}", f"--out={workdir}/evaluation")
     if _HUMAN.value:
-        _run("launch.evaluate", f"--model={workdir}", f"--sessions={human}/digits", f"--out={workdir}/evaluation-human")
+        sessions = (f"--sessions={human}/digits", "--max_control_sessions=20")
+        _run("launch.evaluate", f"--model={workdir}", *sessions, f"--out={workdir}/evaluation-human")
     _run("launch.export", f"--workdir={workdir}", f"--out={workdir}/bundle")
     wav = _write_wav(data / "heldout", workdir / "heldout.wav")
     _run("launch.stream", f"--model={workdir}/bundle", f"--wav={wav}", f"--out={workdir}/stream")
