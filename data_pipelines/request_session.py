@@ -15,9 +15,6 @@ from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent
 
 SPLITS = ("train", "heldout")
 
-REPEAT = "repeat"
-"""The system text of sessions in which every word is repeated."""
-
 Channel = Callable[[Float32[np.ndarray, " n"], np.random.Generator], Float32[np.ndarray, " n"]]
 """What sound goes through; see `augment.channel`."""
 
@@ -33,7 +30,6 @@ class RequestTaskConfig:
         pause_range_s: length of a pause, from audible end to audible start.
         silent_fraction: sessions that ask for nothing at all.
         distractor_fraction: utterances, in the other sessions, that ask for nothing.
-        repeat_fraction: sessions in which the system text asks to repeat every word as it is heard.
         gap_range_s: from the end of an utterance to the start of the next.
         response_window_s: how long after a request its answer counts; no other answer is due in it.
         length_range_s: of a session.
@@ -46,7 +42,6 @@ class RequestTaskConfig:
     pause_range_s: tuple[float, float] = (0.4, 1.2)
     silent_fraction: float = 0.08
     distractor_fraction: float = 0.08
-    repeat_fraction: float = 0.0
     gap_range_s: tuple[float, float] = (1.2, 2.4)
     response_window_s: float = 2.0
     length_range_s: tuple[float, float] = (6.0, 12.0)
@@ -55,9 +50,7 @@ class RequestTaskConfig:
 
 PACES = {
     "calm": RequestTaskConfig(),
-    "brisk": RequestTaskConfig(
-        repeat_fraction=0.4, pause_probability=0.8, gap_range_s=(0.8, 1.8), response_window_s=1.0, max_utterances=6
-    ),
+    "brisk": RequestTaskConfig(pause_probability=0.8, gap_range_s=(0.8, 1.8), response_window_s=1.0, max_utterances=6),
 }
 """Brisk sessions hold more than half as many requests again in the same time, most with a pause: more to learn from in
 a training step."""
@@ -126,34 +119,26 @@ def compose(
     rng: np.random.Generator,
     meta: Mapping[str, str],
     channel: Channel | None = None,
-    repeats: bool = False,
 ) -> Session:
-    """The session: speech in noise, through the channel, at its level; answers and expectations.
-
-    With `repeats`, the system asks at the start to repeat, own text is every word, and nothing is expected.
-    """
+    """The session: speech in noise, through the channel, at its level; answers and expectations."""
     track = mixing.place([(turn.start, turn.utterance.samples) for turn in turns], num_samples)
     track = mixing.add_noise(track, surroundings, rng)
     if channel is not None:
         track = channel(track, rng)
     track = mixing.to_level(track, surroundings.peak_db)
-    if repeats:
-        due = [(word.text, word.end) for turn in turns for word in turn.words]
-    else:
-        due = [(turn.answer, turn.end) for turn in turns if turn.answer]
-    texts = [answer_event(text, end, delay_s=config.delay_s, turn_ms=config.turn_ms) for text, end in due]
-    streams = (Stream.USER_AUDIO, Stream.OWN_TEXT) if texts else (Stream.USER_AUDIO,)
-    if repeats:
-        texts.insert(0, TextEvent(stream=Stream.SYSTEM, start=0, end=0, text=REPEAT))
-        streams = (Stream.SYSTEM, *streams)
+    answers = tuple(
+        answer_event(turn.answer, turn.end, delay_s=config.delay_s, turn_ms=config.turn_ms)
+        for turn in turns
+        if turn.answer
+    )
     return Session(
         session_id=session_id,
         sample_rate_hz=SAMPLE_RATE_HZ,
         num_samples=num_samples,
-        streams=streams,
+        streams=(Stream.USER_AUDIO, Stream.OWN_TEXT) if answers else (Stream.USER_AUDIO,),
         audio={Stream.USER_AUDIO: encode_clip(track, SAMPLE_RATE_HZ)},
-        texts=tuple(texts),
-        expectations=() if repeats else expectations(turns, num_samples, config.response_window_s),
+        texts=answers,
+        expectations=expectations(turns, num_samples, config.response_window_s),
         meta={
             **meta,
             "noise": surroundings.noise_kind or "none",

@@ -2,8 +2,7 @@
 
 A session of 6 to 12 s holds up to three requests by one voice, in noise or in quiet. The answer is
 due in the first micro-turn that ends `delay_s` or more after the last audible sample of the
-request; during pauses, and after speech that asks for nothing, silence is due. Some training
-sessions ask to repeat what is heard instead: a target for every word teaches words sooner than one a request.
+request; during pauses, and after speech that asks for nothing, silence is due.
 """
 
 from dataclasses import dataclass, field
@@ -50,14 +49,11 @@ class RequestTask:
             raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
         speaker = draw_speaker(self.makers[int(rng.integers(len(self.makers)))], split, rng, self.cache)
-        draw = rng.random()
-        silent = bool(draw < self.config.silent_fraction)
-        repeats = not silent and bool(draw < self.config.silent_fraction + self.config.repeat_fraction)
-        distractors = 1.0 if silent else 0.0 if repeats else self.config.distractor_fraction
+        silent = bool(rng.random() < self.config.silent_fraction)
         # The larger of two draws, so that more sessions have several utterances than one.
         draws = rng.integers(self.config.max_utterances, size=2)
         wanted = int(draws[0]) if silent else 1 + int(draws.max())
-        turns, num_samples = arrange(lambda: self._draw_turn(speaker, distractors, rng), wanted, self.config, rng)
+        turns, num_samples = arrange(lambda: self._draw_turn(speaker, silent, rng), wanted, self.config, rng)
         return compose(
             f"requests-{split}-{self.seed}-{index:06d}",
             turns,
@@ -67,11 +63,11 @@ class RequestTask:
             rng=rng,
             meta={"maker": speaker.maker, "voice": speaker.name},
             channel=self.channel,
-            repeats=repeats and all(turn.words for turn in turns),
         )
 
-    def _draw_turn(self, speaker: Speaker, distractors: float, rng: np.random.Generator) -> Turn:
-        if rng.random() < distractors:
+    def _draw_turn(self, speaker: Speaker, silent: bool, rng: np.random.Generator) -> Turn:
+        distracts = rng.random() < self.config.distractor_fraction
+        if silent or distracts:
             tag, voice, text = _draw_distractor(speaker, rng)
             return Turn(utterance=utter(voice, [text], []), tag=tag)
         kind = REQUEST_TYPES[int(np.searchsorted(_CUMULATIVE_WEIGHTS, rng.random(), side="right"))]

@@ -11,7 +11,7 @@ import soundfile
 
 from data_pipelines import espeak
 from data_pipelines.noise import NOISE_KINDS, noise
-from data_pipelines.request_session import REPEAT, RequestTaskConfig, answer_event
+from data_pipelines.request_session import RequestTaskConfig, answer_event
 from data_pipelines.request_task import RequestTask
 from data_pipelines.request_vocabulary import DIGITS, FOREIGN, REQUEST_TYPES, STATEMENTS, answer_words
 from data_pipelines.speech import audible_span
@@ -170,20 +170,6 @@ def test_heldout_sessions_use_heldout_variants_only(sessions):
         variant = session.meta["voice"].split("+")[1].split("@")[0].replace("base", "")
         split = session.session_id.split("-")[1]
         assert variant in espeak.split_variants(split)
-
-
-def test_asked_to_repeat_every_word_is_due_after_it_was_heard():
-    task = RequestTask(seed=4, config=RequestTaskConfig(repeat_fraction=1.0, silent_fraction=0.0))
-    for session in (task.session("train", i) for i in range(6)):
-        asked, *repeated = session.texts
-        assert (asked.stream, asked.start, asked.text) == (Stream.SYSTEM, 0, REPEAT)
-        assert session.streams == (Stream.SYSTEM, Stream.USER_AUDIO, Stream.OWN_TEXT)
-        heard = json.loads(session.meta["user_words"])
-        assert [event.text for event in repeated] == [text for text, _, _ in heard]
-        for event, (_, _, end) in zip(repeated, heard, strict=True):
-            assert end + 0.3 * RATE <= event.start < end + 0.5 * RATE
-        assert session.expectations == ()
-        encode_session(session)
 
 
 def test_the_same_index_gives_the_same_bytes_in_any_order(sessions):
