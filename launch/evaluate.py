@@ -76,7 +76,7 @@ def _write(report: "Report", sessions: list["Session"], model: "Model", out: Pat
 
     out.mkdir(parents=True, exist_ok=True)
     plain = {"model": _MODEL.value, "sessions": directory, **evaluate.report_json(report)}
-    (out / "report.json").write_text(json.dumps(plain, indent=2) + "\n")
+    (out / "report.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
     with (out / "sessions.jsonl").open("w") as lines:
         lines.writelines(
             json.dumps(evaluate.said_json(session, said)) + "\n"
@@ -86,7 +86,7 @@ def _write(report: "Report", sessions: list["Session"], model: "Model", out: Pat
     for session, said in list(zip(sessions, report.said, strict=True))[: _PICTURES.value]:
         spoken = evaluate.with_said(session, said, clock)
         titled = replace(spoken, session_id=f"{session.session_id} (answers by the model)")
-        draw_timeline(titled, out / f"{session.session_id}.png", clock)
+        draw_timeline(titled, out / f"{session.session_id.replace('/', '_')}.png", clock)
     print(f"report: {out / 'report.json'}")
 
 

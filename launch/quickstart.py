@@ -9,10 +9,12 @@ an interrupted quickstart goes on where it stopped. At the end the report says w
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from absl import flags
 
@@ -42,11 +44,11 @@ def main(argv: list[str]) -> int:
     ]
     if _STEPS.value:
         config.append(f"--config.train.num_steps={_STEPS.value}")
-    _synthesise(data / "train", "--split=train", "--pace=brisk", "--seed=0", f"--num_sessions={_SESSIONS.value}")
-    _synthesise(data / "heldout", "--split=heldout", "--seed=1", "--num_sessions=300")
+    _synthesise(data / "train", "--split=train", "--pace=brisk", "--seed=0", num_sessions=_SESSIONS.value)
+    _synthesise(data / "heldout", "--split=heldout", "--seed=1", num_sessions=300)
     human = data / "human"
-    if _HUMAN.value and not human.exists():
-        _run("launch.prompts", f"--out={human}", "--sets=digits")
+    if _HUMAN.value and not (human / "digits/dataset.json").exists():
+        _run("launch.prompts", f"--out={human}", "--sets=digits", hint="--nohuman does without recordings of people")
     _run("launch.encode", *config)
     _run("launch.train", *config, f"--workdir={workdir}", "--print_config=false")
     _run("launch.evaluate", f"--model={workdir}", f"--out={workdir}/evaluation")
@@ -60,26 +62,57 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _synthesise(out: Path, *rest: str) -> None:
+def _synthesise(out: Path, *rest: str, num_sessions: int) -> None:
+    """Makes a data set, unless it is there already with as many sessions.
+
+    Raises:
+        ValueError: what is there has another number of sessions.
+    """
     if (out / "dataset.json").exists():
+        there = sum(shard["num_records"] for shard in json.loads((out / "dataset.json").read_text())["shards"])
+        if there != num_sessions:
+            raise ValueError(
+                f"{out} holds {there} sessions, {num_sessions} are wanted; "
+                f"name another folder with --data, or delete {out}"
+            )
         print(f"\n{out} is there already", flush=True)
         return
-    _run("launch.synthesize", "--task=requests", f"--out={out}", *rest)
+    _run("launch.synthesize", "--task=requests", f"--out={out}", f"--num_sessions={num_sessions}", *rest)
 
 
-def _run(module: str, *arguments: str) -> None:
+def _run(module: str, *arguments: str, hint: str = "") -> None:
     """Runs one command, with its output on this screen.
+
+    Ctrl-C and SIGTERM go on to the command, which may take its time to save; its exit code becomes ours.
 
     Raises:
         ValueError: it failed; its own error stands above.
     """
     print(f"\n$ python -m {module} {' '.join(arguments)}", flush=True)
-    begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", module, *arguments], env=HUGE_PAGES | os.environ, check=False)
-    if done.returncode:
+    begun, stopped = time.monotonic(), False
+    command = [sys.executable, "-m", module, *arguments]
+    # In a session of its own, so that Ctrl-C reaches it once, through us.
+    with subprocess.Popen(command, env=HUGE_PAGES | os.environ, start_new_session=True) as child:
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            nonlocal stopped
+            stopped = True
+            child.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if stopped:
+        print(f"stopped in {module}; run the same command again to go on from here", file=sys.stderr, flush=True)
+        raise SystemExit(code if code > 0 else 128 - code)
+    if code:
         raise ValueError(
-            f"{module} ended with code {done.returncode}; its error stands above. "
-            f"Run the same command again to go on from here"
+            f"{module} ended with code {code}; its error stands above. "
+            + (f"{hint}. " if hint else "")
+            + "Run the same command again to go on from here"
         )
     print(f"[{module}: {time.monotonic() - begun:.0f} s]", flush=True)
 
@@ -121,7 +154,7 @@ def _report(workdir: Path, seconds: float) -> None:
 
 
 def _cell(rate: dict) -> str:
-    return f"{_number(rate['value'])} [{rate['interval'][0]:.3f}, {rate['interval'][1]:.3f}]" if rate["cases"] else "-"
+    return f"{rate['value']:.3f} [{rate['interval'][0]:.3f}, {rate['interval'][1]:.3f}]" if rate["cases"] else "-"
 
 
 def _number(value: float | None, unit: str = "") -> str:

@@ -7,6 +7,7 @@ Prints every tick with something in it, and the compute time of ticks. Writes to
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,16 @@ from launch.app import prepare_jax, run_app
 if TYPE_CHECKING:
     import numpy as np
 
-    from tml.stream.live import LiveSession, SessionFullError, TurnResult
+    from tml.stream.live import LiveSession, TurnResult
 
 _MODEL = flags.DEFINE_string("model", "", "Run folder or bundle.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run folder; the newest by default.")
 _WAV = flags.DEFINE_string("wav", "", "Sound file: wav, flac, ogg, mp3; any rate, first channel.")
 _TEXT = flags.DEFINE_string("type_text", "", "Text typed by the user at the start.")
 _OUT = flags.DEFINE_string("out", "", "Folder for the transcript and the picture.")
+_TAIL_S = flags.DEFINE_float(
+    "tail_s", 2.0, "Seconds of silence after the sound, in which it may still be answered.", lower_bound=0.0
+)
 CHUNK_MS = 20
 """The sound arrives in pieces of this length, as from a sound card."""
 
@@ -45,11 +49,16 @@ def main(argv: list[str]) -> int:
     model = bundle.open_model(Path(_MODEL.value), _STEP.value)
     config, clock = model.experiment, model.layout.clock
     samples = read_audio(_WAV.value, clock.sample_rate_hz)[0]
-    live = LiveSession(model.params, config.model, model.layout, config.stream, model.tokenizer)
+    samples = np.pad(samples, (0, round(_TAIL_S.value * clock.sample_rate_hz)))
+    samples = np.pad(samples, (0, -len(samples) % clock.turn_samples))
+    num_turns = len(samples) // clock.turn_samples
+    # A file's length is known, so the caches can hold whatever may be said to it.
+    most = num_turns * (model.layout.max_slots_in + model.layout.max_slots_out)
+    stream = replace(config.stream, max_positions=max(config.stream.max_positions, most))
+    live = LiveSession(model.params, config.model, model.layout, stream, model.tokenizer)
     if _TEXT.value:
         live.type_text(_TEXT.value)
-    padded = np.pad(samples, (0, -len(samples) % clock.turn_samples))
-    turns, full = _stream(live, padded, CHUNK_MS * clock.sample_rate_hz // 1000)
+    turns = _stream(live, samples, CHUNK_MS * clock.sample_rate_hz // 1000)
     latencies = _latencies([turn.compute_s for turn in turns], config.turn.turn_ms, live.num_compilations)
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
@@ -64,38 +73,25 @@ def main(argv: list[str]) -> int:
     print(f"said: {text!r} in {len(turns)} ticks of {config.turn.turn_ms} ms")
     print(", ".join(f"{name} {value:.4g}" for name, value in latencies.items()))
     print(f"wrote {out / 'transcript.json'} and {out / 'timeline.png'}")
-    if full is not None:
-        raise full  # after what was said before has been written
     return 0
 
 
-def _stream(
-    live: "LiveSession", samples: "np.ndarray", chunk: int
-) -> "tuple[list[TurnResult], SessionFullError | None]":
-    """Every turn, printed as it comes, and the error that ended the session early, if one did."""
-    from tml.stream.live import SessionFullError
-
+def _stream(live: "LiveSession", samples: "np.ndarray", chunk: int) -> "list[TurnResult]":
+    """Every turn, printed as it comes if anything was put out in it."""
     turns: list[TurnResult] = []
-    full: SessionFullError | None = None
     for first in range(0, len(samples), chunk):
-        try:
-            done = live.push(samples[first : first + chunk])
-        except SessionFullError as error:
-            done, full = error.results, error
-        turns += done
-        for turn in done:
+        for turn in live.push(samples[first : first + chunk]):
+            turns.append(turn)
             if turn.said.text or turn.said.actions:
                 text = turn.said.text.strip()
                 print(f"{turn.said.emitted_s:7.2f} s  tick {turn.said.turn:4d}  {text}", *turn.said.actions)
-        if full is not None:
-            break
-    return turns, full
+    return turns
 
 
 def _latencies(compute_s: list[float], turn_ms: int, num_compilations: int) -> dict[str, float]:
     import numpy as np
 
-    milliseconds = np.array(compute_s) * 1000
+    milliseconds = np.array(compute_s or [np.nan]) * 1000
     return {
         "tick_p50_ms": float(np.percentile(milliseconds, 50)),
         "tick_p99_ms": float(np.percentile(milliseconds, 99)),

@@ -1,6 +1,7 @@
 """The evaluation: windows and words on timelines made by hand, its controls, and a run from end to end."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -9,11 +10,9 @@ import scipy.stats
 from small_model import RATE_HZ, small_model, small_session, small_sound, without_sound
 
 from tml import evaluate
-from tml.codec.encode import encode_session
 from tml.evaluate import Condition, Rate, Scores, condition_sounds, envelope_noise, score
 from tml.export.bundle import Model
-from tml.session import Expectation, ExpectationKind, Session, Stream
-from tml.stream.inputs import session_inputs
+from tml.session import Expectation, ExpectationKind, Session
 from tml.stream.live import LiveSession
 from tml.stream.outputs import Said
 
@@ -61,6 +60,26 @@ def test_the_first_word_in_the_window_is_the_answer_and_its_latency() -> None:
     too_early = scored([answer("seven", 1.0, 2.0)], (1.6, " two"), (2.6, " seven nine"))
     assert (too_early.responded.hits, too_early.correct.hits) == (1, 1)
     assert too_early.median_latency_s == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("words", "correct"),
+    [
+        (((2.2, "a"), (2.4, "table for"), (2.8, "two")), True),
+        (((2.2, "a"), (2.4, "table for"), (2.8, "two"), (3.0, "please")), True),
+        (((2.2, "a"), (2.4, "table for")), False),
+        (((2.2, "the"), (2.4, "table for"), (2.8, "two")), False),
+    ],
+)
+def test_an_answer_of_several_words_is_right_when_the_first_words_are_its_own(words, correct: bool) -> None:
+    scores = scored([answer("A table for two!", 1.0, 2.0)], *words)
+    assert (scores.responded.hits, scores.correct.hits) == (1, int(correct))
+
+
+@pytest.mark.parametrize(("at", "hits"), [(1.0, 0), (1.2, 1), (1.8, 1), (2.0, 1), (2.2, 0)])
+def test_words_over_a_request_are_premature_in_a_pause_or_not(at: float, hits: int) -> None:
+    scores = scored([silence(1.4, 1.6, "pause"), answer("seven", 1.0, 2.0)], (at, "two"))
+    assert scores.premature == Rate(hits=hits, cases=1)
 
 
 @pytest.mark.parametrize("text", [" Seven", " seven.", "SEVEN!", ' "seven"', "\n seven, two"])
@@ -127,7 +146,7 @@ def test_noise_with_the_envelope_of_speech_has_its_loudness_and_nothing_of_its_s
     seconds = np.arange(2 * RATE_HZ) / RATE_HZ
     syllables = np.maximum(np.sin(2 * np.pi * 2 * seconds), 0) ** 2
     speech = (syllables * np.sin(2 * np.pi * 300 * seconds) * 0.3).astype(np.float32)
-    noise = envelope_noise(speech, np.random.default_rng(0))
+    noise = envelope_noise(speech, np.random.default_rng(0), 16_000)
     assert noise.shape == speech.shape
     assert noise.dtype == np.float32
     assert np.corrcoef(energies(speech), energies(noise))[0, 1] > 0.97
@@ -140,16 +159,16 @@ def test_noise_with_the_envelope_of_speech_has_its_loudness_and_nothing_of_its_s
 def test_each_condition_does_what_it_says_and_keeps_lengths() -> None:
     sounds = [small_sound(size, seed) for seed, size in enumerate([3_000, 5_000, 4_001])]
     for condition in Condition:
-        changed = condition_sounds(sounds, condition)
+        changed = condition_sounds(sounds, condition, RATE_HZ)
         assert [len(sound) for sound in changed] == [3_000, 5_000, 4_001]
         assert all(sound.dtype == np.float32 for sound in changed)
-    assert all(map(np.array_equal, condition_sounds(sounds, Condition.SPEECH), sounds))
-    assert not any(sound.any() for sound in condition_sounds(sounds, Condition.BLANKED))
-    swapped = condition_sounds(sounds, Condition.SWAPPED)
+    assert all(map(np.array_equal, condition_sounds(sounds, Condition.SPEECH, RATE_HZ), sounds))
+    assert not any(sound.any() for sound in condition_sounds(sounds, Condition.BLANKED, RATE_HZ))
+    swapped = condition_sounds(sounds, Condition.SWAPPED, RATE_HZ)
     np.testing.assert_array_equal(swapped[0], sounds[1][:3_000])
     np.testing.assert_array_equal(swapped[1], np.append(sounds[2], sounds[2][:999]))
     np.testing.assert_array_equal(swapped[2][:3_000], sounds[0])
-    noises = [condition_sounds(sounds, Condition.ENVELOPE_NOISE) for _ in range(2)]
+    noises = [condition_sounds(sounds, Condition.ENVELOPE_NOISE, RATE_HZ) for _ in range(2)]
     for first, again, sound in zip(*noises, sounds, strict=True):
         np.testing.assert_array_equal(first, again)
         assert not np.array_equal(first, sound)
@@ -190,8 +209,8 @@ def test_every_condition_is_streamed_and_scored(report: evaluate.Report, session
     assert report.chance == pytest.approx(2 / 3)
     assert list(report.scores) == list(Condition)
     for scores in report.scores.values():
-        rates = (scores.responded, scores.correct, scores.takeover, scores.false_alarm)
-        assert [rate.cases for rate in rates] == [3] * 4
+        rates = (scores.responded, scores.correct, scores.takeover, scores.premature, scores.false_alarm)
+        assert [rate.cases for rate in rates] == [3] * 5
     assert [len(turns) for turns in report.said] == [10, 9, 7]
     assert any(turn.text for turns in report.said for turn in turns)
     table = evaluate.report_table(report).splitlines()
@@ -199,6 +218,15 @@ def test_every_condition_is_streamed_and_scored(report: evaluate.Report, session
     plain = evaluate.report_json(report)
     assert plain["conditions"]["blanked"]["responded"]["cases"] == 3
     assert plain["chance_accuracy"] == report.chance
+    json.dumps(plain, allow_nan=False)
+
+
+def test_a_report_without_cases_is_still_json(model: Model) -> None:
+    report = evaluated(model, [timeline()], tuple(Condition))
+    assert Condition.SWAPPED not in report.scores
+    plain = evaluate.report_json(report)
+    assert plain["conditions"]["speech"]["accuracy"] == {"value": None, "interval": None, "cases": 0}
+    json.dumps(plain, allow_nan=False)
 
 
 def test_blanked_is_silence_and_nothing_else_is(report: evaluate.Report, model: Model, sessions: list[Session]) -> None:
@@ -219,23 +247,6 @@ def test_the_evaluation_hears_what_a_live_session_hears(
 def test_sessions_that_cannot_be_streamed_are_refused(model: Model, sessions: list[Session]) -> None:
     with pytest.raises(ValueError, match="there is no session to evaluate"):
         evaluated(model, [], (Condition.SPEECH,))
-    with pytest.raises(ValueError, match=r"a session needs at least \d+ positions, stream.max_positions is 60"):
-        evaluated(model, sessions, (Condition.SPEECH,), max_positions=60)
-
-
-def test_a_session_that_talks_past_its_positions_is_refused(model: Model, sessions: list[Session]) -> None:
-    encoded = encode_session(sessions[0], model.experiment.model, model.tokenizer)
-    least = int(session_inputs(model.layout, encoded, model.experiment.model).counts_B.sum()) + 2 * 10
-    with pytest.raises(ValueError, match=rf"took \d+ positions, stream.max_positions is {least}; raise it"):
-        evaluated(model, sessions, (Condition.SPEECH,), max_positions=least)
-
-
-def test_the_picture_shows_the_models_words(report: evaluate.Report, model: Model, sessions: list[Session]) -> None:
-    shown = evaluate.with_said(sessions[0], report.said[0], model.layout.clock)
-    shown.check()
-    words = [(round(turn.emitted_s * RATE_HZ), turn.text.strip()) for turn in report.said[0] if turn.text.strip()]
-    drawn = [(event.start, event.text) for event in shown.texts_of(Stream.OWN_TEXT)]
-    assert drawn == [word for word in words if word[0] < 2 * RATE_HZ]
 
 
 def test_caches_grow_until_a_session_fits(

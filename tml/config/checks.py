@@ -24,6 +24,13 @@ def check_fraction(owner: str, **fields: float | int) -> None:
             raise ValueError(f"{owner}.{name} = {value} must lie between 0 and 1")
 
 
+def check_below_one(owner: str, **fields: float) -> None:
+    """Raises ValueError unless every named field is less than one, as the decay of an average must be."""
+    for name, value in fields.items():
+        if not value < 1:
+            raise ValueError(f"{owner}.{name} = {value} must be less than 1")
+
+
 def nearest_multiple(value: int, of: int) -> int:
     """The positive multiple of `of` that lies nearest to `value`."""
     return max(of, round(value / of) * of)

@@ -52,6 +52,7 @@ class AudioConfig:
         check_at_most("audio.hop_samples", self.hop_samples, "audio.window_samples", self.window_samples)
         check_at_most("audio.max_hz", self.max_hz, "audio.sample_rate_hz / 2", self.sample_rate_hz / 2)
         check_at_most("audio.num_levels", self.num_levels, "the uint8 range", 256)
+        check_at_most("2", 2, "audio.num_levels", self.num_levels)
         if self.level_low >= self.level_high:
             raise ValueError(f"audio.level_low = {self.level_low} must be below audio.level_high = {self.level_high}")
 
@@ -69,7 +70,12 @@ class VideoConfig:
     """Image tiles one micro-turn may hold; 0 builds a model without eyes."""
 
     def __post_init__(self) -> None:
-        check_positive("video", tile_px=self.tile_px, frames_per_second=self.frames_per_second)
+        check_positive(
+            "video",
+            tile_px=self.tile_px,
+            frames_per_tile=self.frames_per_tile,
+            frames_per_second=self.frames_per_second,
+        )
         check_not_negative("video", max_tiles_per_turn=self.max_tiles_per_turn)
         if len(self.fold_px) != len(self.fold_dims):
             raise ValueError(f"video.fold_px = {self.fold_px} and video.fold_dims = {self.fold_dims} differ in length")

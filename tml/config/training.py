@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass
 
-from tml.config.checks import check_at_most, check_fraction, check_not_negative, check_positive
+from tml.config.checks import check_at_most, check_below_one, check_fraction, check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ class OptimConfig:
             b2=self.b2,
             muon_momentum=self.muon_momentum,
         )
+        check_below_one("optim", b1=self.b1, b2=self.b2, muon_momentum=self.muon_momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_positive("mesh", **vars(self))
+        if self.context > 1:
+            raise ValueError(f"mesh.context = {self.context}: rows are not split along the sequence yet; set it to 1")
 
     @property
     def shape(self) -> dict[str, int]:
@@ -122,16 +125,15 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """The streaming engine: how many sessions at once, and how long each may grow."""
+    """The streaming engine: how long a session may grow, and how its words are chosen."""
 
-    num_slots: int = 1
     max_positions: int = 4_096
     """Positions that the global layers' cache holds for one session."""
     temperature: float = 0.0
     """Sampling temperature; 0 takes the likeliest token."""
 
     def __post_init__(self) -> None:
-        check_positive("stream", num_slots=self.num_slots, max_positions=self.max_positions)
+        check_positive("stream", max_positions=self.max_positions)
         check_not_negative("stream", temperature=self.temperature)
 
 

@@ -62,10 +62,14 @@ def open_model(folder: Path, step: int | None = None) -> Model:
     """Reads a bundle, or the newest (or given) checkpoint of a run folder.
 
     Raises:
-        BundleError: neither of the two.
+        BundleError: neither of the two, or a step of a bundle.
         CheckpointError: the checkpoint is damaged, or there is none.
     """
     if (folder / MARKER).is_file():
+        if step is not None:
+            raise BundleError(
+                f"{folder} is a bundle, which holds one step; leave out step {step}, or name a run folder"
+            )
         return load(folder)
     if not (folder / checkpoint.FOLDER).is_dir():
         raise BundleError(
