@@ -3,8 +3,8 @@
 Question: does a tiny interaction model learn, from synthetic speech alone, to answer a spoken
 request at the right moment, in micro-turns of 200 ms?
 
-Cost: 1,000 steps of 0.73 s on two idle cores, and about seven minutes of preparation, evaluation and compiling.
-Expected: answer accuracy 0.86 on voices never heard, latency 0.39 s; see experiments/README.md.
+Cost: 2,000 steps of 0.25 to 0.3 s on two cores, and about five minutes of preparation, compiling and evaluation.
+Expected: see experiments/README.md.
 
 Command, after `data/quickstart` has been prepared (see the README):
 

@@ -19,7 +19,7 @@ from tml.ops.short_conv import short_conv_rows
 from tml.params import Leaf, PyTree
 
 SLIDING_BLOCK_SLOTS = 64
-"""Queries in one block of sliding attention on CPU: half the quickstart's window wastes a third of the logits."""
+"""The most queries in one block of sliding attention; a block sees its own keys and a window's worth before them."""
 
 Bias = tuple[Float[Array, "B S N J"], Float[Array, "J X"]]
 """The relative bias, not yet multiplied out: what each query mixes, and the profiles by distance."""
