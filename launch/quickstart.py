@@ -150,7 +150,8 @@ def _report(workdir: Path, seconds: float) -> None:
     if _HUMAN.value and human.exists():
         digits = json.loads(human.read_text())["conditions"]["speech"]["accuracy"]
         print(f"human digits          accuracy {_cell(digits)} (one speaker, ten recordings, never trained on)")
-    print(f"pictures and reports  {workdir}/evaluation, {workdir}/stream; curves for TensorBoard in {workdir}/tensorboard")
+    print(f"pictures and reports  {workdir}/evaluation, {workdir}/stream")
+    print(f"TensorBoard curves    {workdir}/tensorboard")
 
 
 def _cell(rate: dict) -> str:
