@@ -77,7 +77,7 @@ def train(
         first, state = start(experiment, mesh, checkpoints)
         with open_sinks(workdir, cfg.num_steps, first) as sinks:
             train_step, eval_step = make_train_step(experiment, mesh), make_eval_step(experiment, mesh)
-            log = Log(experiment, mesh, sinks, first)
+            log = Log(experiment, mesh, sinks, first, int(state.num_skipped))
             print(first_screen(experiment, mesh, workdir, log.peak_flops_per_s, first), flush=True)
             batches, step, saved = train_batches(first), first, first
             while step < cfg.num_steps and not interrupts.requested:
@@ -130,7 +130,8 @@ class Log:
     device always has work while the host waits.
     """
 
-    def __init__(self, experiment: Experiment, mesh: Mesh, sink: Sink, first: int) -> None:
+    def __init__(self, experiment: Experiment, mesh: Mesh, sink: Sink, first: int, num_skipped: int) -> None:
+        """Begins after `first` steps, of which `num_skipped` were not finite."""
         cfg, devices = experiment.train, mesh.local_devices
         specs = transformer.specs(experiment.model)
         self.peak_flops_per_s = cfg.peak_flops_per_s or measure_matmul_rate(devices)
@@ -142,7 +143,7 @@ class Log:
         )
         self._all_peak_flops_per_s = self.peak_flops_per_s * mesh.size
         self._pending: tuple[int, Metrics] | None = None
-        self._first, self._num_skipped = first, 0
+        self._first, self._num_skipped = first, num_skipped
         self._restart_clock()
 
     def add(self, step: int, metrics: Metrics) -> None:
