@@ -15,7 +15,6 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from absl import logging
 
 from data_pipelines.encoded import (
     EncodedSource,
@@ -37,6 +36,8 @@ from tml.microturn import Kind
 # Sessions longer than a row are wanted again by the rows that follow.
 _KEPT_SESSIONS = 32
 _KEPT_EPOCHS = 3
+# Records lost while reading that are shown by name; after them, only their number.
+_REPORTED_RECORDS = 10
 
 
 def encoded_place(source: SourceConfig, experiment: Experiment, tokenizer: Tokenizer) -> Path:
@@ -226,11 +227,18 @@ class RowLoader:
             entry = Quarantined.of(record, opened.records.records, error)
             found[record] = entry
             entries = sorted(found.values(), key=lambda each: each.index)
-        logging.error(
-            "data source %s: %s, record %d is quarantined: %s", opened.name, entry.file, entry.record, entry.reason
-        )
+            num_new = sum(map(len, self._quarantined)) - sum(len(each.laid_out.quarantined) for each in self.sources)
+        self._report(opened, entry, num_new)
         fraction = self._data.max_quarantined_fraction
         check_fraction(entries, len(opened.records), fraction, f"data source {opened.name}")
+
+    def _report(self, source: MixtureSource, entry: Quarantined, num_new: int) -> None:
+        """Shows the first records that are lost while reading, a line each; then their number as it doubles."""
+        if num_new <= _REPORTED_RECORDS:
+            where = f"{source.records.directory / entry.file}, record {entry.record}"
+            print(f"data source {source.name}: {where} is quarantined: {entry.reason}", file=sys.stderr, flush=True)
+        elif num_new.bit_count() == 1:
+            print(f"{num_new} records were quarantined while reading so far", file=sys.stderr, flush=True)
 
 
 class _ProcessBatches(Sequence[Batch]):
