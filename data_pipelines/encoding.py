@@ -1,11 +1,9 @@
 """Encodes a whole data set over worker processes; the result is the same for any number of them."""
 
-import ctypes
 import json
 import multiprocessing
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -43,12 +41,11 @@ from data_pipelines.records import (
     stage,
     write_shard,
 )
+from data_pipelines.worker_process import end_with_parent
 from tml.codec.encode import encode_session
 from tml.codec.text import Tokenizer
 from tml.config import ModelConfig
 from tml.session import Stream
-
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 Progress = Callable[[int, int], None]
 
@@ -206,9 +203,7 @@ _worker_encoder: list[_Encoder] = []
 
 
 def _start_worker(encoder: _Encoder, parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the signal was asked for
-        os._exit(1)
+    end_with_parent(parent)
     _worker_encoder.append(encoder)
 
 

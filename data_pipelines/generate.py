@@ -1,7 +1,6 @@
 """Writes a data set of generated sessions with several processes; the bytes do not depend on how many."""
 
 import concurrent.futures
-import ctypes
 import multiprocessing
 import os
 import shutil
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from data_pipelines.records import UNCOMPRESSED, RecordKind, Shard, commit, shard_name, stage, write_shard
+from data_pipelines.worker_process import end_with_parent
 from tml.session import ExpectationKind, Session, encode_session
 
-_PR_SET_PDEATHSIG = 1
 _POLL_S = 0.5
 
 
@@ -110,7 +109,7 @@ def generate(
     counter = context.Value("q", 0)
     try:
         with concurrent.futures.ProcessPoolExecutor(
-            num_workers, mp_context=context, initializer=_begin_worker, initargs=(counter,)
+            num_workers, mp_context=context, initializer=_begin_worker, initargs=(counter, os.getpid())
         ) as pool:
             bounds = [num_sessions * i // num_shards for i in range(num_shards + 1)]
             jobs = [
@@ -146,14 +145,12 @@ def generate(
 _made: "Synchronized[int] | None" = None
 
 
-def _begin_worker(counter: "Synchronized[int]") -> None:
+def _begin_worker(counter: "Synchronized[int]", parent: int) -> None:
     global _made
     _made = counter
     # A worker whose parent is killed would otherwise wait for ever; Ctrl-C is the parent's to handle.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.getppid() == 1:
-        os._exit(1)
 
 
 def _write(task: SessionTask, split: str, path: Path, first: int, last: int) -> tuple[Shard, GenerateSummary]:
