@@ -3,31 +3,50 @@
     python -m launch.train --config=experiments/quickstart.py --workdir=runs/quick
     python -m launch.train --config=experiments/quickstart.py --workdir=runs/long --config.train.num_steps=6000
 
-The run folder gets config.json, checkpoints/, metrics.jsonl and tensorboard/. SIGTERM or Ctrl-C
-finish the step, save, and exit with code 75.
+The run folder gets config.json, data.json, tokenizer/, checkpoints/, metrics.jsonl and tensorboard/.
+SIGTERM or Ctrl-C finish the step, save, and exit with code 75.
+
+A run folder belongs to one model, one tokenizer and one content of every data source: another is
+refused, and then nothing in the folder changes. Where tokenizer and data lie may change.
 """
 
 import fcntl
 import functools
-from collections.abc import Iterable, Iterator
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags
 
 from launch.app import define_config, prepare_jax, read_experiment, run_app
-from tml.config import Experiment, config_hash, difference, to_json, to_mapping
+from tml.config import Experiment, SourceConfig, config_hash, difference, to_json, to_mapping
 from tml.config.tree import from_json
 
 if TYPE_CHECKING:
+    from data_pipelines.loader import RowLoader
     from tml.batch import Batch
+    from tml.codec.text import Tokenizer
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; runs/NAME by default, NAME being the experiment's.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", True, "Print the resolved config.")
 
+CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer"
+"""What a run folder remembers of its run."""
+
+Change = tuple[str, Any, Any]
+"""A key of the config, its value in the run folder, and its value now."""
+
 FIXED_GROUPS = ("model", "turn", "text", "data", "seed")
 """What a run folder may not change: the parameters, and which batch belongs to which step, follow from it."""
+
+FREE_KEYS = re.compile(
+    r"text\.tokenizer|data\.(max_quarantined_fraction|read_threads|prefetch_rows|eval_sources(\..*)?|sources\..*\.path)"
+)
+"""What of those it may: no batch follows from it, or the contents are compared instead."""
 
 
 def main(argv: list[str]) -> int:
@@ -36,14 +55,14 @@ def main(argv: list[str]) -> int:
     workdir = Path(_WORKDIR.value or f"runs/{experiment.name}")
     if _PRINT_CONFIG.value:
         print(to_json(experiment))
-    print(f"config {config_hash(experiment)} in {workdir / 'config.json'}", flush=True)
+    print(f"config {config_hash(experiment)} in {workdir / CONFIG}", flush=True)
     with locked(workdir):
-        claim_workdir(experiment, workdir)
+        changed = check_config(experiment, workdir)
         prepare_jax()
-        return _train(experiment, workdir)
+        return _train(experiment, workdir, changed)
 
 
-def _train(experiment: Experiment, workdir: Path) -> int:
+def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change]) -> int:
     # Imported here: jax, orbax and grain take seconds, and a bad flag should not.
     import jax
 
@@ -52,46 +71,122 @@ def _train(experiment: Experiment, workdir: Path) -> int:
     from tml.train import EXIT_INTERRUPTED, train
 
     tokenizer = Tokenizer.load(experiment.text.tokenizer)
-    tokenizer.save(workdir / "tokenizer")
+    check_tokenizer(tokenizer, experiment.text.tokenizer, workdir)
+    described = check_data(experiment.data.sources, workdir)
+    rows = loader.RowLoader(experiment.data.sources, experiment, tokenizer)
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def train_batches(start_step: int) -> Iterator["Batch"]:
-        return loader.train_batches(experiment, tokenizer, start_step=start_step, **place)
+        # The loop asks for batches when nothing is left that can refuse, such as a checkpoint of another optimizer.
+        batches = loader.process_batches(rows, experiment, start_step=start_step, **place)
+        claim_workdir(experiment, tokenizer, described, workdir)
+        for key, old, new in changed:
+            print(f"config.{key} was {old!r} in this folder, is {new!r} from here on")
+        print("records  " + "\n         ".join(rows.summary_lines()), flush=True)
+        return batches
 
     @functools.cache  # the same every time, and few
     def eval_batches() -> Iterable["Batch"]:
         return loader.eval_batches(experiment, tokenizer, experiment.train.eval_batches, **place)
 
     result = train(experiment, workdir, train_batches, eval_batches)
+    print(quarantine_text(rows), flush=True)
     return EXIT_INTERRUPTED if result.is_interrupted else 0
 
 
-def claim_workdir(experiment: Experiment, workdir: Path) -> None:
-    """Writes config.json, after comparing it with the one that is there.
+def quarantine_text(rows: "RowLoader") -> str:
+    """How many records of the training sources could not be used, for the last line of a run."""
+    counts = {name: len(entries) for name, entries in rows.quarantined.items() if entries}
+    of_sources = f" ({', '.join(f'{name} {count}' for name, count in counts.items())})" if counts else ""
+    total = sum(len(source.records) for source in rows.sources)
+    return f"{sum(counts.values())} of {total} records quarantined{of_sources}"
+
+
+def check_config(experiment: Experiment, workdir: Path) -> list[Change]:
+    """Compares the config with the one in the folder; returns what may change and does.
 
     Raises:
-        ValueError: the folder belongs to a run with another model or other data.
+        ValueError: the folder belongs to a run with another model or another mixture.
     """
-    path = workdir / "config.json"
-    if path.exists():
-        try:
-            before = to_mapping(from_json(path.read_text()))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a config of this version: {error}; choose another --workdir") from error
-        changed = difference(before, to_mapping(experiment))
-        fixed = [change for change in changed if change[0].split(".")[0] in FIXED_GROUPS]
-        if fixed:
-            shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in fixed[:5])
+    path = workdir / CONFIG
+    if not path.exists():
+        return []
+    try:
+        before = to_mapping(from_json(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a config of this version: {error}; choose another --workdir") from error
+    changed = difference(before, to_mapping(experiment))
+    fixed = [key for key in changed if key[0].split(".")[0] in FIXED_GROUPS and not FREE_KEYS.fullmatch(key[0])]
+    if fixed:
+        shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in fixed[:5])
+        raise ValueError(
+            f"{workdir} belongs to another run: {shown}"
+            + (f"; and {len(fixed) - 5} more" if len(fixed) > 5 else "")
+            + "; choose another --workdir, or change the config back"
+        )
+    return changed
+
+
+def check_tokenizer(tokenizer: "Tokenizer", origin: str, workdir: Path) -> None:
+    """Compares the tokenizer, which comes from `origin`, with the one in the folder.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    for kept in sorted((workdir / TOKENIZER).glob("*")):
+        before, now = tokenizer.load(kept).fingerprint(), tokenizer.fingerprint()
+        if before != now:
             raise ValueError(
-                f"{workdir} belongs to another run: {shown}"
-                + (f"; and {len(fixed) - 5} more" if len(fixed) > 5 else "")
-                + "; choose another --workdir, or change the config back"
+                f"{workdir} was trained with tokenizer {before}, {origin} is {now}; choose another --workdir, "
+                f"or go on with --config.text.tokenizer={kept}"
             )
-        for key, old, new in changed:
-            print(f"config.{key} was {old!r} in this folder, is {new!r} from here on")
-    temporary = path.with_suffix(".json.new")
-    temporary.write_text(to_json(experiment) + "\n")
-    temporary.replace(path)
+
+
+def check_data(sources: Mapping[str, SourceConfig], workdir: Path) -> dict[str, Any]:
+    """Compares what the training sources hold with what they held when the folder was made; returns what they hold.
+
+    Raises:
+        FileNotFoundError: a source is not a data set.
+        ValueError: it holds other records than before.
+    """
+    from data_pipelines.records import read_manifest
+
+    manifests = {name: read_manifest(source.path) for name, source in sources.items()}
+    described = {
+        name: {"identity": manifest.identity, "num_records": manifest.num_records, "path": sources[name].path}
+        for name, manifest in manifests.items()
+    }
+    path = workdir / DATA
+    if not path.exists():
+        return described
+    try:
+        before = {
+            name: (known["identity"], known["num_records"]) for name, known in json.loads(path.read_text()).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}; choose another --workdir") from error
+    for name, (identity, num_records) in before.items():
+        manifest = manifests.get(name)
+        if manifest is not None and manifest.identity != identity:
+            raise ValueError(
+                f"{workdir} was trained on other data: source {name} held {num_records} records ({identity}), "
+                f"{sources[name].path} holds {manifest.num_records} ({manifest.identity}); choose another --workdir, "
+                f"or name the folder of the old records with --config.data.sources.{name}.path"
+            )
+    return described
+
+
+def claim_workdir(experiment: Experiment, tokenizer: "Tokenizer", described: Mapping[str, Any], workdir: Path) -> None:
+    """Writes config.json, data.json and the tokenizer, each whole or not at all."""
+    if not (workdir / TOKENIZER).exists():
+        staging = workdir / f".{TOKENIZER}.new"
+        shutil.rmtree(staging, ignore_errors=True)
+        tokenizer.save(staging)
+        staging.rename(workdir / TOKENIZER)
+    for name, text in ((DATA, json.dumps(described, indent=2, sort_keys=True)), (CONFIG, to_json(experiment))):
+        temporary = workdir / f"{name}.new"
+        temporary.write_text(text + "\n")
+        temporary.replace(workdir / name)
 
 
 class locked:  # noqa: N801 (a context manager that reads like a function)
