@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -106,11 +107,12 @@ def generate(
     summary = GenerateSummary()
     shards: list[Shard] = []
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
+    counter, stop = context.Value("q", 0), context.Event()
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=_begin_worker, initargs=(counter, stop, os.getpid())
+    )
     try:
-        with concurrent.futures.ProcessPoolExecutor(
-            num_workers, mp_context=context, initializer=_begin_worker, initargs=(counter, os.getpid())
-        ) as pool:
+        try:
             bounds = [num_sessions * i // num_shards for i in range(num_shards + 1)]
             jobs = [
                 pool.submit(_write, task, split, staging / shard_name(i, num_shards), bounds[i], bounds[i + 1])
@@ -121,14 +123,16 @@ def generate(
                 done, waiting = concurrent.futures.wait(
                     waiting, timeout=_POLL_S, return_when=concurrent.futures.FIRST_EXCEPTION
                 )
-                if any(job.exception() for job in done):
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    break
+                for job in done:
+                    job.result()
                 progress(counter.value)
             for job in jobs:
                 shard, part = job.result()
                 shards.append(shard)
                 summary.merge(part)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
         for path, data in (attachments or {}).items():
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             (staging / path).write_bytes(data)
@@ -142,12 +146,16 @@ def generate(
     return summary
 
 
-_made: "Synchronized[int] | None" = None
+class _StoppedError(Exception):
+    """The data set is not wanted any more."""
 
 
-def _begin_worker(counter: "Synchronized[int]", parent: int) -> None:
-    global _made
-    _made = counter
+# What a worker process was started with: the sessions made by all, and whether to stop.
+_worker: "list[tuple[Synchronized[int], Event]]" = []
+
+
+def _begin_worker(counter: "Synchronized[int]", stop: Event, parent: int) -> None:
+    _worker.append((counter, stop))
     # A worker whose parent is killed would otherwise wait for ever; Ctrl-C is the parent's to handle.
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -156,14 +164,17 @@ def _begin_worker(counter: "Synchronized[int]", parent: int) -> None:
 def _write(task: SessionTask, split: str, path: Path, first: int, last: int) -> tuple[Shard, GenerateSummary]:
     summary = GenerateSummary()
 
+    [(counter, stop)] = _worker
+
     def records() -> Iterator[bytes]:
         for index in range(first, last):
+            if stop.is_set():
+                raise _StoppedError
             session = task.session(split, index)
             summary.add(session)
             yield encode_session(session)
-            if _made is not None:
-                with _made.get_lock():
-                    _made.value += 1
+            with counter.get_lock():
+                counter.value += 1
 
     # Sound is FLAC already: compressing it again only takes time.
     return write_shard(path, records(), options=UNCOMPRESSED), summary

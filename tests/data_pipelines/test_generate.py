@@ -1,6 +1,7 @@
 """Data sets written by several processes: the same bytes with any number of them, nothing left after an error."""
 
 import dataclasses
+import time
 
 import pytest
 
@@ -73,6 +74,30 @@ def test_fewer_sessions_than_shards_leave_no_empty_shard(tmp_path):
 def test_an_error_in_a_worker_is_raised_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="session 5 cannot be made"):
         write(tmp_path / "set", Typed(fails_at=5), num_shards=3)
+    assert not list(tmp_path.iterdir())
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow(Typed):
+    """Sessions that take a tenth of a second each."""
+
+    def session(self, split: str, index: int) -> Session:
+        time.sleep(0.1)
+        return super().session(split, index)
+
+
+def test_an_interrupt_ends_it_promptly_and_leaves_nothing(tmp_path):
+    """The shards under way would take a minute to finish."""
+    interrupted = []
+
+    def interrupt(done):
+        if done:
+            interrupted.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "set", Slow(), num_sessions=1_200, num_shards=2, progress=interrupt)
+    assert time.monotonic() - interrupted[0] < 15
     assert not list(tmp_path.iterdir())
 
 
