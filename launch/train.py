@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     workdir = Path(_WORKDIR.value or f"runs/{experiment.name}")
     if _PRINT_CONFIG.value:
         print(to_json(experiment))
-    print(f"config {config_hash(experiment)} in {workdir / CONFIG}", flush=True)
+    print(f"config {config_hash(experiment)}, run folder {workdir}", flush=True)
     with locked(workdir):
         changed = check_config(experiment, workdir)
         prepare_jax()

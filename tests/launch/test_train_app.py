@@ -155,20 +155,35 @@ def test_a_lost_record_is_named_and_counted(trained) -> None:
     assert output.splitlines()[-1] == "1 of 12 records quarantined (talk 1)"
 
 
-def test_killed_and_interrupted_runs_continue_to_the_same_state(trained) -> None:
+def test_a_run_that_is_killed_interrupted_and_moved_ends_in_the_same_state(trained) -> None:
     folder, whole, _ = trained
+    code, output = train(folder, "broken", stop=signal.SIGKILL, after=12)
+    assert code == -signal.SIGKILL, output
     code, output = train(folder, "broken", stop=signal.SIGTERM, after=3)
     assert code == 75, output
     assert "SIGTERM: finishing the step and saving" in output
     saved = int(re.search(r"interrupted, saved at step (\d+)", output).group(1))
     assert 3 <= saved < NUM_STEPS
-    code, output = train(folder, "broken", stop=signal.SIGKILL, after=12)
-    assert code == -signal.SIGKILL, output
-    assert f"resuming from broken/checkpoints/{saved}; " in output
-    code, output = train(folder, "broken")
+
+    moved = folder / "moved"
+    for name in ("broken", "talk", "books", "tokenizer"):
+        shutil.copytree(folder / name, moved / name)
+    code, output = train(
+        folder,
+        "moved/broken",
+        "--config.text.tokenizer=moved/tokenizer",
+        "--config.data.sources.talk.path=moved/talk",
+        "--config.data.sources.books.path=moved/books",
+        "--config.data.eval_sources.talk.path=moved/talk",
+        "--config.data.max_quarantined_fraction=0.5",
+        "--config.data.read_threads=2",
+        "--config.data.prefetch_rows=8",
+    )
     assert code == 0, output
-    assert "resuming from broken/checkpoints/" in output
+    assert f"resuming from moved/broken/checkpoints/{saved}; {NUM_STEPS - saved} of {NUM_STEPS} steps to go" in output
+    assert "config.data.read_threads was 1 in this folder, is 2 from here on" in output
     assert hash_of(output) == hash_of(whole)
+    assert json.loads((moved / "broken" / "data.json").read_text())["talk"]["path"] == "moved/talk"
 
 
 def test_other_data_tokenizer_and_optimizer_are_refused_and_change_nothing(trained) -> None:
@@ -194,25 +209,3 @@ def test_other_data_tokenizer_and_optimizer_are_refused_and_change_nothing(train
         assert len(errors) == 1, output
         assert re.search(f"^error: .*{message}", errors[0]), output
     assert {path: path.read_bytes() for path in kept} == kept
-
-
-def test_run_data_and_tokenizer_may_move_and_how_data_is_read_may_change(trained) -> None:
-    folder, whole, _ = trained
-    moved = folder / "moved"
-    for name in ("whole", "talk", "books", "tokenizer"):
-        shutil.copytree(folder / name, moved / name)
-    code, output = train(
-        folder,
-        "moved/whole",
-        "--config.text.tokenizer=moved/tokenizer",
-        "--config.data.sources.talk.path=moved/talk",
-        "--config.data.sources.books.path=moved/books",
-        "--config.data.eval_sources.talk.path=moved/talk",
-        "--config.data.max_quarantined_fraction=0.5",
-        "--config.data.read_threads=2",
-        "--config.data.prefetch_rows=8",
-    )
-    assert code == 0, output
-    assert "config.data.read_threads was 1 in this folder, is 2 from here on" in output
-    assert hash_of(output) == hash_of(whole)
-    assert json.loads((moved / "whole" / "data.json").read_text())["talk"]["path"] == "moved/talk"
