@@ -10,7 +10,6 @@ sound or pictures. `metadata.json` carries the manifest of the source.
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,16 +84,29 @@ def write_tfds(source_dir: Path | str, data_dir: Path | str, *, overwrite: bool 
         ValueError: the TFDS data set exists and `overwrite` is False.
         RecordError: a record cannot be read.
     """
-    with tempfile.TemporaryDirectory(prefix="tml-tfds-") as scratch, _silence():
-        builder = TmlRecords(source_dir=source_dir, data_dir=str(data_dir), file_format="array_record")
-        directory = Path(builder.data_dir)
-        if directory.exists():
-            if not overwrite:
-                raise ValueError(f"{directory} exists; name another --data_dir, remove it, or allow overwriting")
-            shutil.rmtree(directory)
-            builder = TmlRecords(source_dir=source_dir, data_dir=str(data_dir), file_format="array_record")
-        builder.download_and_prepare(download_dir=scratch)
+    with _silence():
+        directory = Path(_builder(source_dir, data_dir).data_dir)
+        if directory.exists() and not overwrite:
+            raise ValueError(f"{directory} exists; name another --data_dir, remove it, or allow overwriting")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place, so that what is there stays until the new one is whole.
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".tml-tfds-") as staging:
+            builder = _builder(source_dir, staging)
+            builder.download_and_prepare(download_dir=f"{staging}/downloads")
+            replaced = Path(staging) / "replaced"
+            if directory.exists():
+                directory.rename(replaced)
+            try:
+                Path(builder.data_dir).rename(directory)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(directory)
+                raise
     return directory
+
+
+def _builder(source_dir: Path | str, data_dir: Path | str) -> TmlRecords:
+    return TmlRecords(source_dir=source_dir, data_dir=str(data_dir), file_format="array_record")
 
 
 class TfdsRecords:

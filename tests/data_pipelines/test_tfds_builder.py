@@ -60,6 +60,17 @@ def test_documents_too_and_no_writing_over(tmp_path):
     assert decode_document(TfdsRecords(directory)[0]).text == "two"
 
 
+def test_an_export_that_fails_leaves_the_old_one(tmp_path):
+    write_documents(tmp_path / "texts", [Document(document_id="a", text="one")], name="texts")
+    directory = write_tfds(tmp_path / "texts", tmp_path / "theirs")
+    (shard,) = (tmp_path / "texts").glob("shard-*")
+    shard.unlink()
+    with pytest.raises(RecordError, match="missing"):
+        write_tfds(tmp_path / "texts", tmp_path / "theirs", overwrite=True)
+    assert decode_document(TfdsRecords(directory)[0]).text == "one"
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["tml_records"], "nothing unfinished is left"
+
+
 def test_damage_and_other_directories_are_refused(tmp_path, written):
     with pytest.raises(FileNotFoundError):
         write_tfds(tmp_path, tmp_path / "theirs")
