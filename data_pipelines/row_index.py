@@ -1,14 +1,16 @@
 """The row index: which parts of which records stand in which row, a pure function of (seed, epoch).
 
 The order of records is endless: every source is shuffled anew in each pass, and the sources are
-mixed by weight. An epoch is the next `segments_per_epoch` records of that order, packed into rows.
-A quarantined record keeps its place in the order and takes no slots.
+mixed by weight; or, without a seed, each is read once a pass in its own order. An epoch is the next
+`segments_per_epoch` records of that order, packed into rows. A quarantined record keeps its
+place in the order and takes no slots.
 """
 
 import hashlib
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import logging
 
 from data_pipelines.encoded import EncodedSource
 from data_pipelines.laid_out import LaidOut
@@ -65,8 +68,12 @@ def record_order(lengths: Sequence[int], weights: Sequence[float], seed: int | N
     """The endless order of records; element k is a record number, counted through all sources.
 
     Args:
-        seed: of the shuffles; None reads every source in its own order.
+        seed: of the shuffles; None reads every source in its own order, spread evenly over a pass of all of them,
+            whatever the weights: every `sum(lengths)` elements hold each record once.
     """
+    if seed is None:
+        place_in_pass = np.concatenate([(np.arange(length) + 0.5) / length for length in lengths])
+        return grain.MapDataset.source(np.argsort(place_in_pass, kind="stable").tolist()).repeat()
     offsets = np.cumsum([0, *lengths]).tolist()
     passes = [_Passes(length, offsets[i], seed, i) for i, length in enumerate(lengths)]
     return grain.MapDataset.mix([grain.MapDataset.source(each) for each in passes], weights=list(weights))
@@ -78,7 +85,7 @@ class _Passes(Sequence[int]):
     Grain's own shuffle takes 10 ms an element for sources of a few records.
     """
 
-    def __init__(self, length: int, offset: int, seed: int | None, number: int) -> None:
+    def __init__(self, length: int, offset: int, seed: int, number: int) -> None:
         self._length, self._offset, self._seed, self._number = length, offset, seed, number
         self._kept: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
@@ -87,8 +94,6 @@ class _Passes(Sequence[int]):
 
     def __getitem__(self, k: int) -> int:  # type: ignore[override]
         turn, place = divmod(k, self._length)
-        if self._seed is None:
-            return self._offset + place
         kept = self._kept
         if kept[0] != turn:
             kept = self._kept = (turn, permutation(self._length, f"{self._seed}/{self._number}/{turn}"))
@@ -179,17 +184,23 @@ class RowIndexes:
             "seed": seed,
             "segments_per_epoch": segments_per_epoch,
             "layout": layout_hash,
-            "sources": [[s.name, s.weight, s.records.manifest.identity, _digest(s.laid_out)] for s in sources],
+            "sources": [
+                [s.name, "one pass" if seed is None else s.weight, s.records.manifest.identity, _digest(s.laid_out)]
+                for s in sources
+            ],
         }
         # The index lies with the first source; its name tells mixtures and seeds apart.
         self.directory = sources[0].records.directory / f"rows-{config_hash(key)}"
 
     def epoch(self, epoch: int) -> RowIndex:
-        """The rows of one epoch."""
+        """The rows of one epoch; a damaged file of them is made again."""
         path = self.directory / f"epoch-{epoch:06d}.npz"
         if path.is_file():
-            with np.load(path) as arrays:
-                return RowIndex(**arrays)
+            try:
+                with np.load(path) as arrays:
+                    return RowIndex(**arrays)
+            except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+                logging.warning("%s is damaged and made again: %r", path, error)
         first = epoch * self._segments_per_epoch
         order = np.array([self._order[first + k] for k in range(self._segments_per_epoch)], np.int64)
         index = build_row_index(order, self._sources, self._row_slots)

@@ -175,6 +175,27 @@ def test_evaluation_reads_in_order_and_only_once(mixture, tokenizer):
     assert eval_batches(replace(mixture, data=replace(data, eval_sources={})), tokenizer, 2) == []
 
 
+def test_without_shuffle_an_epoch_is_one_pass_over_each_source(mixture, tokenizer):
+    """Whatever their weights: here 40 records of weight 2 and 12 of weight 0.5, then the other way round."""
+    for weights in ((2.0, 0.5), (0.5, 2.0)):
+        sources = {n: replace(mixture.data.sources[n], weight=w) for n, w in zip(("a", "c"), weights, strict=True)}
+        loader = RowLoader(sources, mixture, tokenizer, shuffle=False)
+        for epoch in range(2):
+            rows = loader._indexes.epoch(epoch)
+            assert sorted(set(rows.record[rows.source == 0].tolist())) == list(range(40))
+            assert sorted(set(rows.record[rows.source == 1].tolist())) == list(range(12))
+
+
+def test_a_truncated_row_index_is_made_again(mixture, tokenizer, loader):
+    expected = loader.row(0)
+    path = loader._indexes.directory / "epoch-000000.npz"
+    whole = path.read_bytes()
+    for size in (0, 2, 100, len(whole) - 10):
+        path.write_bytes(whole[:size])
+        assert same(RowLoader(mixture.data.sources, mixture, tokenizer).row(0), expected)
+        assert path.read_bytes() == whole
+
+
 def damaged_copy(mixture, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(next(iter(mixture.data.sources.values())).path + "/..", root)

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +49,16 @@ def test_without_a_seed_sources_are_read_in_order():
     order = np.array(first(record_order([3, 2], [3.0, 2.0], None), 10))
     assert order[order < 3].tolist() == [0, 1, 2, 0, 1, 2]
     assert order[order >= 3].tolist() == [3, 4, 3, 4]
+
+
+@pytest.mark.parametrize("lengths", [[300, 60], [47, 103], [60, 73, 116, 87], [1, 200], [5]])
+def test_without_a_seed_a_pass_holds_every_record_once_whatever_the_weights(lengths):
+    total = sum(lengths)
+    order = first(record_order(lengths, [1.0] * len(lengths), None), 2 * total)
+    assert order[:total] == order[total:]
+    assert sorted(order[:total]) == list(range(total))
+    of_last = [k for k, number in enumerate(order[:total]) if number >= total - lengths[-1]]
+    assert abs(np.mean(of_last) - (total - 1) / 2) < total / 20 + 1, "spread over the whole pass"
 
 
 @settings(deadline=None, max_examples=50)
