@@ -245,13 +245,15 @@ def write_quarantine(directory: Path, entries: list[Quarantined]) -> None:
     (directory / QUARANTINE_NAME).write_text("".join(lines))
 
 
-def check_fraction(entries: list[Quarantined], num_records: int, max_fraction: float, name: str) -> None:
-    """Raises ValueError when more than `max_fraction` of a data set's records are quarantined."""
+def check_fraction(
+    entries: Sequence[Quarantined], num_records: int, max_fraction: float, name: str, way_out: str = ""
+) -> None:
+    """Raises ValueError, ending with `way_out`, when more than `max_fraction` of the records are quarantined."""
     if len(entries) <= max_fraction * num_records:
         return
     first = entries[0]
     raise ValueError(
         f"{name}: {len(entries)} of {num_records} records are unreadable, more than "
         f"data.max_quarantined_fraction = {max_fraction}; the first is {first.file}, record {first.record}: "
-        f"{first.reason}"
+        f"{first.reason}{way_out and f'; {way_out}'}"
     )

@@ -8,6 +8,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_pipelines.encoded import EncodedDocument, EncodedSource, Quarantined
+from data_pipelines.encoded import EncodedDocument, EncodedSource, Quarantined, check_fraction
 from data_pipelines.records import RecordError
 from tml.config import config_hash
 from tml.microturn import EncodedSession, Kind, Layout, Segment, cut_at_turns
@@ -92,36 +93,78 @@ def laid_out_directory(source: EncodedSource, layout: Layout, row_slots: int) ->
     return source.directory / f"layout-{layout_hash(layout, row_slots)}"
 
 
-def lay_out_source(source: EncodedSource, layout: Layout, row_slots: int) -> LaidOut:
+def lay_out_source(
+    source: EncodedSource,
+    layout: Layout,
+    row_slots: int,
+    *,
+    max_quarantined_fraction: float = 1.0,
+    name: str = "",
+) -> LaidOut:
     """Lays out every record of a source, unless that is done already; a record that fails gets no positions.
 
+    What is there is made again when a record that failed then can be laid out now.
+
+    Args:
+        max_quarantined_fraction: with a larger share of failing records nothing is kept.
+        name: of the source, for messages.
+
     Raises:
-        ValueError: what lies there is damaged.
+        ValueError: what lies there is damaged, or too many records fail.
     """
     directory = laid_out_directory(source, layout, row_slots)
-    if not directory.is_dir():
+    if not directory.is_dir() or _is_outdated(_open(directory), source, layout, row_slots):
         staging = Path(tempfile.mkdtemp(dir=source.directory, prefix=f".{directory.name}-"))
         try:
             _write(staging, source, layout, row_slots)
-            staging.rename(directory)
-        except BaseException:
+            _check(_open(staging), source, max_quarantined_fraction, name)
+            if directory.is_dir():
+                with tempfile.TemporaryDirectory(dir=source.directory, prefix=f".{directory.name}-") as replaced:
+                    directory.rename(f"{replaced}/layout")
+                    staging.rename(directory)
+            else:
+                staging.rename(directory)
+        except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
-            if not directory.is_dir():  # else another process was faster
+            if not (isinstance(error, OSError) and directory.is_dir()):  # else another process was faster
                 raise
-    return _open(directory)
+    laid_out = _open(directory)
+    _check(laid_out, source, max_quarantined_fraction, name)
+    return laid_out
+
+
+def _is_outdated(laid_out: LaidOut, source: EncodedSource, layout: Layout, row_slots: int) -> bool:
+    """Whether a record that could not be laid out can be now."""
+    for entry in laid_out.quarantined:
+        with contextlib.suppress(RecordError, SessionError):
+            _cut(source, entry.index, layout, row_slots)
+            return True
+    return False
+
+
+def _check(laid_out: LaidOut, source: EncodedSource, max_fraction: float, name: str) -> None:
+    way_out = ""
+    if any(entry.index in source.quarantined for entry in laid_out.quarantined):
+        way_out = f"mend the data, remove {source.directory} and run launch.encode"
+    check_fraction(laid_out.quarantined, len(source), max_fraction, name or str(source.directory), way_out)
 
 
 def _open(directory: Path) -> LaidOut:
-    with np.load(directory / "parts.npz") as arrays:
-        entries = tuple(Quarantined(**entry) for entry in json.loads(str(arrays["quarantined"])))
-        parts = PartTable(**{name: arrays[name] for name in PartTable.__dataclass_fields__})
+    way_out = f"remove {directory}, it is made again"
+    path = directory / "parts.npz"
+    try:
+        with np.load(path) as arrays:
+            entries = tuple(Quarantined(**entry) for entry in json.loads(str(arrays["quarantined"])))
+            parts = PartTable(**{name: arrays[name] for name in PartTable.__dataclass_fields__})
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); {way_out}") from error
     total = int(parts.slots.sum())
     fields = {}
     for name, dtype in _FIELDS.items():
         path = directory / f"{name}.bin"
         expected, found = total * np.dtype(dtype).itemsize, path.stat().st_size if path.is_file() else 0
         if found != expected:
-            raise ValueError(f"{path} has {found} bytes instead of {expected}; remove {directory}, it is made again")
+            raise ValueError(f"{path} has {found} bytes instead of {expected}; {way_out}")
         fields[name] = np.memmap(path, dtype, "r").view(np.ndarray) if total else np.zeros(0, dtype)
     return LaidOut(parts=parts, **fields, quarantined=entries)
 
@@ -142,6 +185,14 @@ def _write(directory: Path, source: EncodedSource, layout: Layout, row_slots: in
     )
 
 
+def _cut(
+    source: EncodedSource, index: int, layout: Layout, row_slots: int
+) -> list[tuple[Segment, list[tuple[int, int]]]]:
+    """The segments of one record, each with its cuts; raises RecordError or SessionError."""
+    segments = segments_of(source[index], layout, row_slots)
+    return [(segment, cut_at_turns(segment.turn_starts, row_slots)) for segment in segments]
+
+
 def _write_fields(
     files: Mapping[str, BinaryIO], source: EncodedSource, layout: Layout, row_slots: int
 ) -> tuple[list[tuple[int, int, int, int]], list[int], list[Quarantined]]:
@@ -151,14 +202,13 @@ def _write_fields(
     place = 0
     for index in range(len(source)):
         try:
-            segments = segments_of(source[index], layout, row_slots)
-            cuts = [cut_at_turns(segment.turn_starts, row_slots) for segment in segments]
+            pieces = _cut(source, index, layout, row_slots)
         except (RecordError, SessionError) as error:
             rows.append((place, 0, 0, 0))
             known = source.quarantined.get(index)
             quarantined.append(known or Quarantined.of(index, source.records, error))
         else:
-            for segment, cut in zip(segments, cuts, strict=True):
+            for segment, cut in pieces:
                 rows += parts_of(segment, cut, place)
                 place += segment.num_slots
                 for name, dtype in _FIELDS.items():

@@ -71,9 +71,13 @@ def open_source(name: str, source: SourceConfig, experiment: Experiment, tokeniz
     records = EncodedSource(place, header)
     if not len(records):
         raise ValueError(f"data source {name} at {source.path} holds no records")
-    laid_out = lay_out_source(records, layout_of(experiment, tokenizer), experiment.data.row_slots)
-    fraction = experiment.data.max_quarantined_fraction
-    check_fraction(list(laid_out.quarantined), len(records), fraction, f"data source {name}")
+    laid_out = lay_out_source(
+        records,
+        layout_of(experiment, tokenizer),
+        experiment.data.row_slots,
+        max_quarantined_fraction=experiment.data.max_quarantined_fraction,
+        name=f"data source {name}",
+    )
     return MixtureSource(name=name, kind=source.kind, weight=source.weight, records=records, laid_out=laid_out)
 
 

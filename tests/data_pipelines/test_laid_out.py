@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_sets import make_session
 
-from data_pipelines.encoded import EncodedDocument
+from data_pipelines.encoded import EncodedDocument, EncodedSource
 from data_pipelines.encoding import encode_dataset
 from data_pipelines.laid_out import laid_out_directory, lay_out_source, layout_hash, segments_of
 from data_pipelines.loader import RowLoader
@@ -99,3 +99,48 @@ def test_damaged_layout_is_refused_with_the_way_out(source, mixture, tokenizer):
     (directory / "kinds.bin").write_bytes(b"12")
     with pytest.raises(ValueError, match=r"kinds.bin has 2 bytes instead of \d+; remove .*layout-"):
         lay_out_source(source, layout, 128)
+
+
+@pytest.mark.parametrize("size", [None, 0, 2, 100, -10])
+def test_truncated_parts_are_refused_with_the_way_out(source, mixture, tokenizer, size):
+    layout = layout_of(mixture, tokenizer)
+    lay_out_source(source, layout, 128)
+    path = laid_out_directory(source, layout, 128) / "parts.npz"
+    whole = path.read_bytes()
+    path.unlink() if size is None else path.write_bytes(whole[:size])
+    with pytest.raises(ValueError, match=r"parts.npz is damaged .*; remove .*layout-\w+, it is made again$"):
+        lay_out_source(source, layout, 128)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_a_fault_is_forgotten_when_it_is_gone(source, mixture, tokenizer, fraction):
+    """A shard that cannot be reached for a while, with too many records for the fraction, or not."""
+    layout = layout_of(mixture, tokenizer)
+    directory = laid_out_directory(source, layout, 128)
+    (shard,) = source.directory.glob("shard-*")
+    shard.rename(shard.with_suffix(".away"))
+    away = EncodedSource(source.directory, source.header)
+    if fraction < 1.0:
+        with pytest.raises(ValueError, match="set: 4 of 4 records are unreadable"):
+            lay_out_source(away, layout, 128, max_quarantined_fraction=fraction, name="set")
+        assert not directory.exists()
+    else:
+        assert len(lay_out_source(away, layout, 128).quarantined) == 4
+        before = directory.stat().st_mtime_ns
+        lay_out_source(away, layout, 128)
+        assert directory.stat().st_mtime_ns == before, "it is not made again while the fault is there"
+    shard.with_suffix(".away").rename(shard)
+    back = lay_out_source(EncodedSource(source.directory, source.header), layout, 128)
+    assert not back.quarantined
+    assert (back.parts.slots > 0).all()
+    assert not list(source.directory.glob(".*")), "nothing unfinished is left"
+
+
+def test_what_encoding_quarantined_says_what_to_remove(tmp_path, mixture, tokenizer):
+    with SessionWriter(tmp_path / "set", name="set") as writer:
+        writer.write(make_session(0))
+    (shard,) = (tmp_path / "set").glob("shard-*")
+    shard.unlink()
+    source = encode_dataset(tmp_path / "set", mixture.model, tokenizer, max_quarantined_fraction=1.0)
+    with pytest.raises(ValueError, match=f"1 of 1 records .*; mend the data, remove {source.directory} and run"):
+        lay_out_source(source, layout_of(mixture, tokenizer), 128, max_quarantined_fraction=0.0)
