@@ -105,7 +105,7 @@ class RowLoader:
         if not sources:
             raise ValueError(f"experiment {experiment.name} names no data sources; set data.sources")
         self.sources = [open_source(name, sources[name], experiment, tokenizer) for name in sorted(sources)]
-        self._data = experiment.data
+        self._data, self._shuffle = experiment.data, shuffle
         self._frame_s = experiment.model.audio.hop_samples / experiment.model.audio.sample_rate_hz
         layout = layout_of(experiment, tokenizer)
         self._writer = RowWriter(experiment, layout)
@@ -135,13 +135,13 @@ class RowLoader:
 
     def summary_lines(self) -> list[str]:
         """What the mixture holds, for the screen: a line a source, one about the rows, and what is quarantined."""
-        total = sum(source.weight for source in self.sources)
+        shares = [source.weight if self._shuffle else len(source.records) for source in self.sources]
         lines = []
-        for source, found in zip(self.sources, self._quarantined, strict=True):
+        for source, share, found in zip(self.sources, shares, self._quarantined, strict=True):
             laid_out = source.laid_out
             frames = np.count_nonzero(laid_out.kinds == Kind.AUDIO)
             lines.append(
-                f"{source.name}: {source.weight / total:.0%} of segments; {len(source.records)} records, "
+                f"{source.name}: {share / sum(shares):.0%} of segments; {len(source.records)} records, "
                 f"{frames * self._frame_s / 3600:.2f} h of sound, {len(laid_out.tokens)} positions, "
                 f"{len(found)} quarantined"
             )

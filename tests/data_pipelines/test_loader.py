@@ -184,6 +184,7 @@ def test_without_shuffle_an_epoch_is_one_pass_over_each_source(mixture, tokenize
             rows = loader._indexes.epoch(epoch)
             assert sorted(set(rows.record[rows.source == 0].tolist())) == list(range(40))
             assert sorted(set(rows.record[rows.source == 1].tolist())) == list(range(12))
+        assert "a: 77% of segments" in loader.summary_lines()[0], "40 of 52"
 
 
 def test_a_truncated_row_index_is_made_again(mixture, tokenizer, loader):
