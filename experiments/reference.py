@@ -3,8 +3,8 @@
 Question: how far do human digits come when nothing but synthetic speech is trained on, if half of it comes
 from espeak, flite and festival, band limited, in rooms and through codecs?
 
-Cost: about 50 minutes of training on two cores, and eight to synthesise what the quickstart has not.
-Expected: see experiments/README.md.
+Cost: 49 minutes of training on one core, and ten on two to synthesise what the quickstart has not.
+Expected: accuracy 0.955, responded 0.981, take-over in pauses 0.043, human digits 0.775; see experiments/README.md.
 
 Commands, after the quickstart has prepared its data:
 
