@@ -18,7 +18,6 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
 
 from data_pipelines.encoded import EncodedSource
 from data_pipelines.laid_out import LaidOut
@@ -200,7 +199,7 @@ class RowIndexes:
                 with np.load(path) as arrays:
                     return RowIndex(**arrays)
             except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-                logging.warning("%s is damaged and made again: %r", path, error)
+                print(f"{path} is damaged and made again: {error!r}", file=sys.stderr, flush=True)
         first = epoch * self._segments_per_epoch
         order = np.array([self._order[first + k] for k in range(self._segments_per_epoch)], np.int64)
         index = build_row_index(order, self._sources, self._row_slots)

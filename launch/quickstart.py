@@ -89,14 +89,14 @@ def _run(module: str, *arguments: str, hint: str = "") -> None:
         ValueError: it failed; its own error stands above.
     """
     print(f"\n$ python -m {module} {' '.join(arguments)}", flush=True)
-    begun, stopped = time.monotonic(), False
+    begun, stopped_by = time.monotonic(), 0
     command = [sys.executable, "-m", module, *arguments]
     # In a session of its own, so that Ctrl-C reaches it once, through us.
     with subprocess.Popen(command, env=HUGE_PAGES | os.environ, start_new_session=True) as child:
 
         def pass_on(number: int, _: FrameType | None) -> None:
-            nonlocal stopped
-            stopped = True
+            nonlocal stopped_by
+            stopped_by = number
             child.send_signal(number)
 
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -105,9 +105,9 @@ def _run(module: str, *arguments: str, hint: str = "") -> None:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    if stopped:
+    if stopped_by:
         print(f"stopped in {module}; run the same command again to go on from here", file=sys.stderr, flush=True)
-        raise SystemExit(code if code > 0 else 128 - code)
+        raise SystemExit(code if code > 0 else 128 + stopped_by)
     if code:
         raise ValueError(
             f"{module} ended with code {code}; its error stands above. "

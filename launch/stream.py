@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     samples = np.pad(samples, (0, round(_TAIL_S.value * clock.sample_rate_hz)))
     samples = np.pad(samples, (0, -len(samples) % clock.turn_samples))
     num_turns = len(samples) // clock.turn_samples
+    if not num_turns:
+        raise ValueError(f"{_WAV.value} holds no sound, and --tail_s = 0 adds none; name another file")
     # A file's length is known, so the caches can hold whatever may be said to it.
     most = num_turns * (model.layout.max_slots_in + model.layout.max_slots_out)
     stream = replace(config.stream, max_positions=max(config.stream.max_positions, most))
@@ -91,7 +93,7 @@ def _stream(live: "LiveSession", samples: "np.ndarray", chunk: int) -> "list[Tur
 def _latencies(compute_s: list[float], turn_ms: int, num_compilations: int) -> dict[str, float]:
     import numpy as np
 
-    milliseconds = np.array(compute_s or [np.nan]) * 1000
+    milliseconds = np.array(compute_s) * 1000
     return {
         "tick_p50_ms": float(np.percentile(milliseconds, 50)),
         "tick_p99_ms": float(np.percentile(milliseconds, 99)),

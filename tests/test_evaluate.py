@@ -93,7 +93,7 @@ def test_words_are_letters_of_any_language_with_their_apostrophes() -> None:
 
 def test_text_without_a_word_is_no_response() -> None:
     scores = scored([answer("seven", 1.0, 2.0)], (2.2, " "), (2.4, " ?!"))
-    assert scores.responded == Rate(hits=0, cases=1)
+    assert scores.responded == scored([answer("?", 1.0, 2.0)]).correct == Rate(hits=0, cases=1)
     assert math.isnan(scores.median_latency_s)
 
 

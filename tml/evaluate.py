@@ -140,9 +140,9 @@ def evaluate(
     runner = _Runner(params, model, layout, stream, evaluation.num_slots, tokenizer, encoded)
     scores, said_of = {}, {}
     for condition in conditions:
-        if condition is Condition.SWAPPED and len(sessions) == 1:
+        most = len(sessions) if condition is Condition.SPEECH else min(len(sessions), evaluation.max_control_sessions)
+        if condition is Condition.SWAPPED and most == 1:
             continue  # there is none to swap with
-        most = len(sessions) if condition is Condition.SPEECH else evaluation.max_control_sessions
         changed = [
             replace(one, levels_TM=audio.session_frames(sound, model.audio))
             for one, sound in zip(encoded[:most], condition_sounds(sounds[:most], condition, rate_hz), strict=True)
@@ -264,7 +264,7 @@ def score(sessions: Sequence[Session], said: Sequence[Sequence[Said]], answer_wi
             if expected.kind is ExpectationKind.ANSWER:
                 inside = [(at, word) for at, word in words if end < at <= end + answer_window_s]
                 wanted = normalise(expected.text)
-                correct = [word for _, word in inside[: len(wanted)]] == wanted
+                correct = bool(inside) and [word for _, word in inside[: len(wanted)]] == wanted
                 cases["request"] += 1
                 hits["responded"] += bool(inside)
                 hits["correct"] += correct
