@@ -187,7 +187,7 @@ def test_without_shuffle_an_epoch_is_one_pass_over_each_source(mixture, tokenize
         assert "a: 77% of segments" in loader.summary_lines()[0], "40 of 52"
 
 
-def test_a_truncated_row_index_is_made_again(mixture, tokenizer, loader):
+def test_a_truncated_row_index_is_made_again_and_says_so(mixture, tokenizer, loader, capsys):
     expected = loader.row(0)
     path = loader._indexes.directory / "epoch-000000.npz"
     whole = path.read_bytes()
@@ -195,6 +195,7 @@ def test_a_truncated_row_index_is_made_again(mixture, tokenizer, loader):
         path.write_bytes(whole[:size])
         assert same(RowLoader(mixture.data.sources, mixture, tokenizer).row(0), expected)
         assert path.read_bytes() == whole
+        assert f"{path} is damaged and made again" in capsys.readouterr().err
 
 
 def damaged_copy(mixture, tmp_path):
