@@ -153,7 +153,7 @@ def _open(directory: Path) -> LaidOut:
     way_out = f"remove {directory}, it is made again"
     path = directory / "parts.npz"
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             entries = tuple(Quarantined(**entry) for entry in json.loads(str(arrays["quarantined"])))
             parts = PartTable(**{name: arrays[name] for name in PartTable.__dataclass_fields__})
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -196,7 +196,7 @@ class RowIndexes:
         path = self.directory / f"epoch-{epoch:06d}.npz"
         if path.is_file():
             try:
-                with np.load(path) as arrays:
+                with path.open("rb") as file, np.load(file) as arrays:
                     return RowIndex(**arrays)
             except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
                 print(f"{path} is damaged and made again: {error!r}", file=sys.stderr, flush=True)
