@@ -32,7 +32,7 @@ def draw_surroundings(
     rng: np.random.Generator,
     *,
     quiet_probability: float = 0.3,
-    snr_range_db: tuple[float, float] = (5.0, 35.0),
+    snr_range_db: tuple[float, float] = (10.0, 40.0),
     peak_range_db: tuple[float, float] = (-24.0, -1.0),
 ) -> Surroundings:
     """Quiet, or noise of some kind and level."""

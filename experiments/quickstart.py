@@ -53,8 +53,8 @@ def get_config() -> ConfigDict:
             data=DataConfig(
                 sources={"requests": SourceConfig(path="data/quickstart/train")},
                 eval_sources={"requests": SourceConfig(path="data/quickstart/heldout")},
-                row_slots=1024,
-                rows_per_batch=2,
+                row_slots=320,
+                rows_per_batch=6,
             ),
             loss=LossConfig(speak_weight=5.0),
             optim=OptimConfig(peak_lr=6e-3, warmup_steps=50, decay_fraction=0.5),

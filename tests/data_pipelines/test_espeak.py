@@ -51,6 +51,14 @@ def test_no_heldout_variant_resembles_a_training_one():
                 assert len(own & other) / len(own | other) < 0.25, (heldout, train)
 
 
+@pytest.mark.parametrize("variant", espeak.HELD_OUT_VARIANTS)
+def test_no_heldout_variant_is_a_caricature(variant):
+    lines = [line.split() for line in parameters(variant) if line.startswith("formant")]
+    formants = {int(words[1]): int(words[2]) for words in lines}
+    assert all(65 <= formants.get(number, 100) <= 135 for number in (1, 2, 3))
+    assert all(formants.get(number, 100) > 0 for number in range(1, 7))
+
+
 def test_every_variant_sounds_different_from_the_base_voice_and_every_other():
     names = ("", *espeak.variants())
     sounds = [hashlib.sha256(synthesise("seven", Voice(variant=name)).samples).digest() for name in names]
