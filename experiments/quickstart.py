@@ -3,7 +3,7 @@
 Question: does a tiny interaction model learn, from synthetic speech alone, to answer a spoken
 request at the right moment, in micro-turns of 200 ms?
 
-Cost: 2,000 steps of 0.25 to 0.3 s on two cores, and about five minutes of preparation, compiling and evaluation.
+Cost: 2,200 steps of about 0.25 s on two cores, and about five minutes of preparation, compiling and evaluation.
 Expected: see experiments/README.md.
 
 Command, after `data/quickstart` has been prepared (see the README):
@@ -57,8 +57,8 @@ def get_config() -> ConfigDict:
                 rows_per_batch=6,
             ),
             loss=LossConfig(speak_weight=5.0),
-            optim=OptimConfig(peak_lr=6e-3, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(num_steps=2_000, log_every=50, eval_every=500, eval_batches=32, checkpoint_every=500),
+            optim=OptimConfig(peak_lr=6e-3, muon_momentum=0.8, warmup_steps=50, decay_fraction=0.5),
+            train=TrainConfig(num_steps=2_200, log_every=50, eval_every=550, eval_batches=32, checkpoint_every=550),
             evaluation=EvaluationConfig(sessions="data/quickstart/heldout"),
         )
     )

@@ -307,7 +307,8 @@ def report_table(report: Report) -> str:
     rows: list[tuple[str, ...]] = [header]
     for condition, scores in report.scores.items():
         rates = (scores.responded, scores.correct, scores.takeover, scores.premature, scores.false_alarm)
-        rows.append((condition.value, *map(_cell, rates), f"{scores.median_latency_s:.2f} s"))
+        latency = f"{scores.median_latency_s:.2f} s" if scores.latencies_s else "-"
+        rows.append((condition.value, *map(_cell, rates), latency))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(f"{report.num_sessions} sessions; always the commonest answer would be right {report.chance:.3f}")
