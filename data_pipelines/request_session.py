@@ -27,6 +27,7 @@ class RequestTaskConfig:
         delay_s: the answer is emitted at the first multiple of `turn_ms` this long after the request, or later.
         turn_ms: the micro-turn for which answers are placed.
         pause_probability: that a request of several words has a pause in it.
+        second_pause_probability: that a request with a pause has another one, if it has words enough.
         pause_range_s: length of a pause, from audible end to audible start.
         silent_fraction: sessions that ask for nothing at all.
         distractor_fraction: utterances, in the other sessions, that ask for nothing.
@@ -39,6 +40,7 @@ class RequestTaskConfig:
     delay_s: float = 0.3
     turn_ms: int = 200
     pause_probability: float = 0.5
+    second_pause_probability: float = 0.0
     pause_range_s: tuple[float, float] = (0.4, 1.2)
     silent_fraction: float = 0.08
     distractor_fraction: float = 0.08
@@ -51,7 +53,8 @@ class RequestTaskConfig:
 PACES = {
     "calm": RequestTaskConfig(),
     "brisk": RequestTaskConfig(
-        pause_probability=0.8,
+        pause_probability=0.9,
+        second_pause_probability=0.5,
         silent_fraction=0.04,
         gap_range_s=(0.6, 1.2),
         response_window_s=1.0,

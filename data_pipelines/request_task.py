@@ -5,6 +5,7 @@ due in the first micro-turn that ends `delay_s` or more after the last audible s
 request; during pauses, and after speech that asks for nothing, silence is due.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,9 +76,11 @@ class RequestTask:
         words = request.split()
         parts, pauses_s = [request], []
         if len(words) > 1 and rng.random() < self.config.pause_probability:
-            cut = int(rng.integers(1, len(words)))
-            parts = [" ".join(words[:cut]), " ".join(words[cut:])]
-            pauses_s = [rng.uniform(*self.config.pause_range_s)]
+            wanted = 1 + int(rng.random() < self.config.second_pause_probability)
+            cuts = np.sort(rng.choice(np.arange(1, len(words)), min(wanted, len(words) - 1), replace=False))
+            edges = [0, *cuts.tolist(), len(words)]
+            parts = [" ".join(words[first:last]) for first, last in itertools.pairwise(edges)]
+            pauses_s = rng.uniform(*self.config.pause_range_s, size=len(cuts)).tolist()
         return Turn(utterance=utter(speaker, parts, pauses_s), tag=kind.tag, answer=answer)
 
 

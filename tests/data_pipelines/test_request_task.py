@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import soundfile
 
 from data_pipelines import espeak
 from data_pipelines.noise import NOISE_KINDS, noise
-from data_pipelines.request_session import RequestTaskConfig, answer_event
+from data_pipelines.request_session import PACES, RequestTaskConfig, answer_event
 from data_pipelines.request_task import RequestTask
 from data_pipelines.request_vocabulary import DIGITS, FOREIGN, REQUEST_TYPES, STATEMENTS, answer_words
 from data_pipelines.speech import audible_span
@@ -106,10 +107,22 @@ def test_pauses_lie_inside_requests_and_last_what_they_should(sessions):
     assert pauses > 10
 
 
+def test_brisk_requests_pause_up_to_twice_and_sessions_are_as_long_as_a_row():
+    task, counts = RequestTask(seed=3, config=PACES["brisk"]), Counter()
+    for i in range(12):
+        session = task.session("train", i)
+        assert 11 * RATE <= session.num_samples <= 12 * RATE
+        pauses = [item for item in of_kind(session, ExpectationKind.SILENCE) if item.tag == "pause"]
+        assert all(first.end < second.start for first, second in itertools.pairwise(pauses))
+        for answer in of_kind(session, ExpectationKind.ANSWER):
+            counts[sum(answer.start < item.start and item.end < answer.end for item in pauses)] += 1
+    assert set(counts) == {0, 1, 2}
+
+
 def test_a_request_ends_where_its_sound_ends():
     task = RequestTask(seed=5)
     checked = 0
-    for i in range(40):
+    for i in range(80):
         session = task.session("train", i)
         if session.meta["noise"] != "none":
             continue
