@@ -3,7 +3,7 @@
 Question: does a tiny interaction model learn, from synthetic speech alone, to answer a spoken
 request at the right moment, in micro-turns of 200 ms?
 
-Cost: 2,200 steps of about 0.25 s on two cores, and about five minutes of preparation, compiling and evaluation.
+Cost: 1,950 steps of 0.25 to 0.3 s on two cores, and about five minutes of preparation, compiling and evaluation.
 Expected: see experiments/README.md.
 
 Command, after `data/quickstart` has been prepared (see the README):
@@ -45,7 +45,12 @@ def get_config() -> ConfigDict:
                 vocab_size=512,
                 attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window=16, global_extent=128),
                 moe=MoEConfig(
-                    num_experts=8, num_experts_per_token=2, num_shared_experts=1, expert_dim=64, balance_rate=0.02
+                    num_experts=8,
+                    num_experts_per_token=2,
+                    num_shared_experts=1,
+                    expert_dim=64,
+                    balance_rate=0.02,
+                    block_rows=32,
                 ),
             ),
             turn=MicroTurnConfig(boundary=Boundary.NONE, max_text_in_per_turn=2, max_action_per_turn=2),
@@ -58,7 +63,7 @@ def get_config() -> ConfigDict:
             ),
             loss=LossConfig(speak_weight=5.0),
             optim=OptimConfig(peak_lr=6e-3, muon_momentum=0.8, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(num_steps=2_200, log_every=50, eval_every=550, eval_batches=32, checkpoint_every=550),
+            train=TrainConfig(num_steps=1_950, log_every=50, eval_every=650, eval_batches=32, checkpoint_every=650),
             evaluation=EvaluationConfig(sessions="data/quickstart/heldout"),
         )
     )
