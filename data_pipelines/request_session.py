@@ -54,16 +54,18 @@ PACES = {
     "calm": RequestTaskConfig(),
     "brisk": RequestTaskConfig(
         pause_probability=0.9,
-        second_pause_probability=0.5,
+        second_pause_probability=0.35,
+        pause_range_s=(0.4, 0.8),
         silent_fraction=0.04,
-        gap_range_s=(0.6, 1.2),
+        gap_range_s=(0.5, 1.0),
         response_window_s=1.0,
         length_range_s=(11.0, 12.0),
         max_utterances=12,
     ),
 }
-"""Brisk sessions hold nearly twice as many requests in the same time, most with a pause, and are equally long, so that
-rows hold little padding: more to learn from in a training step."""
+"""Brisk sessions hold nearly twice as many requests in the same time, most with a pause or two, and are equally long, so
+that rows hold little padding: more to learn from in a training step. Their pauses last just long enough for an answer to
+be due: whether a pause is an end is decided in the turn where it would be, and what follows teaches little."""
 
 
 @dataclass(frozen=True, kw_only=True)
