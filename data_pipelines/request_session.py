@@ -63,9 +63,9 @@ PACES = {
         max_utterances=12,
     ),
 }
-"""Brisk sessions hold nearly twice as many requests in the same time, most with a pause or two, and are equally long, so
-that rows hold little padding: more to learn from in a training step. Their pauses last just long enough for an answer to
-be due: whether a pause is an end is decided in the turn where it would be, and what follows teaches little."""
+"""Brisk sessions hold nearly twice as many requests in the same time, most with a pause or two, and are equally long,
+so that rows hold little padding: more to learn from in a training step. Their pauses last just long enough for an
+answer to be due: whether a pause is an end is decided in the turn where it would be; what follows teaches little."""
 
 
 @dataclass(frozen=True, kw_only=True)
