@@ -109,12 +109,13 @@ class RowLoader:
         self._frame_s = experiment.model.audio.hop_samples / experiment.model.audio.sample_rate_hz
         layout = layout_of(experiment, tokenizer)
         self._writer = RowWriter(experiment, layout)
+        self._segments_per_epoch = (
+            self._data.segments_per_epoch if shuffle else sum(len(source.records) for source in self.sources)
+        )
         self._indexes = RowIndexes(
             self.sources,
             seed=experiment.seed if shuffle else None,
-            segments_per_epoch=(
-                self._data.segments_per_epoch if shuffle else sum(len(source.records) for source in self.sources)
-            ),
+            segments_per_epoch=self._segments_per_epoch,
             row_slots=self._data.row_slots,
             layout_hash=layout_hash(layout, self._data.row_slots),
         )
@@ -147,7 +148,8 @@ class RowLoader:
             )
             lines += [f"  {entry.file}, record {entry.record}: {entry.reason}" for entry in list(found.values())[:5]]
         rows, row_slots = self.rows_in_epoch(0), self._data.row_slots
-        return [*lines, f"{rows} rows of {row_slots} in the first epoch, {self.padding_fraction():.1%} padding"]
+        epoch = f"{rows} rows of {row_slots} for the first {self._segments_per_epoch} segments"
+        return [*lines, f"{epoch}, {self.padding_fraction():.1%} padding"]
 
     def rows_in_epoch(self, epoch: int) -> int:
         """Rows of one epoch of the index."""

@@ -123,21 +123,27 @@ def _check_overrides(argv: list[str]) -> None:
     for arg in argv[1:]:
         found = re.match(r"--?config\.([\w.]+)(=|$)", arg)
         if found:
-            _check_key(found.group(1).split("."), Experiment, "config")
+            value = arg.partition("=")[2] if found.group(2) else None
+            _check_key(found.group(1).split("."), Experiment, "config", value)
 
 
-def _check_key(names: list[str], kind: Any, path: str) -> None:
+def _check_key(names: list[str], kind: Any, path: str, value: str | None) -> None:
     if not names:
+        try:
+            _ = kind(value) if kind in (int, float) and value is not None else None
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise app.UsageError(f"{path} = {value!r} is not {wanted}") from None
         return
     if is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if names[0] not in hints:
             raise app.UsageError(f"unknown key {path}.{names[0]}; {nearest_keys(names[0], hints)}")
-        _check_key(names[1:], hints[names[0]], f"{path}.{names[0]}")
+        _check_key(names[1:], hints[names[0]], f"{path}.{names[0]}", value)
         return
     origin = typing.get_origin(kind)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        _check_key(names[1:], typing.get_args(kind)[1], f"{path}.{names[0]}")
+        _check_key(names[1:], typing.get_args(kind)[1], f"{path}.{names[0]}", value)
         return
     raise app.UsageError(f"unknown key {path}.{'.'.join(names)}; {path} is a single value")
 

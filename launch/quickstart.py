@@ -3,8 +3,9 @@
     python -m launch.quickstart
     python -m launch.quickstart --num_steps=6000 --workdir=runs/longer
 
-Every step is a command of its own, printed before it runs; what is done already is not done again, so
-an interrupted quickstart goes on where it stopped. At the end the report says what was measured.
+Every step is a command of its own, printed before it runs. Data that is there and training steps that are made are not
+made again, so an interrupted quickstart goes on where it stopped; evaluation, export and streaming always run. At the
+end the report says what was measured. Its minutes are those of these commands, without the installation.
 """
 
 import json

@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(
             "--model, --wav and --out are needed, as in --model=runs/quickstart --wav=in.wav --out=out"
         )
+    if not Path(_WAV.value).is_file():
+        raise FileNotFoundError(f"--wav={_WAV.value} is no file")
     prepare_jax()
     import numpy as np
 

@@ -1,6 +1,6 @@
 """Trains an experiment; the same command continues a run that was interrupted.
 
-    python -m launch.train --config=experiments/quickstart.py --workdir=runs/quick
+    python -m launch.train --config=experiments/quickstart.py --workdir=runs/quickstart
     python -m launch.train --config=experiments/quickstart.py --workdir=runs/long --config.train.num_steps=6000
 
 The run folder gets config.json, data.json, tokenizer/, checkpoints/, metrics.jsonl and tensorboard/.
@@ -79,6 +79,11 @@ def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change]) -> 
     def train_batches(start_step: int) -> Iterator["Batch"]:
         # The loop asks for batches when nothing is left that can refuse, such as a checkpoint of another optimizer.
         batches = loader.process_batches(rows, experiment, start_step=start_step, **place)
+        if start_step >= experiment.train.num_steps:
+            # The folder keeps the config it was trained with.
+            made = f"{start_step} steps are made, config.train.num_steps = {experiment.train.num_steps}"
+            print(f"nothing is left to train: {made}; a larger one goes on", flush=True)
+            return batches
         claim_workdir(experiment, tokenizer, described, workdir)
         for key, old, new in changed:
             print(f"config.{key} was {old!r} in this folder, is {new!r} from here on")

@@ -209,3 +209,13 @@ def test_other_data_tokenizer_and_optimizer_are_refused_and_change_nothing(train
         assert len(errors) == 1, output
         assert re.search(f"^error: .*{message}", errors[0]), output
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_finished_run_says_so_and_keeps_its_config(trained) -> None:
+    folder, whole, _ = trained
+    config = (folder / "whole" / "config.json").read_bytes()
+    code, output = train(folder, "whole", "--config.optim.peak_lr=0.5")
+    assert code == 0, output
+    assert f"nothing is left to train: {NUM_STEPS} steps are made, config.train.num_steps = {NUM_STEPS}" in output
+    assert hash_of(output) == hash_of(whole)
+    assert (folder / "whole" / "config.json").read_bytes() == config

@@ -167,7 +167,7 @@ class LiveSession:
     def record(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
         """The session so far, with a turn of silence at its end, during which its last output is heard."""
         rate_hz = self._layout.clock.sample_rate_hz
-        silence = np.zeros(2 * self._layout.clock.turn_samples, np.float32)
+        silence = np.zeros(self._layout.clock.turn_samples, np.float32)
         samples = np.concatenate([*self._heard, silence])
         texts = tuple(sorted(self._events, key=lambda event: event.start))
         session = Session(
