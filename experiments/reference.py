@@ -3,8 +3,8 @@
 Question: how far do human digits come when nothing but synthetic speech is trained on, if half of it comes
 from espeak, flite and festival, band limited, in rooms and through codecs?
 
-Cost: 49 minutes of training on one core, and ten on two to synthesise what the quickstart has not.
-Expected: accuracy 0.955, responded 0.981, take-over in pauses 0.043, human digits 0.775; see experiments/README.md.
+Cost: about 40 minutes of training on one core, and ten on two to synthesise what the quickstart has not.
+Expected: human digits above 0.7; the numbers of an earlier configuration are in experiments/README.md.
 
 Commands, after the quickstart has prepared its data:
 
@@ -13,7 +13,8 @@ Commands, after the quickstart has prepared its data:
     python -m launch.encode --config=experiments/reference.py
     python -m launch.train --config=experiments/reference.py --workdir=runs/reference
     python -m launch.evaluate --model=runs/reference --out=runs/reference/evaluation
-    python -m launch.evaluate --model=runs/reference --sessions=data/quickstart/human/digits
+    python -m launch.evaluate --model=runs/reference --sessions=data/quickstart/human/digits \
+        --out=runs/reference/evaluation-human
 """
 
 from ml_collections import ConfigDict
