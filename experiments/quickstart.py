@@ -3,7 +3,8 @@
 Question: does a tiny interaction model learn, from synthetic speech alone, to answer a spoken
 request at the right moment, in micro-turns of 200 ms?
 
-Cost: 1,950 steps of 0.25 to 0.33 s on two cores, and about five minutes of installation, preparation, compiling and evaluation.
+Cost: 1,950 steps of 0.25 to 0.33 s on two cores, and about five minutes of installation, preparation, compiling and
+evaluation.
 Expected: see experiments/README.md.
 
 Command, after `data/quickstart` has been prepared (see the README):
