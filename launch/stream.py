@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
             "--model, --wav and --out are needed, as in --model=runs/quickstart --wav=in.wav --out=out"
         )
     if not Path(_WAV.value).is_file():
-        raise FileNotFoundError(f"--wav={_WAV.value} is no file")
+        raise FileNotFoundError(f"{_WAV.value}: there is no such file")
     prepare_jax()
     import numpy as np
 
