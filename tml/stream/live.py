@@ -92,7 +92,7 @@ class LiveSession:
 
     def _warm_up(self) -> None:
         """Compiles the step on a turn of silence, and forgets it."""
-        silence = np.zeros(self._layout.clock.turn_samples, np.float32)
+        silence = np.zeros(2 * self._layout.clock.turn_samples, np.float32)
         _, levels_TM = audio.push(self._audio_state, silence, self._model.audio)
         self._state, outputs = self._step(self._params, self._state, self._inputs(levels_TM, []))
         jax.block_until_ready(outputs)
@@ -165,9 +165,9 @@ class LiveSession:
         self._events += [TextEvent(stream=Stream.ACTION, text=action, **span) for action in said.actions]
 
     def record(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
-        """The session so far, with a turn of silence at its end, during which its last output is heard."""
+        """The session so far, with two turns of silence at its end: one in which its last output is heard, one after it."""
         rate_hz = self._layout.clock.sample_rate_hz
-        silence = np.zeros(self._layout.clock.turn_samples, np.float32)
+        silence = np.zeros(2 * self._layout.clock.turn_samples, np.float32)
         samples = np.concatenate([*self._heard, silence])
         texts = tuple(sorted(self._events, key=lambda event: event.start))
         session = Session(
