@@ -165,7 +165,7 @@ class LiveSession:
         self._events += [TextEvent(stream=Stream.ACTION, text=action, **span) for action in said.actions]
 
     def record(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
-        """The session so far, with two turns of silence at its end: one in which its last output is heard, one after it."""
+        """The session so far and two turns of silence: one in which its last output is heard, and one after it."""
         rate_hz = self._layout.clock.sample_rate_hz
         silence = np.zeros(2 * self._layout.clock.turn_samples, np.float32)
         samples = np.concatenate([*self._heard, silence])
