@@ -80,7 +80,8 @@ def test_killed_and_interrupted_runs_end_in_the_same_state(tmp_path: Path, envir
     assert list((tmp_path / "whole" / "tensorboard").glob("events.out.tfevents.*"))
 
     moment = random.SystemRandom()
-    after, delay = moment.randint(7, 25), moment.uniform(0, 0.3)
+    # The save of step 14 waits for that of step 7, so after step 15 there is one to resume from.
+    after, delay = moment.randint(15, 25), moment.uniform(0, 0.3)
     code, output = run(tmp_path / "broken", environment, signal.SIGKILL, after, delay)
     assert code == -signal.SIGKILL, (after, delay, output)
     code, output = run(tmp_path / "broken", environment, signal.SIGTERM, after=10)
