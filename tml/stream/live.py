@@ -92,7 +92,7 @@ class LiveSession:
 
     def _warm_up(self) -> None:
         """Compiles the step on a turn of silence, and forgets it."""
-        silence = np.zeros(2 * self._layout.clock.turn_samples, np.float32)
+        silence = np.zeros(self._layout.clock.turn_samples, np.float32)
         _, levels_TM = audio.push(self._audio_state, silence, self._model.audio)
         self._state, outputs = self._step(self._params, self._state, self._inputs(levels_TM, []))
         jax.block_until_ready(outputs)
