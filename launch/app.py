@@ -129,11 +129,8 @@ def _check_overrides(argv: list[str]) -> None:
 
 def _check_key(names: list[str], kind: Any, path: str, value: str | None) -> None:
     if not names:
-        try:
-            _ = kind(value) if kind in (int, float) and value is not None else None
-        except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise app.UsageError(f"{path} = {value!r} is not {wanted}") from None
+        if value is not None and kind in (int, float):
+            _check_number(value, kind, path)
         return
     if is_dataclass(kind):
         hints = typing.get_type_hints(kind)
@@ -146,6 +143,14 @@ def _check_key(names: list[str], kind: Any, path: str, value: str | None) -> Non
         _check_key(names[1:], typing.get_args(kind)[1], f"{path}.{names[0]}", value)
         return
     raise app.UsageError(f"unknown key {path}.{'.'.join(names)}; {path} is a single value")
+
+
+def _check_number(value: str, kind: type[int] | type[float], path: str) -> None:
+    try:
+        kind(value)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise app.UsageError(f"{path} = {value!r} is not {wanted}") from None
 
 
 def _help_text() -> str:
