@@ -37,7 +37,8 @@ flags.DEFINE_enum(
     "pace",
     "calm",
     list(PACES),
-    "How requests follow each other: calm leaves every answer two quiet seconds; brisk has more requests and pauses, for training.",
+    "How requests follow each other: calm leaves every answer two quiet seconds; brisk, for training, has more of them "
+    "and more pauses.",
 )
 flags.DEFINE_string("cache", "~/.cache/tml", "Where Debian packages are unpacked, for voices that come from there.")
 flags.DEFINE_bool("overwrite", False, "Replace a data set that is at --out.")
