@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, Int16, Int32, UInt8
 from tml.config import ModelConfig
 from tml.model import embed, transformer
 from tml.model.layer_functions import Bias, LayerFunctions, LayerState
-from tml.model.moe import gathered_experts
+from tml.model.moe import streaming_experts
 from tml.ops.attention import attend_cache
 from tml.ops.short_conv import short_conv_stream, zero_history
 from tml.params import Leaf, PyTree
@@ -123,9 +123,8 @@ def append(
         out = attend_cache(q, layer.k_BTKH, layer.v_BTKH, *bias, positions_BW, key_positions_BT, window)
         return out, layer
 
-    functions = LayerFunctions(
-        positions=positions_BW, valid=valid_BW, conv=conv, attend=attend, experts=gathered_experts
-    )
+    experts = streaming_experts(valid_BW.size, cfg.moe)
+    functions = LayerFunctions(positions=positions_BW, valid=valid_BW, conv=conv, attend=attend, experts=experts)
     layers: PyTree
     x_BWD, layers, _ = transformer.run_layers(params["stages"], x_BWD, state.layers, functions, cfg)
     state = DecodeState(

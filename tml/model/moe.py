@@ -142,6 +142,11 @@ def gathered_experts(
     return jnp.sum(out_TKD * gates_TK[:, :, None], axis=1)
 
 
+def streaming_experts(num_tokens: int, cfg: MoEConfig) -> ExpertFunction:
+    """Whichever reads fewer weights: those of every choice, or those of every expert once."""
+    return gathered_experts if num_tokens * cfg.num_experts_per_token < cfg.num_experts else dense_experts
+
+
 def _fused(gate_up_EDZF: Float[Array, "E D Z F"]) -> Float[Array, "E D f"]:
     return gate_up_EDZF.reshape(*gate_up_EDZF.shape[:2], -1)
 
