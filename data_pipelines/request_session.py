@@ -15,9 +15,8 @@ from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent
 
 SPLITS = ("train", "heldout")
 
-ANSWER_DELAY_S = 0.35
-"""With turns of 0.2 s answers come 0.35 to 0.55 s after requests: seven frames of sound, so that whether one
-is silent decides; the published model's turn taking takes 0.40 s."""
+ANSWER_DELAY_S = 0.34
+"""With turns of 0.2 s answers come 0.34 to 0.54 s after requests; the published model's turn taking takes 0.40 s."""
 
 Channel = Callable[[Float32[np.ndarray, " n"], np.random.Generator], Float32[np.ndarray, " n"]]
 """What sound goes through; see `augment.channel`."""
