@@ -38,7 +38,6 @@ class RequestTaskConfig:
         response_window_s: how long after a request its answer counts; no other answer is due in it.
         length_range_s: of a session.
         max_utterances: in one session.
-        practises: whether types of request are asked as often as they need practice (`RequestType.practice`).
     """
 
     delay_s: float = ANSWER_DELAY_S
@@ -52,7 +51,6 @@ class RequestTaskConfig:
     response_window_s: float = 2.0
     length_range_s: tuple[float, float] = (6.0, 12.0)
     max_utterances: int = 3
-    practises: bool = False
 
 
 PACES = {
@@ -66,7 +64,6 @@ PACES = {
         response_window_s=1.0,
         length_range_s=(11.0, 12.0),
         max_utterances=12,
-        practises=True,
     ),
 }
 """Brisk sessions hold nearly twice as many requests in the same time, most with a pause or two, and are equally long,

@@ -13,10 +13,13 @@ import numpy as np
 
 from data_pipelines import espeak, mixing
 from data_pipelines.request_session import SPLITS, Channel, RequestTaskConfig, Turn, arrange, compose
-from data_pipelines.request_vocabulary import FOREIGN, REQUEST_TYPES, STATEMENTS, type_shares
+from data_pipelines.request_vocabulary import FOREIGN, REQUEST_TYPES, STATEMENTS
 from data_pipelines.speech import Speaker, utter
 from data_pipelines.voices import DEFAULT_CACHE, draw_speaker
 from tml.session import Session
+
+_WEIGHTS = np.array([kind.weight for kind in REQUEST_TYPES])
+_CUMULATIVE_WEIGHTS = np.cumsum(_WEIGHTS)[:-1] / _WEIGHTS.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,7 @@ class RequestTask:
         if silent or distracts:
             tag, voice, text = _draw_distractor(speaker, rng)
             return Turn(utterance=utter(voice, [text], []), tag=tag)
-        shares = np.cumsum(type_shares(self.config.practises))[:-1]
-        kind = REQUEST_TYPES[int(np.searchsorted(shares, rng.random(), side="right"))]
+        kind = REQUEST_TYPES[int(np.searchsorted(_CUMULATIVE_WEIGHTS, rng.random(), side="right"))]
         request, answer = kind.requests[int(rng.integers(len(kind.requests)))]
         words = request.split()
         parts, pauses_s = [request], []

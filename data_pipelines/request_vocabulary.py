@@ -19,14 +19,11 @@ class RequestType:
         tag: its name in expectations and breakdowns.
         requests: (what is said, the answer) pairs, equally likely.
         weight: how often the type is asked, relative to the others.
-        practice: how much more often than that it is asked where the task is taught: a request that shares its
-            words with no other is learnt from its own examples alone.
     """
 
     tag: str
     requests: tuple[tuple[str, str], ...]
     weight: float
-    practice: float = 1.0
 
 
 def _fill(form: str, answers: dict[str, str]) -> tuple[tuple[str, str], ...]:
@@ -81,9 +78,9 @@ REQUEST_TYPES: tuple[RequestType, ...] = (
     ),
     RequestType(tag="opposite", requests=_fill("what is the opposite of {}", _OPPOSITES), weight=3.0),
     RequestType(tag="colour", requests=_fill("what colour is {}", _COLOURS), weight=2.0),
-    RequestType(tag="sound", requests=_fill("what does a {} say", _SOUNDS), weight=2.0, practice=2.0),
+    RequestType(tag="sound", requests=_fill("what does a {} say", _SOUNDS), weight=2.0),
     RequestType(tag="legs", requests=_fill("how many legs has a {}", _LEGS), weight=2.0),
-    *(RequestType(tag=tag, requests=(request,), weight=0.7, practice=1.8) for tag, request in _FIXED.items()),
+    *(RequestType(tag=tag, requests=(request,), weight=0.7) for tag, request in _FIXED.items()),
 )
 
 STATEMENTS: tuple[str, ...] = (
@@ -127,10 +124,3 @@ FOREIGN: tuple[tuple[str, str], ...] = (
 def answer_words() -> tuple[str, ...]:
     """Every answer there is, sorted."""
     return tuple(sorted({answer for kind in REQUEST_TYPES for _, answer in kind.requests}))
-
-
-@functools.cache
-def type_shares(practised: bool) -> tuple[float, ...]:
-    """Share of every type among all requests, as they are asked or as they are practised."""
-    weights = [kind.weight * (kind.practice if practised else 1.0) for kind in REQUEST_TYPES]
-    return tuple(weight / sum(weights) for weight in weights)

@@ -14,7 +14,7 @@ from data_pipelines import espeak
 from data_pipelines.noise import NOISE_KINDS, noise
 from data_pipelines.request_session import PACES, RequestTaskConfig, answer_event
 from data_pipelines.request_task import RequestTask
-from data_pipelines.request_vocabulary import DIGITS, FOREIGN, REQUEST_TYPES, STATEMENTS, answer_words, type_shares
+from data_pipelines.request_vocabulary import DIGITS, FOREIGN, REQUEST_TYPES, STATEMENTS, answer_words
 from data_pipelines.speech import audible_span
 from tml.config import AudioConfig, MicroTurnConfig
 from tml.microturn import Clock
@@ -117,20 +117,6 @@ def test_brisk_requests_pause_up_to_twice_and_sessions_are_as_long_as_a_row():
         for answer in of_kind(session, ExpectationKind.ANSWER):
             counts[sum(answer.start < item.start and item.end < answer.end for item in pauses)] += 1
     assert set(counts) == {0, 1, 2}
-
-
-def test_what_needs_practice_is_asked_more_often_in_training_alone():
-    asked, practised = np.array(type_shares(False)), np.array(type_shares(True))
-    np.testing.assert_allclose([asked.sum(), practised.sum()], 1.0)
-    practice = np.array([kind.practice for kind in REQUEST_TYPES])
-    np.testing.assert_allclose(practised / asked, practice / (asked @ practice))
-    assert practice.min() == 1.0 < practice.max()
-    counts = {}
-    for pace in ("calm", "brisk"):
-        task = RequestTask(seed=4, config=PACES[pace])
-        tags = [item.tag for i in range(60) for item in of_kind(task.session("train", i), ExpectationKind.ANSWER)]
-        counts[pace] = sum(kind.practice > 1.0 for tag in tags for kind in REQUEST_TYPES if kind.tag == tag) / len(tags)
-    assert counts["brisk"] > counts["calm"] + 0.05
 
 
 def test_a_request_ends_where_its_sound_ends():
