@@ -15,9 +15,6 @@ from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent
 
 SPLITS = ("train", "heldout")
 
-ANSWER_DELAY_S = 0.34
-"""With turns of 0.2 s answers come 0.34 to 0.54 s after requests; the published model's turn taking takes 0.40 s."""
-
 Channel = Callable[[Float32[np.ndarray, " n"], np.random.Generator], Float32[np.ndarray, " n"]]
 """What sound goes through; see `augment.channel`."""
 
@@ -40,7 +37,7 @@ class RequestTaskConfig:
         max_utterances: in one session.
     """
 
-    delay_s: float = ANSWER_DELAY_S
+    delay_s: float = 0.3
     turn_ms: int = 200
     pause_probability: float = 0.5
     second_pause_probability: float = 0.0
@@ -164,7 +161,7 @@ def compose(
     )
 
 
-def answer_event(answer: str, request_end: int, *, delay_s: float = ANSWER_DELAY_S, turn_ms: int = 200) -> TextEvent:
+def answer_event(answer: str, request_end: int, *, delay_s: float = 0.3, turn_ms: int = 200) -> TextEvent:
     """The own word that answers a request which ends at sample `request_end`.
 
     It starts at the first multiple of the micro-turn that lies `delay_s` or more behind the request, which
