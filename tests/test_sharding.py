@@ -18,26 +18,28 @@ from tml.config import (
     LossConfig,
     MatmulBackend,
     MeshConfig,
+    OptimConfig,
+    Optimizer,
     Remat,
     VideoConfig,
 )
-from tml.mesh import make_mesh, param_sharding
+from tml.mesh import batch_sharding, copy_axes, make_mesh, param_sharding, split_axes
 from tml.microturn import Kind
 from tml.model import transformer
-from tml.params import PyTree, count_params, init_params, spec_leaves
+from tml.params import PyTree, init_params, spec_leaves
 from tml.train_step import abstract_state, make_gradients, make_train_step, to_devices
 
 GATHERED, RING, RAGGED = ExpertDispatch.GATHERED_WEIGHTS, ExpertDispatch.RING, ExpertDispatch.RAGGED_ALL_TO_ALL
 
 
 def an_experiment(mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: int = 0, **moe) -> Experiment:
-    """A dense, a sliding and a global layer, with eyes; the vocabulary has padding."""
+    """A sliding dense and a global mixture layer, with eyes; the vocabulary has padding."""
     plain = made_up_experiment()
     model = dataclasses.replace(
         plain.model,
-        num_layers=3,
+        num_layers=2,
         num_dense_layers=1,
-        global_layers=(2,),
+        global_layers=(1,),
         d_model=16,
         unpadded_vocab_size=30,
         mup_width_multiplier=2.0,
@@ -100,9 +102,8 @@ def assert_equals_the_reference(experiment: Experiment) -> None:
 @pytest.mark.parametrize(
     ("dispatch", "sizes", "chunk"),
     [
-        (GATHERED, {"fsdp": 2, "expert": 2, "tensor": 2}, 10),
-        (RING, {"replica": 2, "expert": 2, "context": 2}, 0),
-        (RAGGED, {"expert": 4, "tensor": 2}, 0),
+        (RING, {"replica": 2, "fsdp": 2, "expert": 2}, 10),
+        (RAGGED, {"expert": 2, "context": 2, "tensor": 2}, 0),
     ],
 )
 def test_gradients_equal_those_of_one_device(dispatch: ExpertDispatch, sizes: dict[str, int], chunk: int) -> None:
@@ -118,7 +119,7 @@ def test_gradients_equal_those_of_one_device(dispatch: ExpertDispatch, sizes: di
         {"expert": 4, "fsdp": 2},
         {"expert": 4, "context": 2},
         {"expert": 2, "context": 4},
-        {"expert": 2, "context": 2, "tensor": 2},
+        {"fsdp": 2, "context": 2, "tensor": 2},
         {"replica": 2, "fsdp": 2, "expert": 2},
         {"replica": 2, "expert": 4},
         {"fsdp": 2, "expert": 2, "context": 2},
@@ -132,3 +133,55 @@ def test_gradients_equal_those_of_one_device_on_every_mesh(dispatch: ExpertDispa
     assert_equals_the_reference(
         dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=remat))
     )
+
+
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(")
+
+
+def collectives_of(experiment: Experiment) -> list[tuple[str, list[tuple[int, ...]], bool]]:
+    """Kind, shapes and place (in a scan or not) of the collectives of the compiled train step."""
+    mesh = make_mesh(experiment.mesh, jax.devices()[: experiment.mesh.num_devices])
+    batch = jax.tree.map(
+        lambda rows, sharding: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding),
+        made_up_batch(experiment, 0),
+        batch_sharding(mesh),
+    )
+    step = make_train_step(experiment, mesh).lower(abstract_state(experiment, mesh), batch)
+    found = []
+    for line in step.compile().as_text().splitlines():
+        match = COLLECTIVE.search(line)
+        if match:
+            shapes = [
+                tuple(int(size) for size in shape.split(",") if size)
+                for shape in re.findall(r"\w+\[([\d,]*)\]", match[1])
+            ]
+            found.append((match[2], shapes, "while/body" in line))
+    return found
+
+
+def test_weights_are_gathered_in_their_layer_and_gradients_leave_by_reduce_scatter() -> None:
+    plain = made_up_experiment(
+        mesh=MeshConfig(fsdp=4, expert=2), optim=OptimConfig(optimizer=Optimizer.ADAMW, warmup_steps=2)
+    )
+    # Sizes that no two dimensions share, so that a shape tells which parameter it is.
+    model = dataclasses.replace(plain.model, num_layers=3, d_model=48, vocab_size=56)
+    experiment = dataclasses.replace(plain, model=model)
+    collectives = collectives_of(experiment)
+    specs = dict(spec_leaves(transformer.specs(model)))
+    split = {path: spec for path, spec in specs.items() if copy_axes(spec, experiment.mesh) == ()}
+    assert {"unembed", "stages/0/0/attention/q", "stages/0/0/mlp/gate_up"} <= split.keys()
+
+    found = {(kind, shape, in_scan) for kind, shapes, in_scan in collectives for shape in shapes}
+    reduced = {shape for kind, shape, _ in found if kind == "all-reduce"}
+    for path, spec in split.items():
+        is_layer = path.startswith("stages")
+        whole = spec.shape[1:] if is_layer else spec.shape
+        parts = tuple(
+            size // experiment.mesh.product(axes)
+            for size, axes in zip(spec.shape, split_axes(spec, experiment.mesh), strict=True)
+        )
+        part = parts[1:] if is_layer else parts
+        assert not reduced & {spec.shape, whole, parts, part}, path
+        assert ("all-gather", whole, is_layer) in found, path
+        assert ("reduce-scatter", part, is_layer) in found, path
+        assert not is_layer or ("all-gather", spec.shape, False) not in found, path

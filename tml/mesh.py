@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import jax
 import numpy as np
@@ -146,6 +146,43 @@ def batch_partition() -> Batch:
 def batch_sharding(mesh: Mesh) -> Batch:
     """The sharding of every field of a Batch: rows over the row axes, their positions over `context`."""
     return jax.tree.map(lambda entry: NamedSharding(mesh, entry), batch_partition())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPart:
+    """Which rows of a batch a process loads. Processes that work on the same rows load the same part.
+
+    Attributes:
+        index: which part of the batch, of `count` equal ones.
+        count: parts of the batch.
+        groups: places, along the row axes of the mesh, of the devices that hold the part's rows, in their order.
+    """
+
+    index: int
+    count: int
+    groups: tuple[int, ...]
+
+
+def row_part(mesh: Mesh, process_index: int) -> RowPart:
+    """The rows that a process loads.
+
+    Raises:
+        ValueError: some processes share only a part of their rows, so that no equal parts exist.
+    """
+    num_groups = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(num_groups, -1)
+    held = {
+        process: tuple(np.flatnonzero((owners == process).any(axis=1)).tolist())
+        for process in np.unique(owners).tolist()
+    }
+    parts = sorted(set(held.values()))
+    if sum(map(len, parts)) != num_groups or len({len(groups) for groups in parts}) != 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives the {len(held)} processes rows that overlap in part ({held}); "
+            f"let mesh.context * mesh.tensor be a multiple or a divisor of the devices of one process"
+        )
+    mine = held[process_index]
+    return RowPart(index=parts.index(mine), count=len(parts), groups=mine)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32
 
@@ -19,6 +20,7 @@ from tml.mesh import (
     param_partition,
     param_sharding,
     replicated,
+    row_part,
 )
 from tml.metrics import Mean
 from tml.microturn import Kind
@@ -256,5 +258,18 @@ def _no_metrics(load: Load, num_copies: int) -> Metrics:
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """Places this process's rows of a batch as its part of the global batch."""
-    return jax.tree.map(jax.make_array_from_process_local_data, batch_sharding(mesh), batch)
+    """Places this process's rows (`mesh.row_part`) where its devices want them, as its part of the global batch."""
+    part = row_part(mesh, jax.process_index())
+
+    def place(rows_B: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        shape = (rows_B.shape[0] * part.count, *rows_B.shape[1:])
+        group_rows = rows_B.shape[0] // len(part.groups)
+
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "a batch has rows"
+            first = part.groups.index((index[0].start or 0) // group_rows) * group_rows
+            return rows_B[(slice(first, first + group_rows), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return jax.tree.map(place, batch, batch_sharding(mesh))
