@@ -44,7 +44,8 @@ FIXED_GROUPS = ("model", "turn", "text", "data", "seed")
 """What a run folder may not change: the parameters, and which batch belongs to which step, follow from it."""
 
 FREE_KEYS = re.compile(
-    r"text\.tokenizer|data\.(max_quarantined_fraction|read_threads|prefetch_rows|eval_sources(\..*)?|sources\..*\.path)"
+    r"model\.moe\.(dispatch|capacity_factor)|text\.tokenizer|"
+    r"data\.(max_quarantined_fraction|read_threads|prefetch_rows|eval_sources(\..*)?|sources\..*\.path)"
 )
 """What of those it may: no batch follows from it, or the contents are compared instead."""
 

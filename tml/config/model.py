@@ -156,6 +156,11 @@ class MoEConfig:
         )
         check_not_negative("model.moe", balance_rate=self.balance_rate)
         check_at_most("1", 1, "model.moe.capacity_factor", self.capacity_factor)
+        if self.backend == MatmulBackend.DENSE and self.dispatch != ExpertDispatch.GATHERED_WEIGHTS:
+            raise ValueError(
+                f"model.moe.backend = {self.backend} runs every expert on every token, which model.moe.dispatch = "
+                f"{self.dispatch} does not bring together; choose backend = blocked or dispatch = gathered_weights"
+            )
         check_at_most(
             "model.moe.num_experts_per_token",
             self.num_experts_per_token,
