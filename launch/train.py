@@ -44,7 +44,8 @@ FIXED_GROUPS = ("model", "turn", "text", "data", "seed")
 """What a run folder may not change: the parameters, and which batch belongs to which step, follow from it."""
 
 FREE_KEYS = re.compile(
-    r"text\.tokenizer|data\.(max_quarantined_fraction|read_threads|prefetch_rows|eval_sources(\..*)?|sources\..*\.path)"
+    r"model\.moe\.(dispatch|capacity_factor)|text\.tokenizer|"
+    r"data\.(max_quarantined_fraction|read_threads|prefetch_rows|eval_sources(\..*)?|sources\..*\.path)"
 )
 """What of those it may: no batch follows from it, or the contents are compared instead."""
 
@@ -68,13 +69,15 @@ def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change]) -> 
 
     from data_pipelines import loader
     from tml.codec.text import Tokenizer
+    from tml.mesh import make_mesh, row_part
     from tml.train import EXIT_INTERRUPTED, train
 
     tokenizer = Tokenizer.load(experiment.text.tokenizer)
     check_tokenizer(tokenizer, experiment.text.tokenizer, workdir)
     described = check_data(experiment.data.sources, workdir)
     rows = loader.RowLoader(experiment.data.sources, experiment, tokenizer)
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    part = row_part(make_mesh(experiment.mesh, splits=experiment.splits), jax.process_index())
+    place = {"process_index": part.index, "process_count": part.count}
 
     def train_batches(start_step: int) -> Iterator["Batch"]:
         # The loop asks for batches when nothing is left that can refuse, such as a checkpoint of another optimizer.

@@ -34,6 +34,7 @@ GROUPS = (
     ("lr", "train"),
     ("num_skipped", "train"),
     ("load", "moe"),
+    ("dropped_fraction", "moe"),
     ("tokens", "data"),
     ("fill", "data"),
 )
@@ -72,7 +73,7 @@ def train(
     Raises:
         ValueError: the mesh does not fit the devices, or the checkpoint belongs to another model.
     """
-    cfg, mesh = experiment.train, make_mesh(experiment.mesh)
+    cfg, mesh = experiment.train, make_mesh(experiment.mesh, splits=experiment.splits)
     with Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints, Interrupts() as interrupts:
         first, state = start(experiment, mesh, checkpoints)
         with open_sinks(workdir, cfg.num_steps, first) as sinks:

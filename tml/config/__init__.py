@@ -2,10 +2,12 @@
 
 from tml.config.data import DataConfig, SourceConfig, SourceKind
 from tml.config.experiment import Experiment
+from tml.config.mesh import DATA_AXES, ROW_AXES, SHARD_AXES, MeshConfig, Split
 from tml.config.model import (
     AttentionConfig,
     AudioConfig,
     ComputeDtype,
+    ExpertDispatch,
     MatmulBackend,
     ModelConfig,
     MoEConfig,
@@ -16,7 +18,6 @@ from tml.config.stream import Boundary, Control, MicroTurnConfig, TextConfig
 from tml.config.training import (
     EvaluationConfig,
     LossConfig,
-    MeshConfig,
     OptimConfig,
     Optimizer,
     Schedule,
@@ -34,6 +35,9 @@ from tml.config.tree import (
 )
 
 __all__ = [
+    "DATA_AXES",
+    "ROW_AXES",
+    "SHARD_AXES",
     "AttentionConfig",
     "AudioConfig",
     "Boundary",
@@ -42,6 +46,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "Experiment",
+    "ExpertDispatch",
     "LossConfig",
     "MatmulBackend",
     "MeshConfig",
@@ -54,6 +59,7 @@ __all__ = [
     "Schedule",
     "SourceConfig",
     "SourceKind",
+    "Split",
     "StreamConfig",
     "TextConfig",
     "TrainConfig",

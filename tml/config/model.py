@@ -27,6 +27,17 @@ class MatmulBackend(enum.StrEnum):
     DENSE = "dense"
 
 
+class ExpertDispatch(enum.StrEnum):
+    """How token copies and experts come together when experts are split over devices (`mesh.expert` > 1)."""
+
+    GATHERED_WEIGHTS = "gathered_weights"
+    """Experts come to the tokens: every device gathers a layer's experts. Nothing is ever dropped."""
+    RING = "ring"
+    """Tokens of the expert group come to every device, which runs its own experts; the sums are scattered back."""
+    RAGGED_ALL_TO_ALL = "ragged_all_to_all"
+    """Each copy goes to the device of its expert and comes back."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
     """The dMel front end; defaults are Inkling's (transformers `feature_extraction_inkling.py`)."""
@@ -129,6 +140,10 @@ class MoEConfig:
     backend: MatmulBackend = MatmulBackend.BLOCKED
     block_rows: int = 128
     """Rows of one block of the padded expert buffer."""
+    dispatch: ExpertDispatch = ExpertDispatch.GATHERED_WEIGHTS
+    capacity_factor: float = 1.25
+    """Copies that a device's experts take at most, over its share at balanced load, where copies travel (`RING`,
+    `RAGGED_ALL_TO_ALL`). What is over is dropped, counted, and logged as `moe/dropped_fraction`."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -140,6 +155,12 @@ class MoEConfig:
             block_rows=self.block_rows,
         )
         check_not_negative("model.moe", balance_rate=self.balance_rate)
+        check_at_most("1", 1, "model.moe.capacity_factor", self.capacity_factor)
+        if self.backend == MatmulBackend.DENSE and self.dispatch != ExpertDispatch.GATHERED_WEIGHTS:
+            raise ValueError(
+                f"model.moe.backend = {self.backend} runs every expert on every token, which model.moe.dispatch = "
+                f"{self.dispatch} does not bring together; choose backend = blocked or dispatch = gathered_weights"
+            )
         check_at_most(
             "model.moe.num_experts_per_token",
             self.num_experts_per_token,

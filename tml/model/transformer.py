@@ -1,20 +1,24 @@
 """The whole network over training rows: embeddings, a stack scanned over its repeating groups of layers, the head."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import ModelConfig, Remat
+from tml.config import MeshConfig, ModelConfig, Remat
 from tml.model import block, embed, moe
 from tml.model.block import LayerKind
+from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
+from tml.ops.collectives import gather_params
+from tml.ops.cross_entropy import Scores, score_in_chunks
+from tml.ops.cross_entropy import score as score_logits
 from tml.ops.norm import rms_norm
-from tml.params import Leaf, PyTree, Update, param, scale, stack
+from tml.params import Leaf, ParamSpec, PyTree, Update, param, scale, stack
 
 
 class Stage(NamedTuple):
@@ -22,6 +26,19 @@ class Stage(NamedTuple):
 
     kinds: tuple[LayerKind, ...]
     repeats: int
+
+
+@flax.struct.dataclass
+class Hidden:
+    """What the network computes for a batch, or for this device's part of it, before the unembedding.
+
+    Attributes:
+        h_BSD: inputs of the unembedding: normed and divided by the muP divisor.
+        load: copies routed to each expert and copies dropped, a row a mixture layer.
+    """
+
+    h_BSD: Leaf
+    load: moe.Load
 
 
 @flax.struct.dataclass
@@ -63,33 +80,53 @@ def layer_stages(cfg: ModelConfig) -> tuple[Stage, ...]:
 
 def specs(cfg: ModelConfig) -> dict[str, PyTree]:
     """Every parameter of the network. The layers of a stage are stacked along a leading L axis."""
-    sizes = {"D": cfg.d_model, "V": cfg.vocab_size}
     return {
         "embed": embed.specs(cfg),
         "stages": [
             [stack(block.specs(kind, cfg), stage.repeats) for kind in stage.kinds] for stage in layer_stages(cfg)
         ],
+        **head_specs(cfg),
+    }
+
+
+def head_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """The parameters between the last layer and the logits."""
+    sizes = {"D": cfg.d_model, "V": cfg.vocab_size}
+    return {
         "norm": scale("D", sizes),
         "unembed": param("D V", sizes, fan_in="D", update=Update.EMBEDDING),
     }
 
 
-def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outputs:
-    """The forward pass over packed rows; every segment is independent of its neighbours."""
+def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: MeshConfig) -> Hidden:
+    """The forward pass over packed rows up to the unembedding; every segment is independent of its neighbours.
+
+    On a mesh this is the program of one device: its parts of parameters and batch, inside `shard_map`.
+    """
     with jax.named_scope("embed"):
+        embed_params = gather_params(params["embed"], embed.specs(cfg), mesh, embed.compute_dtype(cfg))
         x_BSD = embed.embed(
-            params["embed"],
+            embed_params,
             batch.tokens_BS,
             batch.kinds_BS,
             batch.levels_BSM,
             batch.tiles_BP,
             batch.tile_index_BS,
             cfg,
+            mesh,
         )
-    functions = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg)
-    x_BSD, _, load_LE = run_layers(params["stages"], x_BSD, None, functions, cfg)
+    functions = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg, mesh)
+    x_BSD, _, load = run_layers(params["stages"], x_BSD, None, functions, cfg, mesh)
     with jax.named_scope("head"):
-        return Outputs(logits_BSV=logits(params, x_BSD, cfg), expert_load_LE=load_LE)
+        norm_D = gather_params(params["norm"], head_specs(cfg)["norm"], mesh, x_BSD.dtype)
+        return Hidden(h_BSD=head_input(norm_D, x_BSD, cfg), load=load)
+
+
+def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outputs:
+    """The forward pass on one device, with the logits of every position."""
+    found = hidden(params, batch, cfg, MeshConfig())
+    with jax.named_scope("head"):
+        return Outputs(logits_BSV=unembed(params["unembed"], found.h_BSD, cfg), expert_load_LE=found.load.copies_E)
 
 
 def run_layers(
@@ -98,7 +135,8 @@ def run_layers(
     states: list[list[LayerState]] | None,
     functions: LayerFunctions,
     cfg: ModelConfig,
-) -> tuple[Float[Array, "B S D"], list[list[LayerState]] | None, Float32[Array, "L E"]]:
+    mesh: MeshConfig,
+) -> tuple[Float[Array, "B S D"], list[list[LayerState]] | None, moe.Load]:
     """Runs every stage.
 
     Args:
@@ -107,12 +145,13 @@ def run_layers(
         states: states of the layers, stacked like the parameters; None for training rows.
         functions: how the layers look back.
         cfg: the model.
+        mesh: sizes of the axes; a layer's parameters are gathered when it runs.
 
     Returns:
         Outputs, states, and the load of every mixture layer in order.
     """
     new_states: list[list[LayerState]] = []
-    loads: list[jax.Array] = []
+    loads: list[moe.Load] = []
     for index, stage in enumerate(layer_stages(cfg)):
         stage_states = None if states is None else states[index]
 
@@ -121,9 +160,9 @@ def run_layers(
             after, group_loads = [], []
             for place, kind in enumerate(kinds):
                 state = None if group_states is None else group_states[place]
-                x, state, load_E = _layer(group_params[place], x, state, kind, functions, cfg)
+                x, state, load = _layer(group_params[place], x, state, kind, functions, cfg, mesh)
                 after.append(state)
-                group_loads += [] if load_E is None else [load_E]
+                group_loads += [] if load is None else [load]
             return x, (None if group_states is None else after, group_loads)
 
         if stage.repeats == 1:
@@ -134,25 +173,88 @@ def run_layers(
         after, stage_loads = results
         new_states.append(after)
         if stage_loads:
-            loads.append(jnp.stack(stage_loads, axis=1).reshape(-1, cfg.moe.num_experts))
-    load_LE = jnp.concatenate(loads) if loads else jnp.zeros((0, cfg.moe.num_experts), jnp.float32)
-    return x_BSD, None if states is None else new_states, load_LE
+            # In the order of the layers: repetition by repetition, then place by place.
+            loads.append(jax.tree.map(lambda *places: _merge_axes(jnp.stack(places, axis=1)), *stage_loads))
+    none = moe.Load(jnp.zeros((0, cfg.moe.num_experts), jnp.float32), jnp.zeros(0, jnp.int32))
+    load = jax.tree.map(lambda *stages: jnp.concatenate(stages), *loads) if loads else none
+    return x_BSD, None if states is None else new_states, load
+
+
+def _merge_axes(x_LG: jax.Array) -> jax.Array:
+    return x_LG.reshape(-1, *x_LG.shape[2:])
 
 
 def _layer(
-    params: PyTree, x: jax.Array, state: LayerState | None, kind: LayerKind, functions: LayerFunctions, cfg: ModelConfig
-) -> tuple[jax.Array, LayerState | None, jax.Array | None]:
-    def run(params: PyTree, x: jax.Array) -> tuple[jax.Array, LayerState | None, jax.Array | None]:
+    params: PyTree,
+    x: jax.Array,
+    state: LayerState | None,
+    kind: LayerKind,
+    functions: LayerFunctions,
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
+    def run(params: PyTree, x: jax.Array) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
+        with jax.named_scope("gather"):
+            split_experts = keeps_experts_split(cfg.moe, mesh)
+            params = gather_params(params, block.specs(kind, cfg), mesh, embed.compute_dtype(cfg), split_experts)
         return block.apply(params, x, state, kind, functions, cfg)
 
-    return jax.checkpoint(run)(params, x) if cfg.remat is Remat.LAYER else run(params, x)
+    if cfg.remat is Remat.LAYER:
+        return jax.checkpoint(run)(params, x)
+    return run(params, x) if mesh.num_devices == 1 else jax.checkpoint(run, policy=is_no_weight)(params, x)
+
+
+def is_no_weight(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass keeps without remat on a mesh: all but gathered weights and views, which are made anew.
+
+    Kept, the gathered weights of a layer would be kept of every layer: the whole model on every device.
+    """
+    return primitive.name not in MADE_ANEW
+
+
+MADE_ANEW = ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim")
+"""Operations on the way from a stored parameter to a matmul."""
+
+
+def head_input(norm_D: Float[Array, "D"], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float[Array, "B S D"]:
+    """The norm and the muP divisor before the unembedding."""
+    return rms_norm(x_BSD, norm_D, cfg.norm_eps) / cfg.mup_width_multiplier
+
+
+def unembed(unembed_DV: Float[Array, "D V"], h_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S v"]:
+    """The logits, cut to the unpadded vocabulary."""
+    unembed_DV = unembed_DV.astype(h_BSD.dtype)[:, : cfg.num_logits]
+    return jnp.einsum("BSD,DV->BSV", h_BSD, unembed_DV, preferred_element_type=jnp.float32)
 
 
 def logits(params: Mapping[str, PyTree], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S V"]:
     """The head: norm, muP divisor, unembedding, cut to the unpadded vocabulary."""
-    h_BSD = rms_norm(x_BSD, params["norm"], cfg.norm_eps) / cfg.mup_width_multiplier
-    unembed_DV = params["unembed"].astype(h_BSD.dtype)[:, : cfg.num_logits]
-    return jnp.einsum("BSD,DV->BSV", h_BSD, unembed_DV, preferred_element_type=jnp.float32)
+    return unembed(params["unembed"], head_input(params["norm"], x_BSD, cfg), cfg)
+
+
+def score(
+    params: Mapping[str, PyTree],
+    h_BSD: Float[Array, "B S D"],
+    targets_BS: Int32[Array, "B S"],
+    chunk_positions: int,
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+) -> Scores:
+    """Scores of the predictions from `hidden`, whole or in chunks of positions.
+
+    Args:
+        params: all parameters, or this device's parts.
+        h_BSD: `Hidden.h_BSD`.
+        targets_BS: token to predict.
+        chunk_positions: positions whose logits exist at a time; 0 makes all of them at once.
+        cfg: the model.
+        mesh: sizes of the axes.
+    """
+    unembed_DV = gather_params(params["unembed"].astype(h_BSD.dtype), head_specs(cfg)["unembed"], mesh, h_BSD.dtype)
+    if mesh.tensor == 1 and not chunk_positions:
+        return score_logits(unembed(unembed_DV, h_BSD, cfg), targets_BS)
+    chunk = chunk_positions or targets_BS.size
+    return score_in_chunks(h_BSD, unembed_DV, targets_BS, cfg.num_logits, chunk, mesh)
 
 
 def move_router_bias(

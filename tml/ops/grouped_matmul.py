@@ -22,18 +22,30 @@ class BlockPlan:
         token_of_row: the token in each buffer row, or the number of tokens where the row is padding.
         copy_of_row: the copy (token * K + choice) in each buffer row, or the number of copies.
         expert_of_block: the expert of each block.
+        holds_all: whether every copy has a row; where not, the row of a copy without one is the number of rows.
     """
 
     row_of_copy: Leaf
     token_of_row: Leaf
     copy_of_row: Leaf
     expert_of_block: Leaf
+    holds_all: bool = flax.struct.field(pytree_node=False)
 
 
-def plan_blocks(experts_TK: Int32[Array, "t k"], num_experts: int, block_rows: int) -> BlockPlan:
-    """Plans the buffer; its size, ceil(copies / block_rows) + num_experts blocks, holds any routing: nothing drops."""
-    num_copies = experts_TK.size
-    num_blocks = -(-num_copies // block_rows) + num_experts
+def plan_blocks(
+    experts_TK: Int32[Array, "t k"], num_experts: int, block_rows: int, num_blocks: int | None = None
+) -> BlockPlan:
+    """Plans the buffer.
+
+    Args:
+        experts_TK: the expert of each copy; with `num_blocks`, -1 for copies that belong elsewhere.
+        num_experts: experts here.
+        block_rows: rows of a block.
+        num_blocks: size of the buffer. Copies that do not fit have no row, those of the last experts
+            first. By default ceil(copies / block_rows) + num_experts, which holds any routing.
+    """
+    num_copies, holds_all = experts_TK.size, num_blocks is None
+    num_blocks = -(-num_copies // block_rows) + num_experts if num_blocks is None else num_blocks
     choice_RE = jax.nn.one_hot(experts_TK.reshape(-1), num_experts, dtype=jnp.int32)
     rank_RE = jnp.cumsum(choice_RE, axis=0) - 1
     counts_E = rank_RE[-1] + 1
@@ -41,8 +53,13 @@ def plan_blocks(experts_TK: Int32[Array, "t k"], num_experts: int, block_rows: i
     last_block_E = jnp.cumsum(blocks_E)
     first_row_E = (last_block_E - blocks_E) * block_rows
     row_R = jnp.sum(choice_RE * (rank_RE + first_row_E[None]), axis=1)
+    num_rows = num_blocks * block_rows
+    if not holds_all:
+        has_row_R = (experts_TK.reshape(-1) >= 0) & (row_R < num_rows)
+        row_R = jnp.where(has_row_R, row_R, num_rows)
     copies = jnp.arange(num_copies, dtype=jnp.int32)
-    copy_of_row = jnp.full(num_blocks * block_rows, num_copies, jnp.int32).at[row_R].set(copies, unique_indices=True)
+    empty = jnp.full(num_rows, num_copies, jnp.int32)
+    copy_of_row = empty.at[row_R].set(copies, unique_indices=holds_all, mode=None if holds_all else "drop")
     block = jnp.arange(num_blocks, dtype=jnp.int32)
     expert = jnp.sum((block[:, None] >= last_block_E[None]).astype(jnp.int32), axis=1)
     return BlockPlan(
@@ -50,11 +67,16 @@ def plan_blocks(experts_TK: Int32[Array, "t k"], num_experts: int, block_rows: i
         token_of_row=copy_of_row // experts_TK.shape[1],
         copy_of_row=copy_of_row,
         expert_of_block=jnp.minimum(expert, num_experts - 1),
+        holds_all=holds_all,
     )
 
 
 def _rows_or_zero(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _rows_of_copies(x_RD: jax.Array, plan: BlockPlan) -> jax.Array:
+    return x_RD[plan.row_of_copy] if plan.holds_all else _rows_or_zero(x_RD, plan.row_of_copy)
 
 
 @jax.custom_vjp
@@ -68,7 +90,7 @@ def _dispatch_fwd(x_TD: jax.Array, plan: BlockPlan) -> tuple[jax.Array, BlockPla
 
 
 def _dispatch_bwd(plan: BlockPlan, grad: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.sum(grad[plan.row_of_copy], axis=1), None
+    return jnp.sum(_rows_of_copies(grad, plan), axis=1), None
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -76,8 +98,8 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @jax.custom_vjp
 def collect(y_RD: Float[Array, "r D"], plan: BlockPlan) -> Float[Array, "t k D"]:
-    """Reads each copy's row back from the buffer."""
-    return y_RD[plan.row_of_copy]
+    """Reads each copy's row back from the buffer; zeros for a copy without a row."""
+    return _rows_of_copies(y_RD, plan)
 
 
 def _collect_fwd(y_RD: jax.Array, plan: BlockPlan) -> tuple[jax.Array, BlockPlan]:
