@@ -11,14 +11,15 @@ units, waiting of chips for each other, input of data, and what a loop runs whos
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
-from tml.plan.cost import ELEMENTWISE, MATMUL, Cost, CostModel
+from tml.plan.cost import ELEMENTWISE, Cost, CostModel
 from tml.plan.hlo import Computation, Instruction, Program, inner_instructions
 from tml.plan.links import Fabric, Transfer, collective_kind, transfer
 from tml.plan.loops import trip_count
 
 PREFETCH = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
-CALLS = ("call", "async-start")
+SUMS = ("count", "flops", "hbm_bytes", "transfer_bytes", "core_seconds", "link_seconds", "exposed_seconds")
 
 
 @dataclass
@@ -51,6 +52,11 @@ class Line:
     link_seconds: float = 0.0
     exposed_seconds: float = 0.0
 
+    def add(self, other: "Line") -> None:
+        """Adds another's sums."""
+        for name in SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     @property
     def seconds(self) -> float:
         """What it adds to the step."""
@@ -80,9 +86,7 @@ class Estimate:
         sums: dict[str, Line] = {}
         for line in self.lines:
             total = sums.setdefault(line.category, Line(line.category, line.category, "", ""))
-            for name in ("count", "flops", "hbm_bytes", "transfer_bytes", "core_seconds", "link_seconds"):
-                setattr(total, name, getattr(total, name) + getattr(line, name))
-            total.exposed_seconds += line.exposed_seconds
+            total.add(line)
         return dict(sorted(sums.items(), key=lambda item: -item[1].seconds))
 
     def top(self, count: int) -> list[Line]:
@@ -94,10 +98,20 @@ class Estimate:
                 merged[key] = dataclasses.replace(line)
                 continue
             total = merged[key]
-            for name in ("count", "flops", "hbm_bytes", "transfer_bytes", "core_seconds", "link_seconds"):
-                setattr(total, name, getattr(total, name) + getattr(line, name))
-            total.exposed_seconds += line.exposed_seconds
+            total.add(line)
         return sorted(merged.values(), key=lambda line: -line.seconds)[:count]
+
+    def numbers(self) -> dict[str, Any]:
+        """Categories, top costs and what is not known, as plain values."""
+        return {
+            "categories": [_plain(line) for line in self.by_category().values()],
+            "top_costs": [{**_plain(line), "scope": line.scope} for line in self.top(10)],
+            "unknown": self.unknown,
+        }
+
+
+def _plain(line: Line) -> dict[str, Any]:
+    return vars(line) | {"seconds": line.seconds}
 
 
 def estimate(program: Program, fabric: Fabric, unknown_trips: int = 1) -> Estimate:
@@ -243,8 +257,3 @@ class _Replay:
             source = self.program.source_of(instruction)
             self.lines[instruction.name] = Line(instruction.name, category, source, instruction.op_name)
         return self.lines[instruction.name]
-
-
-def matmul_seconds(estimated: Estimate) -> float:
-    """Seconds in which plain matmuls run."""
-    return sum(line.core_seconds for line in estimated.lines if line.category == MATMUL)

@@ -224,8 +224,8 @@ def _source_lines(lines: list[str]) -> dict[int, str]:
         if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
             current = tables.setdefault(line, {})
         elif current is not None and line[:1].isdigit():
-            number, _, value = line.partition(" ")
-            current[int(number)] = value
+            key, _, value = line.partition(" ")
+            current[int(key)] = value
     files = {number: name.strip('"') for number, name in tables.get("FileNames", {}).items()}
     places = {}
     for number, text in tables.get("FileLocations", {}).items():

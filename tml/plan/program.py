@@ -154,7 +154,7 @@ def _compile(lower: Callable[[], jax.stages.Lowered], topology: Topology) -> Com
         return Compiled(text="", memory=refused, compile_seconds=time.perf_counter() - began)
     found = compiled.memory_analysis()
     assert found is not None, "the compiler states no memory"
-    each = topology.chip.devices_per_chip
+    each = float(topology.chip.devices_per_chip)
     memory = Memory(
         argument_bytes=each * found.argument_size_in_bytes,
         output_bytes=each * (found.output_size_in_bytes - found.alias_size_in_bytes),

@@ -1,16 +1,37 @@
 """A plan as a table for people."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def table(numbers: Mapping[str, Any]) -> str:
-    """The table of a plan's numbers (`TrainPlan.numbers`)."""
-    lines = [*_place(numbers), "", *_memory(numbers), ""]
-    if numbers["step_seconds_estimate"] is None:
-        lines.append("time: not estimated, because the compiler refused the program for want of memory")
-        return "\n".join(lines)
-    return "\n".join([*lines, *_time(numbers), "", *_categories(numbers), "", *_top(numbers), "", *_unknown(numbers)])
+def train_table(numbers: Mapping[str, Any]) -> str:
+    """The table of `TrainPlan.numbers`."""
+    return _table(numbers, [*_place(numbers), _batch(numbers)], _state(numbers), _train_time)
+
+
+def decode_table(numbers: Mapping[str, Any]) -> str:
+    """The table of `DecodePlan.numbers`."""
+    return _table(numbers, [*_place(numbers), _turn(numbers)], _caches(numbers), _decode_time)
+
+
+def search_line(n: Mapping[str, Any]) -> str:
+    """One variant of a search."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in n["mesh"].items() if size > 1)
+    gb = f"{n['hbm_bytes_per_chip'] / 1e9:7.2f} GB"
+    what = f"{mesh:<40} remat={n['remat']:<6} {n['rows_per_chip']:>4g} rows a chip {gb}"
+    if not n["fits"] or n["step_seconds_estimate"] is None:
+        return f"{what}  does not fit"
+    return f"{what}  {n['tokens_per_s']:>12,.0f} tokens/s  MFU {n['mfu_estimate']:.1%} (at most {n['mfu_bound']:.1%})"
+
+
+Section = Callable[[Mapping[str, Any]], list[str]]
+
+
+def _table(n: Mapping[str, Any], head: list[str], memory: list[str], time: Section) -> str:
+    lines = [*head, "", *_memory(n), *memory, f"compiled in {n['compile_seconds']:.0f} s on this machine", ""]
+    if n["step_seconds_estimate"] is None:
+        return "\n".join([*lines, "time: not estimated, because the compiler refused the program for want of memory"])
+    return "\n".join([*lines, *time(n), "", *_categories(n), "", *_top(n), "", *_unknown(n)])
 
 
 def _place(n: Mapping[str, Any]) -> list[str]:
@@ -19,25 +40,55 @@ def _place(n: Mapping[str, Any]) -> list[str]:
     return [
         f"{n['experiment']}, {n['step']} step on {slices}{n['topology']}: {n['chips']} chips, mesh {mesh}",
         f"parameters {n['params_total']:,} ({n['params_active']:,} active, {n['params_multiplied']:,} multiplied)",
-        f"batch {n['rows']:,} rows of {n['row_slots']:,} positions ({n['rows_per_chip']:g} rows a chip); each row has "
-        f"places for {n['tile_places_per_row']:,} image tiles ({n['tile_places_per_row'] / n['row_slots']:.0%})",
     ]
+
+
+def _batch(n: Mapping[str, Any]) -> str:
+    return (
+        f"batch {n['rows']:,} rows of {n['row_slots']:,} positions ({n['rows_per_chip']:g} rows a chip, remat "
+        f"{n['remat']}); each row has places for {n['tile_places_per_row']:,} image tiles "
+        f"({n['tile_places_per_row'] / n['row_slots']:.0%})"
+    )
+
+
+def _turn(n: Mapping[str, Any]) -> str:
+    return (
+        f"{n['sessions']} sessions; a micro-turn appends up to {n['input_positions']} positions and decodes "
+        f"{n['output_positions']}, one after another; caches of {n['max_positions']:,} positions"
+    )
 
 
 def _memory(n: Mapping[str, Any]) -> list[str]:
     gb = {name: n[f"{name}_bytes_per_chip"] / 1e9 for name in ("argument", "output", "temporary", "hbm")}
     verdict = "fits" if n["fits"] else "DOES NOT FIT"
-    over = n["state_bytes_per_chip"] / n["least_state_bytes_per_chip"] - 1
     return [
         f"memory a chip, GB: {gb['hbm']:.2f} of {n['hbm_bytes_of_chip'] / 1e9:.0f}: {verdict}",
         f"  arguments {gb['argument']:.2f}, outputs {gb['output']:.2f}, temporaries {gb['temporary']:.2f}",
-        f"  state {n['state_bytes_per_chip'] / 1e9:.3f}, {over:+.1%} of the least "
-        f"({n['least_state_bytes_per_chip'] / 1e9:.3f})",
-        f"compiled in {n['compile_seconds']:.0f} s on this machine",
     ]
 
 
-def _time(n: Mapping[str, Any]) -> list[str]:
+def _state(n: Mapping[str, Any]) -> list[str]:
+    held, least = n["state_bytes_per_chip"], n["least_state_bytes_per_chip"]
+    return [f"  state {held / 1e9:.3f}, {held / least - 1:.1%} above an even split ({least / 1e9:.3f})"]
+
+
+def _caches(n: Mapping[str, Any]) -> list[str]:
+    return [
+        f"  parameters {n['param_bytes_per_chip'] / 1e9:.2f}; global caches grow by "
+        f"{n['cache_bytes_per_session_minute'] / 1e6:.1f} MB a minute of a session's sound",
+    ]
+
+
+def _decode_time(n: Mapping[str, Any]) -> list[str]:
+    return [
+        f"micro-turn {n['step_seconds_estimate'] * 1e3:.2f} ms estimated, at least "
+        f"{n['step_seconds_lower'] * 1e3:.2f} ms (bound by {n['lower_limit']})",
+        f"experts read in a layer, if all are as likely: {n['experts_read_per_layer']:.1f} at an output position, "
+        f"{n['experts_read_per_layer_of_input']:.1f} at the input",
+    ]
+
+
+def _train_time(n: Mapping[str, Any]) -> list[str]:
     return [
         f"step {n['step_seconds_estimate']:.4g} s estimated, at least {n['step_seconds_lower']:.4g} s "
         f"(bound by {n['lower_limit']})",

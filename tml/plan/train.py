@@ -1,11 +1,10 @@
-"""The plan: one compiled step on one pod, its memory and its time, as numbers and as a table."""
+"""The plan of a train step on a pod: its memory, its time, and what a run of it takes."""
 
-import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from tml.config import Experiment
@@ -56,6 +55,11 @@ class TrainPlan:
         return self.experiment.data.rows_per_batch * self.experiment.data.row_slots
 
     @property
+    def tokens_of_config(self) -> float:
+        """Positions of all the steps that the config asks for."""
+        return float(self.tokens_per_step * self.experiment.train.num_steps)
+
+    @property
     def model_flops_per_step(self) -> float:
         """By the convention of `tml.flops`; the image tower does not count."""
         model = self.experiment.model
@@ -83,6 +87,7 @@ class TrainPlan:
             "mesh": self.mesh_shape,
             "rows": data.rows_per_batch,
             "row_slots": data.row_slots,
+            "remat": self.experiment.model.remat.value,
             "rows_per_chip": data.rows_per_batch / chips,
             "tile_places_per_row": tiles_per_row(self.experiment),
             "tokens_per_step": self.tokens_per_step,
@@ -119,7 +124,7 @@ class TrainPlan:
             "tokens_per_s": self.tokens_per_step / found.seconds,
             "days_of_run": run_seconds / SECONDS_PER_DAY,
             "chip_hours_of_run": run_seconds / 3_600 * self.topology.num_chips,
-            **time_numbers(found),
+            **found.numbers(),
         }
 
 
@@ -129,19 +134,6 @@ MFU_CONVENTION = (
 )
 
 
-def time_numbers(found: Estimate) -> dict[str, Any]:
-    """Categories, top costs and what is not known, as plain values."""
-    return {
-        "categories": [_line(line) for line in found.by_category().values()],
-        "top_costs": [{**_line(line), "scope": line.scope} for line in found.top(10)],
-        "unknown": found.unknown,
-    }
-
-
-def _line(line: Any) -> dict[str, Any]:
-    return {f.name: getattr(line, f.name) for f in dataclasses.fields(line)} | {"seconds": line.seconds}
-
-
 def plan_train_step(experiment: Experiment, topology: Topology) -> tuple[TrainPlan, Compiled, Mesh]:
     """Compiles the train step of an experiment for a pod, and estimates it.
 
@@ -149,18 +141,24 @@ def plan_train_step(experiment: Experiment, topology: Topology) -> tuple[TrainPl
         ValueError: the mesh of the experiment does not fit the pod.
     """
     mesh = make_mesh(experiment.mesh, topology.devices)
-    state = jax.tree.leaves(abstract_state(experiment, mesh))
     compiled = compile_train_step(experiment, mesh, topology)
     fabric = topology.fabric(list(mesh.devices.flat))
-    state_bytes = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in state)
+    state_bytes, least_bytes = bytes_of_state(experiment, mesh)
     plan = TrainPlan(
         experiment=experiment,
         topology=topology,
         mesh_shape=dict(mesh.shape),
         memory=compiled.memory,
-        state_bytes=float(state_bytes) * topology.chip.devices_per_chip,
-        least_state_bytes=sum(float(leaf.size) * leaf.dtype.itemsize for leaf in state) / topology.num_chips,
+        state_bytes=state_bytes * topology.chip.devices_per_chip,
+        least_state_bytes=least_bytes * topology.chip.devices_per_chip,
         estimated=estimate(parse(compiled.text), fabric) if compiled.text else None,
         compile_seconds=compiled.compile_seconds,
     )
     return plan, compiled, mesh
+
+
+def bytes_of_state(experiment: Experiment, mesh: Mesh) -> tuple[float, float]:
+    """Bytes of the TrainState on one device: by its shardings, and if all of it were split evenly."""
+    leaves = jax.tree.leaves(abstract_state(experiment, mesh))
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return float(held), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / mesh.size
