@@ -2,8 +2,9 @@
 
 The replay runs the instructions in their scheduled order on one chip. A collective that is split into start and done
 runs on the links beside what stands between the two; one that is not holds everything up. Loop bodies count as
-often as they run. The lower bound lets everything overlap: the busiest of the matmul units, main memory, the
-links and the network between slices.
+often as they run; a conditional takes its longest branch, and its sums an equal part of each. The lower bound lets
+everything overlap: it is the time of the busiest of the matmul units, main memory, the links, and the network
+between slices.
 
 Not known, and not in any number: contention for links between collectives of different groups, the time of the vector
 units, waiting of chips for each other, input of data, and what a loop runs whose count is decided while it runs.
