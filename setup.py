@@ -8,6 +8,8 @@ DATA = [
     "pocketsphinx>=5",
 ]
 SERVE = ["tiktoken>=0.8"]
+# Compilers for pods that are not there, in the versions that jax itself asks for; no NVIDIA libraries.
+PLAN = ["jax[tpu,cuda12-local]>=0.10"]
 TEST = [
     *DATA,
     *SERVE,
@@ -56,6 +58,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
         "data": DATA,
+        "plan": PLAN,
         "serve": SERVE,
         "test": TEST,
     },

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -63,5 +64,6 @@ def apply(
         q_BSNH = (q_BSNH.astype(jnp.float32) * tau_BS11).astype(dtype)
         r_BSNJ = (r_BSNJ.astype(jnp.float32) * tau_BS11).astype(dtype)
     bias = r_BSNJ, params["profiles"].astype(dtype)
-    out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias, state)
+    with jax.named_scope("attend"):
+        out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias, state)
     return functions.add_shards(jnp.einsum("BSNH,NHD->BSD", out_BSNH, params["o"].astype(dtype))), state
