@@ -13,7 +13,9 @@ TEST = [
     *SERVE,
     "beartype>=0.20",
     "hypothesis>=6.100",
+    "jsonschema>=4.23",
     "jaxtyping>=0.3",
+    "kubeflow-trainer-api>=2.3",  # models of the JobSet, Job and Pod APIs, made from their OpenAPI schemas
     "librosa>=0.11",
     "mypy>=1.15",
     "pytest>=8",
@@ -43,6 +45,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "pillow>=11",
+        "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.5",
         "scipy>=1.14",
