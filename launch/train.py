@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags
 
+from launch import processes
 from launch.app import define_config, prepare_jax, read_experiment, run_app
 from launch.processes import Place, agree, join, read_place, run_identity, together
 from tml.config import Experiment, SourceConfig, config_hash, difference, to_json, to_mapping
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; runs/NAME by default, NAME being the experiment's.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", True, "Print the resolved config.")
+flags.adopt_module_key_flags(processes)
 
 CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer"
 """What a run folder remembers of its run."""
