@@ -15,7 +15,9 @@ TEST = [
     *SERVE,
     "beartype>=0.20",
     "hypothesis>=6.100",
+    "jsonschema>=4.23",
     "jaxtyping>=0.3",
+    "kubeflow-trainer-api>=2.3",  # models of the JobSet, Job and Pod APIs, made from their OpenAPI schemas
     "librosa>=0.11",
     "mypy>=1.15",
     "pytest>=8",
@@ -33,6 +35,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",
+        "flatbuffers>=24",  # jax.export serialises with it and does not say so
         "flax>=0.10",
         "grain>=0.2.18",
         "importlib-resources>=6",  # tensorflow-datasets imports it and does not say so
@@ -45,6 +48,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "pillow>=11",
+        "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.5",
         "scipy>=1.14",

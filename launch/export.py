@@ -1,32 +1,68 @@
-"""Writes the newest checkpoint of a run as a bundle: parameters, config and tokenizer in one folder.
+"""Exports the newest checkpoint of a run: as a bundle that streams here, or as portable programs that run anywhere.
 
-python -m launch.export --workdir=runs/quickstart --out=exports/quickstart
+    python -m launch.export --workdir=runs/quickstart --out=exports/quickstart
+    python -m launch.export --workdir=runs/quickstart --format=stablehlo --out=exports/portable
+
+bundle: parameters, config and tokenizer in one folder, for launch.stream and launch.evaluate.
+stablehlo: programs for CPU, CUDA and TPU, which jax alone runs; portable.json lists their arguments.
 """
 
+import enum
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import app, flags
 
 from launch.app import prepare_jax, run_app
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Run folder.")
-_OUT = flags.DEFINE_string("out", "", "Folder of the bundle; an older bundle there is replaced.")
+
+class Format(enum.StrEnum):
+    """What is written."""
+
+    BUNDLE = "bundle"
+    STABLEHLO = "stablehlo"
+
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "Run folder, or a bundle.")
+_OUT = flags.DEFINE_string("out", "", "Folder of the export; an older one there is replaced.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; the newest by default.")
+_FORMAT = flags.DEFINE_enum_class("format", Format.BUNDLE, Format, "What is written.")
 
 
 def main(argv: list[str]) -> int:
-    """Restores, writes, reads back."""
+    """Restores, writes, says what was written."""
     if not _WORKDIR.value or not _OUT.value:
         raise app.UsageError("--workdir and --out are needed, as in --workdir=runs/quickstart --out=exports/quickstart")
     prepare_jax()
+    out = Path(_OUT.value)
+    what = WRITERS[_FORMAT.value](Path(_WORKDIR.value), _STEP.value, out)
+    size_mb = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+    print(f"{out}: {what}, {size_mb:.1f} MB")
+    return 0
+
+
+def _write_bundle(workdir: Path, step: int | None, out: Path) -> str:
     from tml.export import bundle
 
-    model = bundle.open_model(Path(_WORKDIR.value), _STEP.value)
-    bundle.save(model, Path(_OUT.value))
-    bundle.load(Path(_OUT.value))
-    size_mb = sum(file.stat().st_size for file in Path(_OUT.value).rglob("*") if file.is_file()) / 1e6
-    print(f"{_OUT.value}: {model.experiment.name}, {size_mb:.1f} MB, written and read back")
-    return 0
+    model = bundle.open_model(workdir, step)
+    bundle.save(model, out)
+    bundle.load(out)
+    return f"{model.experiment.name}, written and read back"
+
+
+def _write_stablehlo(workdir: Path, step: int | None, out: Path) -> str:
+    from tml.export import bundle, portable
+
+    model = bundle.open_model(workdir, step)
+    portable.save(model, out)
+    return f"{model.experiment.name} for {', '.join(portable.PLATFORMS)} and {portable.BUCKETS} sessions"
+
+
+WRITERS: Mapping[Format, Callable[[Path, int | None, Path], str]] = {
+    Format.BUNDLE: _write_bundle,
+    Format.STABLEHLO: _write_stablehlo,
+}
+"""For every format: (run folder, step, folder to write) to what was written."""
 
 
 if __name__ == "__main__":
