@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import Experiment
+from tml.config import Experiment, check_platform
 from tml.mesh import ROW_AXES, batch_sharding, param_sharding, replicated
 from tml.metrics import Mean
 from tml.microturn import Kind
@@ -105,8 +105,12 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
         The jitted step. Its metrics: `loss`, `loss_STREAM`, `accuracy_GROUP`, `tokens` (positions
         that are not padding), `fill` (their share), `grad_norm` (before clipping), `lr`,
         `num_skipped`, and with experts `load_cv` and `load_max_over_mean`.
+
+    Raises:
+        ValueError: the model's kernels are for another platform than the mesh's.
     """
     model = experiment.model
+    check_platform(model, mesh.devices.flat[0].platform)
     specs = transformer.specs(model)
     num_steps = experiment.train.num_steps
     optimizer = make_optimizer(experiment.optim, num_steps, specs)

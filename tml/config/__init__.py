@@ -3,6 +3,7 @@
 from tml.config.data import DataConfig, SourceConfig, SourceKind
 from tml.config.experiment import Experiment
 from tml.config.model import (
+    AttentionBackend,
     AttentionConfig,
     AudioConfig,
     ComputeDtype,
@@ -11,6 +12,7 @@ from tml.config.model import (
     MoEConfig,
     Remat,
     VideoConfig,
+    check_platform,
 )
 from tml.config.stream import Boundary, Control, MicroTurnConfig, TextConfig
 from tml.config.training import (
@@ -34,6 +36,7 @@ from tml.config.tree import (
 )
 
 __all__ = [
+    "AttentionBackend",
     "AttentionConfig",
     "AudioConfig",
     "Boundary",
@@ -58,6 +61,7 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "VideoConfig",
+    "check_platform",
     "config_hash",
     "difference",
     "from_config_dict",

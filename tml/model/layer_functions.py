@@ -12,14 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from tml.config import AttentionConfig, MatmulBackend, ModelConfig
+from tml.config import AttentionBackend, AttentionConfig, MatmulBackend, ModelConfig
 from tml.model.moe import EXPERT_FUNCTIONS, ExpertFunction
-from tml.ops.attention import attend_global, attend_sliding
+from tml.ops.attention import attend
 from tml.ops.short_conv import short_conv_rows
 from tml.params import Leaf, PyTree
-
-SLIDING_BLOCK_SLOTS = 64
-"""The most queries in one block of sliding attention; a block sees its own keys and a window's worth before them."""
 
 Bias = tuple[Float[Array, "B S N J"], Float[Array, "J X"]]
 """The relative bias, not yet multiplied out: what each query mixes, and the profiles by distance."""
@@ -62,20 +59,20 @@ def row_functions(
     segment_ids_BS: Int32[Array, "B S"], positions_BS: Int32[Array, "B S"], cfg: ModelConfig
 ) -> LayerFunctions:
     """For packed rows: everything restarts where a segment starts."""
+    backend = AttentionBackend(cfg.attention.backend)
 
     def conv(_: str, x: jax.Array, taps: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
         return short_conv_rows(x, taps, positions_BS), state
 
-    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias, state: PyTree) -> PyTree:
-        if is_global:
-            return attend_global(q, k, v, *bias, segment_ids_BS), state
-        return attend_sliding(q, k, v, *bias, segment_ids_BS, min(SLIDING_BLOCK_SLOTS, cfg.attention.window)), state
+    def look_back(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias, state: PyTree) -> PyTree:
+        window = None if is_global else cfg.attention.window
+        return attend(q, k, v, *bias, segment_ids_BS, window, backend), state
 
     return LayerFunctions(
         positions=positions_BS,
         valid=segment_ids_BS > 0,
         conv=conv,
-        attend=attend,
+        attend=look_back,
         experts=EXPERT_FUNCTIONS[MatmulBackend(cfg.moe.backend)],
     )
 
