@@ -1,5 +1,6 @@
 """The feed-forward sub-layers: dense, and a mixture of routed and shared experts under one softmax."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from tml.config import MatmulBackend, ModelConfig, MoEConfig
-from tml.ops.grouped_matmul import block_matmul, collect, dispatch, plan_blocks
+from tml.ops.grouped_matmul import block_matmul, collect, dispatch, grouped_matmul, plan_blocks
 from tml.params import Init, ParamSpec, PyTree, Update, param, scale
 
 ExpertFunction = Callable[
@@ -114,6 +115,24 @@ def blocked_experts(
     return jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1)
 
 
+def sorted_experts(
+    weights: Mapping[str, jax.Array],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    cfg: MoEConfig,
+    backend: MatmulBackend,
+) -> Float[Array, "t D"]:
+    """Training with a platform's kernels: copies sorted by expert, then two grouped matmuls."""
+    plan = plan_blocks(experts_TK, cfg.num_experts, block_rows=1)
+    choice_TKE = jax.nn.one_hot(experts_TK, cfg.num_experts, dtype=jnp.int32)
+    group_sizes_E = jnp.sum(choice_TKE, axis=(0, 1))
+    both = grouped_matmul(dispatch(h_TD, plan), _fused(weights["gate_up"]), group_sizes_E, backend)
+    gate, up = jnp.split(both, 2, axis=-1)
+    down = grouped_matmul(jax.nn.silu(gate) * up, weights["down"], group_sizes_E, backend)
+    return jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1)
+
+
 def dense_experts(
     weights: Mapping[str, jax.Array],
     h_TD: Float[Array, "t D"],
@@ -149,6 +168,8 @@ def _fused(gate_up_EDZF: Float[Array, "E D Z F"]) -> Float[Array, "E D f"]:
 EXPERT_FUNCTIONS: dict[MatmulBackend, ExpertFunction] = {
     MatmulBackend.BLOCKED: blocked_experts,
     MatmulBackend.DENSE: dense_experts,
+    MatmulBackend.TPU: functools.partial(sorted_experts, backend=MatmulBackend.TPU),
+    MatmulBackend.GPU: functools.partial(sorted_experts, backend=MatmulBackend.GPU),
 }
 
 

@@ -62,6 +62,7 @@ class Plan(NamedTuple):
         far_tile: far keys that one pass takes; 0 where none are seen.
         step: queries of one grid step; divides the queries.
         groups: query heads of a key/value head.
+        head_dim: width of a head.
         rank: rows of the profiles.
         precision: precision of matmuls.
         interpret: runs the kernels' operations one by one instead of compiling them.
@@ -73,6 +74,7 @@ class Plan(NamedTuple):
     far_tile: int
     step: int
     groups: int
+    head_dim: int
     rank: int
     precision: jax.lax.Precision
     interpret: bool
@@ -280,16 +282,16 @@ def _backward_kernel(
         block = _read_block(row, q_ref, r_ref, q_segments_ref, plan)
         grad, out = (_heads_to_rows(ref[queries, :], groups) for ref in (grad_ref, out_ref))
         delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=1, keepdims=True)
-        lse = [jnp.broadcast_to(lse_ref[g : g + 1, queries], (plan.block, plan.block)).T for g in range(groups)]
-        lse = jnp.concatenate(lse, axis=0)
+        by_head = [jnp.broadcast_to(lse_ref[g : g + 1, queries], (plan.block, plan.block)).T for g in range(groups)]
+        lse = jnp.concatenate(by_head, axis=0)
         q_transposed, grad_transposed = block.q.T, grad.T
         dq_acc_ref[...] = jnp.zeros_like(dq_acc_ref)
         dr_acc_ref[...] = jnp.zeros_like(dr_acc_ref)
 
         def tile_of_keys(start: jax.Array, width: int, column: int | None) -> None:
             here = pl.ds(start, width)
-            distances = None if column is None else slice(column, column + width + plan.block)
-            profiles = None if distances is None else profiles_ref[:, distances]
+            distances = slice(column, None if column is None else column + width + plan.block)
+            profiles = None if column is None else profiles_ref[:, distances]
             k, v = keys_ref[here, :], values_ref[here, :]
             logits = _logits(block, k, k_segments_ref[:, here], profiles, plan)
             weights = jnp.exp(logits - _in_lanes(lse, width))
@@ -298,7 +300,7 @@ def _backward_kernel(
             rounded = dlogits.astype(dtype)
             dkeys_ref[:, here] += _dot(q_transposed, rounded, (1, 0), plan)
             dq_acc_ref[...] += _dot(rounded, k, (1, 0), plan)
-            if distances is not None:
+            if profiles is not None:
                 by_distance = _unskewed(dlogits, plan).astype(dtype)
                 dprofiles_ref[:, distances] += _dot(block.mixes, by_distance, (1, 0), plan)
                 dr_acc_ref[...] += _dot(profiles, by_distance, (1, 1), plan)
@@ -327,13 +329,12 @@ def _near_keys(first: int, plan: Plan) -> list[int]:
     return [plan.near_tile for end in ends if end > 0]
 
 
-def _cost(num_queries: int, num_keys: int, head_dim: int, products: int, arrays: PyTree, plan: Plan) -> pl.CostEstimate:
+def _cost(num_queries: int, num_keys: int, products: int, arrays: PyTree, plan: Plan) -> pl.CostEstimate:
     """What a kernel computes on rows of one segment whose queries are the last: every tile it visits, seen or not.
 
     Args:
         num_queries: queries of a row.
         num_keys: keys of a row.
-        head_dim: width of a head.
         products: matmuls of head_dim for a query and key: 2 forward, 5 backward. Those of the bias follow.
         arrays: what is read and written, once each.
         plan: the plan.
@@ -344,12 +345,12 @@ def _cost(num_queries: int, num_keys: int, head_dim: int, products: int, arrays:
     if plan.far_tile:
         far = sum(-(-max(first - plan.span, 0) // plan.far_tile) * plan.far_tile for first in firsts)
     leaves = jax.tree.leaves(arrays)
-    rows = leaves[0].shape[0] * leaves[0].shape[2] // head_dim * plan.block
+    rows = leaves[0].shape[0] * leaves[0].shape[2] // plan.head_dim * plan.block
     bias_products = {2: 1, 5: 3}[products]
     mixes = plan.rank + MASK_ROWS
     by_distance = sum(near) + len(near) * plan.block
     return pl.CostEstimate(
-        flops=2 * rows * (products * head_dim * (sum(near) + far) + bias_products * mixes * by_distance),
+        flops=2 * rows * (products * plan.head_dim * (sum(near) + far) + bias_products * mixes * by_distance),
         transcendentals=rows * (sum(near) + far),
         bytes_accessed=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
     )
@@ -380,9 +381,8 @@ class _Arrays(NamedTuple):
 def _specs(arrays: _Arrays, plan: Plan) -> _Arrays:
     """How the grid (rows, key/value heads, steps) cuts the arrays."""
     num_keys = arrays.k.shape[1]
-    head_dim = arrays.q.shape[2] * plan.rank // arrays.r.shape[1]
-    queries = pl.BlockSpec((None, plan.step, plan.groups * head_dim), lambda b, k, i, *_: (b, i, k))
-    keys = pl.BlockSpec((None, num_keys, head_dim), lambda b, k, i, *_: (b, 0, k))
+    queries = pl.BlockSpec((None, plan.step, plan.groups * plan.head_dim), lambda b, k, i, *_: (b, i, k))
+    keys = pl.BlockSpec((None, num_keys, plan.head_dim), lambda b, k, i, *_: (b, 0, k))
     return _Arrays(
         q=queries,
         k=keys,
@@ -410,7 +410,7 @@ def _call(
     plan: Plan,
 ) -> tuple[jax.Array, ...]:
     q, k = inputs[:2]
-    head_dim = in_specs[1].block_shape[2]
+    head_dim = plan.head_dim
     num_rows, num_keys, num_kv_heads = k.shape[0], k.shape[1], k.shape[2] // head_dim
     scratch_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in scratch)
     keys_bytes = num_keys * head_dim * k.dtype.itemsize * 2 * (2 if products == 2 else 4)
@@ -432,7 +432,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
-        cost_estimate=_cost(q.shape[1], num_keys, head_dim, products, (inputs, outputs), plan),
+        cost_estimate=_cost(q.shape[1], num_keys, products, (inputs, outputs), plan),
         interpret=plan.interpret,
         name=kernel.__name__.strip("_"),
     )(*tables, *inputs)
@@ -441,12 +441,12 @@ def _call(
 def _forward(plan: Plan, arrays: _Arrays, tables: Tables) -> tuple[jax.Array, jax.Array]:
     """The output like q, and the logsumexp (B x K x groups x S)."""
     specs = _specs(arrays, plan)
-    head_dim = specs.k.block_shape[2]
+    head_dim = plan.head_dim
     rows, padded = plan.groups * plan.block, (plan.span + arrays.k.shape[1], head_dim)
     f32 = jnp.dtype(jnp.float32)
     num_rows, num_queries, width = arrays.q.shape
     lse_shape = (num_rows, width // head_dim // plan.groups, plan.groups, num_queries)
-    return _call(
+    out, lse = _call(
         _forward_kernel,
         tables,
         tuple(arrays),
@@ -463,6 +463,7 @@ def _forward(plan: Plan, arrays: _Arrays, tables: Tables) -> tuple[jax.Array, ja
         2,
         plan,
     )
+    return out, lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -479,7 +480,7 @@ def _attend_fwd(plan: Plan, arrays: _Arrays, tables: Tables) -> tuple[jax.Array,
 def _attend_bwd(plan: Plan, saved: PyTree, grad: jax.Array) -> tuple[_Arrays, None]:
     arrays, tables, out, lse = saved
     specs = _specs(arrays, plan)
-    head_dim = specs.k.block_shape[2]
+    head_dim = plan.head_dim
     rows, num_keys = plan.groups * plan.block, plan.span + arrays.k.shape[1]
     f32 = jnp.dtype(jnp.float32)
     by_head = (*lse.shape[:2], *arrays.profiles.shape)
@@ -593,6 +594,7 @@ def attend_tpu(
         far_tile=min(FAR_TILE_KEYS // block * block, span) if window is None else 0,
         step=_largest_divisor(queries, block, STEP_QUERIES),
         groups=num_heads // num_kv_heads,
+        head_dim=head_dim,
         rank=rank,
         precision=jax.lax.Precision.HIGHEST if q_BSNH.dtype == jnp.float32 else jax.lax.Precision.DEFAULT,
         interpret=interpret,
