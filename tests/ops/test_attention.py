@@ -9,6 +9,7 @@ import pytest
 
 from tml.ops import attention
 from tml.ops.attention import AttendFunction
+from tml.ops.attention_gpu import attend_gpu
 from tml.ops.attention_tpu import attend_tpu
 
 
@@ -78,6 +79,10 @@ class TestBlocked(AttentionBackendTests):
 
 class TestTPU(AttentionBackendTests):
     attend = staticmethod(functools.partial(attend_tpu, block=8, interpret=True))
+
+
+class TestGPU(AttentionBackendTests):
+    attend = staticmethod(functools.partial(attend_gpu, block=8, interpret=True))
 
 
 @pytest.mark.parametrize(("num_slots", "window", "block"), [(50, 16, 8), (33, 12, 8), (10, 16, 4), (64, 5, 32)])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from tml.config import AttentionBackend
+from tml.ops.attention_gpu import attend_gpu
 from tml.ops.attention_tpu import attend_tpu
 
 SLIDING_BLOCK_SLOTS = 64
@@ -253,4 +254,5 @@ BACKENDS: dict[AttentionBackend, AttendFunction] = {
     AttentionBackend.REFERENCE: attention_reference,
     AttentionBackend.BLOCKED: attend_blocked,
     AttentionBackend.TPU: attend_tpu,
+    AttentionBackend.GPU: attend_gpu,
 }
