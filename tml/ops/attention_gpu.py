@@ -300,7 +300,7 @@ def _call(
     cost = pl.CostEstimate(
         flops=pair * (products * head_dim * visited + bias_products * 2 * rank * near),
         transcendentals=num_rows * num_heads * plan.block**2 * visited,
-        bytes_accessed=sum(leaf.size * leaf.dtype.itemsize for leaf in (*inputs, *outputs, memory)),
+        bytes_accessed=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((inputs, outputs, memory))),
     )
     results = pl.pallas_call(
         functools.partial(kernel, plan=plan),
@@ -321,9 +321,9 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 def _forward(plan: Plan, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     num_rows, num_queries, num_heads, _ = arrays.q.shape
-    lse = jax.ShapeDtypeStruct((num_rows, num_heads, num_queries), jnp.float32)
+    outputs = _like(arrays.q), jax.ShapeDtypeStruct((num_rows, num_heads, num_queries), jnp.float32)
     grid = num_queries // plan.block, num_heads, num_rows
-    out, lse = _call(_forward_kernel, 2, 1, grid, tuple(arrays), (_like(arrays.q), lse), plan, {})
+    out, lse = _call(_forward_kernel, 2, 1, grid, tuple(arrays), outputs, plan, {})
     return out, lse
 
 
@@ -427,12 +427,17 @@ def attend_gpu(
 
     q_segments_BS = jax.lax.dynamic_slice_in_dim(segment_ids_BT, first_query, num_queries, axis=1)
     q_segments, k_segments = whole_blocks(q_segments_BS, -1), whole_blocks(segment_ids_BT, -1)
+    first_key_block, end_query_block = _block_ranges(q_segments, k_segments, first_query, plan)
     arrays = Arrays(
-        first_query[None],
-        *_block_ranges(q_segments, k_segments, first_query, plan),
-        *(whole_blocks(x) for x in (q_BSNH, k_BTKH, v_BTKH, r_BSNJ)),
-        profiles_JX[:, :num_keys],
-        q_segments,
-        k_segments,
+        first_query=first_query[None],
+        first_key_block=first_key_block,
+        end_query_block=end_query_block,
+        q=whole_blocks(q_BSNH),
+        k=whole_blocks(k_BTKH),
+        v=whole_blocks(v_BTKH),
+        r=whole_blocks(r_BSNJ),
+        profiles=profiles_JX[:, :num_keys],
+        q_segments=q_segments,
+        k_segments=k_segments,
     )
     return _attend(plan, arrays)[:, :num_queries]
