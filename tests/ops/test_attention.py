@@ -51,18 +51,19 @@ class AttentionBackendTests:
 
     attend: AttendFunction
 
-    @pytest.mark.parametrize(("num_slots", "window"), [(40, 12), (21, 30)])
+    @pytest.mark.parametrize(("num_slots", "window"), [(40, 12), pytest.param(21, 30, marks=pytest.mark.slow)])
     def test_sliding(self, num_slots: int, window: int) -> None:
         assert_equals_the_definition(self.attend, inputs(num_slots, window), window)
 
-    @pytest.mark.parametrize(("num_slots", "extent"), [(40, 12), (21, 30)])
+    @pytest.mark.parametrize(("num_slots", "extent"), [(40, 12), pytest.param(21, 30, marks=pytest.mark.slow)])
     def test_global(self, num_slots: int, extent: int) -> None:
         assert_equals_the_definition(self.attend, inputs(num_slots, extent), None)
 
-    @pytest.mark.parametrize("window", [12, None])
+    @pytest.mark.parametrize("window", [pytest.param(12, marks=pytest.mark.slow), None])
     def test_part_of_the_queries(self, window: int | None) -> None:
         assert_equals_the_definition(self.attend, inputs(40, 12), window, slice(16, 32))
 
+    @pytest.mark.slow
     def test_bfloat16_is_as_near_as_its_rounding(self) -> None:
         *arrays, segments = inputs(32, 12)
         exact = attention.attention_reference(*arrays, segments, 12)
