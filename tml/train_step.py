@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import DATA_AXES, Experiment
+from tml.config import DATA_AXES, Experiment, check_platform
 from tml.mesh import (
     batch_partition,
     batch_sharding,
@@ -117,8 +117,12 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
         that are not padding), `fill` (their share), `grad_norm` (before clipping), `lr`,
         `num_skipped`, and with experts `load_cv`, `load_max_over_mean` and `dropped_fraction` (of all copies,
         padding's included).
+
+    Raises:
+        ValueError: the model's kernels are for another platform than the mesh's.
     """
     model = experiment.model
+    check_platform(model, mesh.devices.flat[0].platform)
     specs = transformer.specs(model)
     num_steps = experiment.train.num_steps
     optimizer = make_optimizer(experiment.optim, num_steps, specs)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tml.config import MeshConfig, MoEConfig
+from tml.config import MatmulBackend, MeshConfig, MoEConfig
 from tml.mesh import make_mesh
-from tml.model.expert_dispatch import buffer_blocks, dense_experts, ragged_experts, ring_experts
+from tml.model.expert_dispatch import buffer_blocks, dense_experts, ragged_experts, ring_experts, sorted_experts
 
 GROUP, TOKENS, WIDTH, EXPERTS, CHOICES, BLOCK = 4, 12, 6, 8, 2, 4
 MESH = MeshConfig(expert=GROUP)
@@ -96,3 +96,20 @@ def test_what_fits_is_exact_and_the_rest_is_counted(strategy) -> None:
             assert (num_dropped.sum() > 0) == (skewed and capacity_factor == 1.0)
             np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, expected_grads)
+
+
+@pytest.mark.parametrize("backend", [MatmulBackend.BLOCKED, MatmulBackend.DENSE])
+def test_copies_sorted_by_expert_give_the_definition(backend):
+    """BLOCKED multiplies whole blocks of an expert; all others, here DENSE for the kernels, groups of any size."""
+    cfg = MoEConfig(num_experts=5, num_experts_per_token=2, expert_dim=6, block_rows=4, backend=backend)
+    keys = jax.random.split(jax.random.key(0), 5)
+    weights = {"gate_up": jax.random.normal(keys[0], (5, 4, 2, 6)), "down": jax.random.normal(keys[1], (5, 6, 4))}
+    h, gates = jax.random.normal(keys[2], (9, 4)), jax.random.uniform(keys[3], (9, 2))
+    experts = jnp.argsort(jax.random.uniform(keys[4], (9, 5)), axis=1)[:, :2].astype(jnp.int32)
+    ours, expected = (
+        jax.jit(jax.grad(lambda w, h, g, f=f: jnp.sum(jnp.square(f(w, h, g, experts, cfg).out_TD)), (0, 1, 2)))(
+            weights, h, gates
+        )
+        for f in (sorted_experts, dense_experts)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, expected)

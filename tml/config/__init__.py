@@ -4,6 +4,7 @@ from tml.config.data import DataConfig, SourceConfig, SourceKind
 from tml.config.experiment import Experiment
 from tml.config.mesh import DATA_AXES, ROW_AXES, SHARD_AXES, MeshConfig, Split
 from tml.config.model import (
+    AttentionBackend,
     AttentionConfig,
     AudioConfig,
     ComputeDtype,
@@ -13,6 +14,7 @@ from tml.config.model import (
     MoEConfig,
     Remat,
     VideoConfig,
+    check_platform,
 )
 from tml.config.stream import Boundary, Control, MicroTurnConfig, TextConfig
 from tml.config.training import (
@@ -38,6 +40,7 @@ __all__ = [
     "DATA_AXES",
     "ROW_AXES",
     "SHARD_AXES",
+    "AttentionBackend",
     "AttentionConfig",
     "AudioConfig",
     "Boundary",
@@ -64,6 +67,7 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "VideoConfig",
+    "check_platform",
     "config_hash",
     "difference",
     "from_config_dict",

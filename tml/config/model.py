@@ -20,11 +20,22 @@ class Remat(enum.StrEnum):
     LAYER = "layer"
 
 
+class AttentionBackend(enum.StrEnum):
+    """Who computes attention over rows: XLA in blocks or by the definition, or a Pallas kernel of the platform."""
+
+    BLOCKED = "blocked"
+    REFERENCE = "reference"
+    TPU = "tpu"
+    GPU = "gpu"
+
+
 class MatmulBackend(enum.StrEnum):
-    """How the expert matmuls run: padded blocks gathered per expert, or every expert on every token (the reference)."""
+    """How the expert matmuls run: as padded blocks or as every expert on every token (XLA), or in a Pallas kernel."""
 
     BLOCKED = "blocked"
     DENSE = "dense"
+    TPU = "tpu"
+    GPU = "gpu"
 
 
 class ExpertDispatch(enum.StrEnum):
@@ -111,6 +122,7 @@ class AttentionConfig:
     rel_rank: int = 16
     log_scaling_floor: int = 128_000
     log_scaling_rate: float = 0.1
+    backend: AttentionBackend = AttentionBackend.BLOCKED
 
     def __post_init__(self) -> None:
         check_positive(
@@ -219,3 +231,18 @@ class ModelConfig:
     def num_logits(self) -> int:
         """Entries of the logits: the vocabulary without its padding."""
         return self.unpadded_vocab_size or self.vocab_size
+
+
+def check_platform(model: ModelConfig, platform: str) -> None:
+    """Checks that the chosen kernels exist on the platform, by jax's name, that will run them.
+
+    Raises:
+        ValueError: a kernel is written for another platform.
+    """
+    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    for name, backend in (("attention", model.attention.backend), ("moe", model.moe.backend)):
+        if backend in ("gpu", "tpu") and backend != platform:
+            raise ValueError(
+                f"model.{name}.backend = {str(backend)!r} runs on {backend}, but the devices are {platform}; "
+                f"set it to {('blocked' if platform == 'cpu' else platform)!r}"
+            )

@@ -1,5 +1,6 @@
 """How token copies and experts come together on a mesh: three strategies, one local matmul."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from tml.config import ExpertDispatch, MatmulBackend, MeshConfig, MoEConfig
 from tml.ops.collectives import index_along
-from tml.ops.grouped_matmul import block_matmul, collect, dispatch, plan_blocks
+from tml.ops.grouped_matmul import block_matmul, collect, dispatch, grouped_matmul, plan_blocks
 from tml.ops.ragged_exchange import AXIS, bring_back, plan_exchange, send
 
 
@@ -34,7 +35,7 @@ ExpertFunction = Callable[
 
 def expert_function(cfg: MoEConfig, mesh: MeshConfig) -> ExpertFunction:
     """The way experts run on training rows: `cfg.dispatch` where a mesh splits experts, else on the device's own."""
-    local = {MatmulBackend.BLOCKED: blocked_experts, MatmulBackend.DENSE: dense_experts}[MatmulBackend(cfg.backend)]
+    local = dense_experts if cfg.backend == MatmulBackend.DENSE else sorted_experts
     travelling = {ExpertDispatch.RING: ring_experts, ExpertDispatch.RAGGED_ALL_TO_ALL: ragged_experts}
     strategy = travelling.get(ExpertDispatch(cfg.dispatch))
     if mesh.expert == 1 or strategy is None:
@@ -65,16 +66,18 @@ def dense_experts(
     return Dispatched(jnp.einsum("tED,tk,tkE->tD", out_TED, gates_TK, choice_TKE), jnp.int32(0))
 
 
-def blocked_experts(
+def sorted_experts(
     weights: Mapping[str, jax.Array],
     h_TD: Float[Array, "t D"],
     gates_TK: Float[Array, "t k"],
     experts_TK: Int32[Array, "t k"],
     cfg: MoEConfig,
 ) -> Dispatched:
-    """All experts are here: copies gathered into blocks of one expert each, so that cost follows active experts."""
-    plan = plan_blocks(experts_TK, cfg.num_experts, cfg.block_rows)
-    down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block)
+    """All experts are here: copies sorted by expert, so that cost follows active experts."""
+    # A platform's kernels begin a tile where an expert begins; XLA wants whole blocks of one expert each.
+    block_rows = cfg.block_rows if cfg.backend == MatmulBackend.BLOCKED else 1
+    plan = plan_blocks(experts_TK, cfg.num_experts, block_rows)
+    down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
     return Dispatched(jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1), jnp.int32(0))
 
 
@@ -96,7 +99,7 @@ def ring_experts(
     is_here_TK = (place_TK >= 0) & (place_TK < num_local)
     num_blocks = buffer_blocks(experts_TK.size // mesh.expert, cfg, mesh)
     plan = plan_blocks(jnp.where(is_here_TK, place_TK, -1), num_local, cfg.block_rows, num_blocks)
-    down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block)
+    down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
     out_TD = jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1)
     num_placed = jnp.sum((plan.row_of_copy < num_blocks * cfg.block_rows).astype(jnp.int32))
     num_dropped = jnp.sum(is_here_TK.astype(jnp.int32)) - num_placed
@@ -118,7 +121,7 @@ def ragged_experts(
     counts_GE = jax.lax.all_gather(counts_E, AXIS)
     num_blocks = buffer_blocks(num_copies, cfg, mesh)
     exchange = plan_exchange(counts_GE, index_along(AXIS, mesh), cfg.block_rows, num_blocks, num_copies)
-    down = run_blocks(weights, send(dispatch(h_TD, plan), exchange), exchange.expert_of_block)
+    down = run_blocks(weights, send(dispatch(h_TD, plan), exchange), exchange.expert_of_block, cfg)
     out_TKD = collect(bring_back(down, exchange), plan)
     return Dispatched(jnp.sum(out_TKD * gates_TK[:, :, None], axis=1), exchange.num_dropped)
 
@@ -152,11 +155,19 @@ def streaming_experts(num_tokens: int, cfg: MoEConfig) -> ExpertFunction:
 
 
 def run_blocks(
-    weights: Mapping[str, jax.Array], x_RD: Float[Array, "r D"], expert_of_block: Int32[Array, "C"]
+    weights: Mapping[str, jax.Array], x_RD: Float[Array, "r D"], expert_of_block: Int32[Array, "C"], cfg: MoEConfig
 ) -> Float[Array, "r D"]:
     """The gated MLP of each block's expert over the block's rows: all that a strategy asks of the matmuls."""
-    gate, up = jnp.split(block_matmul(x_RD, _fused(weights["gate_up"]), expert_of_block), 2, axis=-1)
-    return block_matmul(jax.nn.silu(gate) * up, weights["down"], expert_of_block)
+    num_local, backend = weights["down"].shape[0], MatmulBackend(cfg.backend)
+    if backend is MatmulBackend.BLOCKED:
+        multiply = functools.partial(block_matmul, expert_of_block=expert_of_block)
+    else:
+        # Blocks stand in the order of their experts.
+        owner_CE = jax.nn.one_hot(expert_of_block, num_local, dtype=jnp.int32)
+        group_sizes_E = jnp.sum(owner_CE, axis=0) * (x_RD.shape[0] // expert_of_block.shape[0])
+        multiply = functools.partial(grouped_matmul, group_sizes_E=group_sizes_E, backend=backend)
+    gate, up = jnp.split(multiply(x_RD, _fused(weights["gate_up"])), 2, axis=-1)
+    return multiply(jax.nn.silu(gate) * up, weights["down"])
 
 
 def _fused(gate_up_EDZF: Float[Array, "E D Z F"]) -> Float[Array, "E D f"]:

@@ -24,7 +24,7 @@ Convolve = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(inputs, taps, positions) to outputs, as `short_conv_rows`."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(q, k, v, r, profiles, segment ids) to outputs, as `attend_global`."""
+"""(q, k, v, r, profiles, segment ids) to outputs, as `attend` with a window and a back-end."""
 
 
 def conv_over_shards(mesh: MeshConfig) -> Convolve:

@@ -1,16 +1,27 @@
 """Routing of token copies to experts and the matmuls over them.
 
+`grouped_matmul` multiplies rows that are sorted by expert; its back-ends are an enum.
+
 BLOCKED places the copies of each expert in a buffer whose parts are padded to whole blocks, so
 that every block belongs to one expert: the cost follows the copies, not the number of experts
 (`jax.lax.ragged_dot` computes every expert for every row on CPU).
 """
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from tml.config import MatmulBackend
+from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu
 from tml.params import Leaf
+
+BLOCK_ROWS = 128
+"""Rows of a block where sorted rows are multiplied as padded blocks."""
 
 
 @flax.struct.dataclass
@@ -142,3 +153,97 @@ def _block_matmul_bwd(
 
 
 block_matmul.defvjp(_block_matmul_fwd, _block_matmul_bwd)
+
+
+def grouped_matmul(
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int32[Array, "E"],
+    backend: MatmulBackend,
+) -> Float[Array, "R F"]:
+    """Multiplies rows that are sorted by expert with the matrix of their expert.
+
+    It works on the rows and experts of one device: under `shard_map` each shard calls it with its own.
+
+    Args:
+        x_RD: rows, those of expert 0 first.
+        w_EDF: the experts' matrices.
+        group_sizes_E: rows of each expert; rows that are left over belong to none and give zero.
+        backend: who computes it; one that the target platform does not have is an error of the compiler.
+
+    Example:
+        >>> grouped_matmul(x_RD, w_EDF, jnp.array([3, 0, 5], jnp.int32), MatmulBackend.BLOCKED)
+    """
+    return GROUPED_MATMULS[backend](x_RD, w_EDF, group_sizes_E)
+
+
+def grouped_matmul_reference(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int32[Array, "E"]
+) -> Float[Array, "R F"]:
+    """The definition: every expert on every row, and one or none of them chosen."""
+    own_RE = jax.nn.one_hot(_expert_of_row(x_RD.shape[0], group_sizes_E), w_EDF.shape[0], dtype=x_RD.dtype)
+    return jnp.einsum("RE,REF->RF", own_RE, jnp.einsum("RD,EDF->REF", x_RD, w_EDF))
+
+
+def blocked_grouped_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int32[Array, "E"]
+) -> Float[Array, "R F"]:
+    """As padded blocks of one expert each, by XLA on any platform."""
+    num_experts = w_EDF.shape[0]
+    expert_R = _expert_of_row(x_RD.shape[0], group_sizes_E)
+    plan = plan_blocks(jnp.minimum(expert_R, num_experts - 1)[:, None], num_experts, BLOCK_ROWS)
+    y_RF = collect(block_matmul(dispatch(x_RD, plan), w_EDF, plan.expert_of_block), plan)[:, 0]
+    return jnp.where((expert_R < num_experts)[:, None], y_RF, jnp.zeros((), y_RF.dtype))
+
+
+def _expert_of_row(num_rows: int, group_sizes_E: jax.Array) -> jax.Array:
+    """The expert of each sorted row; the number of experts for rows of none."""
+    row_R = jnp.arange(num_rows, dtype=jnp.int32)
+    return jnp.sum((row_R[:, None] >= jnp.cumsum(group_sizes_E)[None]).astype(jnp.int32), axis=1)
+
+
+class GroupedKernels(NamedTuple):
+    """The two products that a platform's kernels compute.
+
+    Attributes:
+        rows: (x_RD, w_EDF, group_sizes_E, is_transposed) to x_R w_E for the expert of each row.
+        groups: (x_RD, y_RF, group_sizes_E) to the sum over each expert's rows of x_R^T y_R.
+    """
+
+    rows: Callable[..., jax.Array]
+    groups: Callable[..., jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def kernel_grouped_matmul(
+    kernels: GroupedKernels, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """By a platform's kernels, forward and both gradients."""
+    return kernels.rows(x_RD, w_EDF, group_sizes_E)
+
+
+def _kernel_fwd(
+    kernels: GroupedKernels, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return kernels.rows(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+
+
+def _kernel_bwd(
+    kernels: GroupedKernels, saved: tuple[jax.Array, jax.Array, jax.Array], grad_RF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_RD, w_EDF, group_sizes_E = saved
+    grad_x_RD = kernels.rows(grad_RF, w_EDF, group_sizes_E, is_transposed=True)
+    return grad_x_RD, kernels.groups(x_RD, grad_RF, group_sizes_E), None
+
+
+kernel_grouped_matmul.defvjp(_kernel_fwd, _kernel_bwd)
+
+TPU_KERNELS = GroupedKernels(grouped_matmul_tpu.multiply_rows, grouped_matmul_tpu.multiply_groups)
+GPU_KERNELS = GroupedKernels(grouped_matmul_gpu.multiply_rows, grouped_matmul_gpu.multiply_groups)
+
+GROUPED_MATMULS: dict[MatmulBackend, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    MatmulBackend.DENSE: grouped_matmul_reference,
+    MatmulBackend.BLOCKED: blocked_grouped_matmul,
+    MatmulBackend.TPU: functools.partial(kernel_grouped_matmul, TPU_KERNELS),
+    MatmulBackend.GPU: functools.partial(kernel_grouped_matmul, GPU_KERNELS),
+}
