@@ -11,6 +11,7 @@ import yaml
 
 from launch.pod_topology import Topology
 from tml.config import Experiment
+from tml.config.mesh import describe_nearest
 from tml.xla_flags import FLAGS_VARIABLE, Platform, flags_environment
 
 COORDINATOR_PORT = 8476
@@ -80,16 +81,14 @@ def check_mesh(experiment: Experiment, topology: Topology) -> None:
     Raises:
         ValueError: with both numbers and the nearest mesh that fits.
     """
-    from tml.mesh import nearest_mesh  # imports jax
-
     shape, wanted = experiment.mesh.shape, topology.num_devices
     if math.prod(shape.values()) != wanted:
         per_chip = topology.accelerator.devices_per_chip
         devices = f"{wanted} devices" + (f" ({per_chip} a chip)" if per_chip > 1 else "")
         raise ValueError(
             f"config.mesh {shape} is for {math.prod(shape.values())} devices, but {topology.num_slices} slice(s) of "
-            f"{topology.name}:{'x'.join(map(str, topology.shape))} have {devices}; the nearest valid mesh is "
-            f"{nearest_mesh(experiment.mesh, wanted)}: set it with --config.mesh.fsdp=N and the like"
+            f"{topology.name}:{'x'.join(map(str, topology.shape))} have {devices}; "
+            f"{describe_nearest(experiment.mesh, wanted, experiment.splits)} (--config.mesh.fsdp=N and the like)"
         )
     if shape["replica"] % topology.num_slices:
         raise ValueError(
