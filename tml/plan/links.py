@@ -197,8 +197,6 @@ def replica_groups(instruction: Instruction, num_devices: int) -> np.ndarray:
     mesh = re.match(r"@?mesh\[(.*?)\](.*?) ?\{(.*?)\}$", text)
     if mesh:
         return _mesh_groups(mesh.group(1), mesh.group(2), mesh.group(3), instruction.name)
-    if re.fullmatch(r"@?mesh\[[^\]]*\]", text.strip()):
-        return np.arange(num_devices)[None]  # all axes of the mesh, so every device
     listed = [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", text)]
     if listed and len({len(group) for group in listed}) == 1:
         return np.array(listed)
