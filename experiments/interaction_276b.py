@@ -16,10 +16,13 @@ Command:
 from ml_collections import ConfigDict
 
 from tml.config import (
+    AttentionBackend,
     AttentionConfig,
     ComputeDtype,
     DataConfig,
     Experiment,
+    LossConfig,
+    MatmulBackend,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -52,13 +55,21 @@ def get_config() -> ConfigDict:
                 mup_width_multiplier=16.0,
                 compute_dtype=ComputeDtype.BFLOAT16,
                 remat=Remat.LAYER,
-                attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128, window=512, global_extent=1_024),
+                attention=AttentionConfig(
+                    num_heads=32,
+                    num_kv_heads=8,
+                    head_dim=128,
+                    window=512,
+                    global_extent=1_024,
+                    backend=AttentionBackend.TPU,
+                ),
                 moe=MoEConfig(
                     num_experts=256,
                     num_experts_per_token=6,
                     num_shared_experts=2,
                     expert_dim=2_048,
                     route_scale=8.0,
+                    backend=MatmulBackend.TPU,
                 ),
                 video=VideoConfig(max_tiles_per_turn=12),
             ),
@@ -68,6 +79,8 @@ def get_config() -> ConfigDict:
                 row_slots=4_096,
                 rows_per_batch=2_048,
             ),
+            # All logits of a chip's 16,384 positions would be 13 GB in float32.
+            loss=LossConfig(chunk_positions=2_048),
             optim=OptimConfig(optimizer=Optimizer.ADAMW, peak_lr=2e-4, warmup_steps=2_000, weight_decay=0.1),
             mesh=MeshConfig(fsdp=64, expert=8),
             train=TrainConfig(num_steps=1_200_000, checkpoint_every=500, peak_flops_per_s=459e12),

@@ -49,20 +49,24 @@ def main(argv: list[str]) -> int:
     topology = open_topology(_TOPOLOGY.value, _SLICES.value)
     if _SEARCH.value:
         return _search(experiment, topology)
+
+    def keep(compiled: "Compiled", mesh: "Mesh") -> None:
+        print(f"compiled in {compiled.compile_seconds:.0f} s", flush=True)
+        _write_hlo(compiled, mesh, topology)
+
     if _STEP.value == "decode":
         from tml.plan.decode import plan_decode_step
 
-        decode, compiled, mesh = plan_decode_step(experiment, topology, _SESSIONS.value, _OUTPUT_POSITIONS.value)
+        decode = plan_decode_step(experiment, topology, _SESSIONS.value, _OUTPUT_POSITIONS.value, keep)
         numbers = decode.numbers()
         print(decode_table(numbers))
     else:
         from tml.plan.train import plan_train_step
 
-        plan, compiled, mesh = plan_train_step(experiment, topology)
+        plan = plan_train_step(experiment, topology, keep)
         numbers = plan.numbers(_TOKENS.value or plan.tokens_of_config)
         print(train_table(numbers))
     _write_json(numbers)
-    _write_hlo(compiled, mesh, topology)
     return 0
 
 

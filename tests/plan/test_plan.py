@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import pytest
 from compile_programs import V5P, cube
+from jax.sharding import Mesh
 from made_up import made_up_experiment
 
 from tml.config import MeshConfig, Remat
@@ -35,7 +36,7 @@ def topology() -> Topology:
 
 @pytest.fixture(scope="module")
 def plan(topology: Topology) -> TrainPlan:
-    return plan_train_step(made_up_experiment(mesh=MeshConfig(fsdp=8)), topology)[0]
+    return plan_train_step(made_up_experiment(mesh=MeshConfig(fsdp=8)), topology)
 
 
 def test_the_train_step_is_compiled_and_estimated(plan: TrainPlan):
@@ -88,7 +89,9 @@ def test_what_the_compiler_refuses_does_not_fit(plan: TrainPlan):
 def test_a_micro_turn_is_compiled_and_estimated(topology: Topology):
     experiment = made_up_experiment(mesh=MeshConfig(fsdp=8))
     experiment = replace(experiment, stream=replace(experiment.stream, max_positions=64))
-    plan, compiled, mesh = plan_decode_step(experiment, topology, 4, 9)
+    kept: list[tuple[Compiled, Mesh]] = []
+    plan = plan_decode_step(experiment, topology, 4, 9, keep=lambda *program: kept.append(program))
+    ((compiled, mesh),) = kept
     often, program = plan.numbers(), parse(compiled.text)
     # The loop over output positions counts as often as the plan says.
     seconds = [estimate(program, topology.fabric(list(mesh.devices.flat)), count).seconds for count in (1, 2, 9)]

@@ -53,10 +53,11 @@ def plan_blocks(
         num_experts: experts here.
         block_rows: rows of a block.
         num_blocks: size of the buffer. Copies that do not fit have no row, those of the last experts
-            first. By default ceil(copies / block_rows) + num_experts, which holds any routing.
+            first. By default as many as hold any routing: the last block of every expert may be partly empty.
     """
     num_copies, holds_all = experts_TK.size, num_blocks is None
-    num_blocks = -(-num_copies // block_rows) + num_experts if num_blocks is None else num_blocks
+    if num_blocks is None:
+        num_blocks = num_copies if block_rows == 1 else -(-num_copies // block_rows) + num_experts
     choice_RE = jax.nn.one_hot(experts_TK.reshape(-1), num_experts, dtype=jnp.int32)
     rank_RE = jnp.cumsum(choice_RE, axis=0) - 1
     counts_E = rank_RE[-1] + 1

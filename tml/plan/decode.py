@@ -1,5 +1,6 @@
 """The plan of a micro-turn of live sessions: append what came in, then decode so many positions one after another."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from tml.mesh import make_mesh
 from tml.model import embed, transformer
 from tml.plan.estimate import Estimate, estimate
 from tml.plan.hlo import parse
-from tml.plan.program import Compiled, Memory, compile_decode_step, planned_layout, served_params
+from tml.plan.program import Compiled, Memory, compile_decode_step, forget, planned_layout, served_params
 from tml.plan.topology import Topology
 
 
@@ -99,19 +100,26 @@ class DecodePlan:
 
 
 def plan_decode_step(
-    experiment: Experiment, topology: Topology, num_sessions: int, output_positions: int
-) -> tuple[DecodePlan, Compiled, Mesh]:
+    experiment: Experiment,
+    topology: Topology,
+    num_sessions: int,
+    output_positions: int,
+    keep: Callable[[Compiled, Mesh], None] = forget,
+) -> DecodePlan:
     """Compiles the engine's step for a pod, and estimates a turn in which so many positions are decoded.
+
+    `keep` gets the program before it is estimated: a compilation may take minutes.
 
     Raises:
         ValueError: the mesh of the experiment does not fit the pod.
     """
     mesh = make_mesh(experiment.mesh, topology.devices)
     compiled = compile_decode_step(experiment, mesh, topology, num_sessions)
+    keep(compiled, mesh)
     fabric = topology.fabric(list(mesh.devices.flat))
     params = jax.tree.leaves(served_params(experiment, mesh))
     shards = [leaf.update(shape=leaf.sharding.shard_shape(leaf.shape)) for leaf in params]
-    plan = DecodePlan(
+    return DecodePlan(
         experiment=experiment,
         topology=topology,
         mesh_shape=dict(mesh.shape),
@@ -123,4 +131,3 @@ def plan_decode_step(
         estimated=estimate(parse(compiled.text), fabric, output_positions) if compiled.text else None,
         compile_seconds=compiled.compile_seconds,
     )
-    return plan, compiled, mesh

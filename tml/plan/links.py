@@ -188,7 +188,7 @@ def replica_groups(instruction: Instruction, num_devices: int) -> np.ndarray:
     Raises:
         ValueError: a notation that is not known, or groups of different sizes.
     """
-    text = instruction.attribute(r"replica_groups=(.*?)(?:, \w+=|$)") or "{}"
+    text = instruction.attribute(r"replica_groups=(.*?)(?:, (?!device_ids=)\w+=|$)") or "{}"
     iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
         shape, source, order = (_numbers(part) for part in iota.groups(default=""))
@@ -206,8 +206,12 @@ def replica_groups(instruction: Instruction, num_devices: int) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, order: str, used: str, name: str) -> np.ndarray:
-    """Groups written as axes of a mesh, as in `mesh['a'=2,'b'=4] {'b'}`, or a part of one, `{'b':(2)2}`."""
-    if order.strip():
+    """Groups written as axes of a mesh, as in `mesh['a'=2,'b'=4] {'b'}`, or a part of one, `{'b':(2)2}`.
+
+    The devices of the mesh may have an order, `, device_ids=([4,2]T(1,0))`: those of a mesh 4 x 2, transposed.
+    """
+    transposed = re.fullmatch(r", device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", order.strip())
+    if order.strip() and not transposed:
         raise ValueError(f"{name} has replica groups over a mesh with an order of devices that is not known: {order}")
     sizes = {axis: int(size) for axis, size in re.findall(r"'?([\w.]+)'?=(\d+)", axes)}
     parts = {axis: [(1, size)] for axis, size in sizes.items()}
@@ -224,7 +228,11 @@ def _mesh_groups(axes: str, order: str, used: str, name: str) -> np.ndarray:
     inner = [keys.index(key) for key in wanted]
     outer = [place for place in range(len(keys)) if place not in inner]
     grid = np.arange(math.prod(shape)).reshape(shape).transpose(outer + inner)
-    return grid.reshape(-1, math.prod(shape[place] for place in inner))
+    groups = grid.reshape(-1, math.prod(shape[place] for place in inner))
+    if not transposed:
+        return groups
+    source, axes_order = (_numbers(part) for part in transposed.groups())
+    return np.arange(math.prod(source)).reshape(source).transpose(axes_order).reshape(-1)[groups]
 
 
 def _numbers(text: str) -> Sequence[int]:

@@ -170,3 +170,7 @@ def _refused(message: str, topology: Topology) -> Memory | None:
         return None
     wanted = float(found.group(1)) * _UNITS[found.group(2)] * topology.chip.devices_per_chip
     return Memory(argument_bytes=0.0, output_bytes=0.0, temporary_bytes=wanted, is_refused=True)
+
+
+def forget(compiled: Compiled, mesh: Mesh) -> None:
+    """Keeps nothing of a compiled program but its estimate."""

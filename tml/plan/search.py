@@ -76,7 +76,7 @@ def divisors(number: int) -> list[int]:
 def search(experiments: Iterator[Experiment], topology: Topology, limit: int) -> Iterator[TrainPlan]:
     """Compiles and estimates the first `limit` variants, one after another."""
     for variant in itertools.islice(experiments, limit):
-        yield plan_train_step(variant, topology)[0]
+        yield plan_train_step(variant, topology)
 
 
 def rank(plans: Sequence[TrainPlan]) -> list[TrainPlan]:

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from tml.plan.chips import CHIPS, GPUS, Chip
 from tml.plan.links import Fabric
+from tml.xla_flags import Platform, flags_environment
 
 CUBE = 4
 """A torus axis of v5p and tpu7x closes to a ring when it is made of whole cubes of this side (scaling book)."""
@@ -100,7 +101,8 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
 
 def _open_tpu(name: str, chip: Chip, sizes: tuple[int, ...], num_slices: int) -> Topology:
     _needs("libtpu", name)
-    for variable, value in TPU_ENVIRONMENT.items():
+    # The flags of a launch, so that the plan is of the program that will run; a variable that is set stays.
+    for variable, value in (TPU_ENVIRONMENT | dict(flags_environment(Platform.TPU, num_slices))).items():
         os.environ.setdefault(variable, value)
     wraps = tuple(size % CUBE == 0 if chip.torus_axes == 3 else size == FLAT_RING for size in sizes)
     # The compiler wants three axes always.

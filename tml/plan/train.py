@@ -1,6 +1,7 @@
 """The plan of a train step on a pod: its memory, its time, and what a run of it takes."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from tml.mesh import make_mesh
 from tml.model import transformer
 from tml.plan.estimate import Estimate, estimate
 from tml.plan.hlo import parse
-from tml.plan.program import Compiled, Memory, compile_train_step, tiles_per_row
+from tml.plan.program import Compiled, Memory, compile_train_step, forget, tiles_per_row
 from tml.plan.topology import Topology
 from tml.train_step import abstract_state
 
@@ -134,17 +135,22 @@ MFU_CONVENTION = (
 )
 
 
-def plan_train_step(experiment: Experiment, topology: Topology) -> tuple[TrainPlan, Compiled, Mesh]:
+def plan_train_step(
+    experiment: Experiment, topology: Topology, keep: Callable[[Compiled, Mesh], None] = forget
+) -> TrainPlan:
     """Compiles the train step of an experiment for a pod, and estimates it.
+
+    `keep` gets the program before it is estimated: a compilation may take minutes.
 
     Raises:
         ValueError: the mesh of the experiment does not fit the pod.
     """
     mesh = make_mesh(experiment.mesh, topology.devices)
     compiled = compile_train_step(experiment, mesh, topology)
+    keep(compiled, mesh)
     fabric = topology.fabric(list(mesh.devices.flat))
     state_bytes, least_bytes = bytes_of_state(experiment, mesh)
-    plan = TrainPlan(
+    return TrainPlan(
         experiment=experiment,
         topology=topology,
         mesh_shape=dict(mesh.shape),
@@ -154,7 +160,6 @@ def plan_train_step(experiment: Experiment, topology: Topology) -> tuple[TrainPl
         estimated=estimate(parse(compiled.text), fabric) if compiled.text else None,
         compile_seconds=compiled.compile_seconds,
     )
-    return plan, compiled, mesh
 
 
 def bytes_of_state(experiment: Experiment, mesh: Mesh) -> tuple[float, float]:
