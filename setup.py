@@ -31,6 +31,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",
+        "einops>=0.8",
         "flax>=0.10",
         "grain>=0.2.18",
         "importlib-resources>=6",  # tensorflow-datasets imports it and does not say so
