@@ -1,6 +1,8 @@
 """Inkling as `transformers` has it: random networks of any of our models, their tensors, inputs and logits."""
 
+import math
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
@@ -10,7 +12,9 @@ from transformers.models.inkling import configuration_inkling, modeling_inkling
 
 from tml.batch import Batch, empty_rows
 from tml.codec.video import CLIP_MEAN, CLIP_STD
-from tml.config import ModelConfig, VideoConfig
+from tml.config import ChainNorm, ModelConfig, VideoConfig
+from tml.export import inkling_layout
+from tml.export.tensor_folder import SINGLE
 from tml.microturn import Kind
 
 NUM_SLOTS, NUM_TILES = 40, 3
@@ -53,6 +57,9 @@ def oracle_config(model: ModelConfig) -> configuration_inkling.InklingConfig:
         n_shared_experts=moe.num_shared_experts,
         route_scale=moe.route_scale,
         logits_mup_width_multiplier=model.mup_width_multiplier,
+        num_mtp_layers=model.mtp.num_blocks or None,
+        mtp_local_layer_ids=list(model.mtp.sliding_blocks),
+        chain_hidden_post_norm=model.mtp.chain_norm is ChainNorm.LEARNED,
     )
     audio = configuration_inkling.InklingAudioConfig(
         n_mel_bins=model.audio.num_mels, mel_vocab_size=model.audio.num_levels
@@ -83,6 +90,24 @@ def oracle_of(model: ModelConfig) -> modeling_inkling.InklingForConditionalGener
             width = values.shape[-1] if values.ndim > 1 and "conv1d" not in name and "embed" not in name else 4
             values.copy_(values.clone().fill_(float("norm" in name or "scale" in name)) + noise / width**0.5)
     return oracle
+
+
+def drawn(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Around 1 for norms and scales, and such that a matrix keeps lengths."""
+    return rng.standard_normal(shape) / math.sqrt(shape[-1]) + (len(shape) == 1)
+
+
+def drawn_folder(model: ModelConfig, folder: Path, dtypes: dict[str, np.dtype] | None = None) -> Path:
+    """A checkpoint with random tensors, without making the network."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    tensors = {
+        tensor.name: drawn(rng, tensor.shape).astype((dtypes or {}).get(tensor.name, np.float32))
+        for tensor in inkling_layout.tensors(model)
+    }
+    safetensors.numpy.save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    (folder / "config.json").write_text(oracle_config(model).to_json_string())
+    return folder
 
 
 def tensors_of(oracle: modeling_inkling.InklingForConditionalGeneration) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """The objective: cross entropy of every stream's targets, weighted in the total and logged by itself."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
@@ -8,6 +10,7 @@ from tml.batch import Batch
 from tml.config import LossConfig
 from tml.metrics import Mean
 from tml.microturn import Target
+from tml.model.mtp import ahead
 
 STREAMS: dict[str, tuple[Target, ...]] = {
     target.name.lower(): (target,) for target in Target if target is not Target.NONE
@@ -50,6 +53,30 @@ def objective(
         metrics[f"accuracy_{name}"] = _mean_over(is_right_BS, batch, targets)
     # A batch without any target has no weight: its loss is 0, not 0/0.
     return loss_sum / jnp.maximum(weight, 1e-6), jax.lax.stop_gradient(metrics)
+
+
+def objective_ahead(
+    logits: Sequence[Float32[Array, "B S V"]], batch: Batch, weight: Float32[Array, ""], cfg: LossConfig
+) -> tuple[Float32[Array, ""], dict[str, Mean]]:
+    """The loss of multi-token prediction: `mtp_weight` times the mean over its blocks, each weighted as `objective`.
+
+    Args:
+        logits: predictions of every block; block k predicts what is due k + 1 positions later.
+        batch: the rows they belong to.
+        weight: as for `objective`.
+        cfg: the weight.
+
+    Returns:
+        The loss to differentiate, and the metric `loss_mtp` (without `mtp_weight`).
+    """
+    loss_sum = count = jnp.float32(0.0)
+    for number, logits_BSV in enumerate(logits, 1):
+        is_inside_BS = ahead(batch.segment_ids_BS, number) == batch.segment_ids_BS
+        weights_BS = jnp.where(is_inside_BS, ahead(batch.loss_weights_BS, number), 0.0)
+        loss_sum += jnp.sum(weights_BS * score(logits_BSV, ahead(batch.targets_BS, number))[0])
+        count += jnp.sum(weights_BS)
+    loss = cfg.mtp_weight / len(logits) * loss_sum / jnp.maximum(weight, 1e-6)
+    return loss, jax.lax.stop_gradient({"loss_mtp": Mean(total=loss_sum, count=count)})
 
 
 def score(

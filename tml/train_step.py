@@ -16,7 +16,7 @@ from tml.mesh import ROW_AXES, batch_sharding, param_sharding, replicated
 from tml.metrics import Mean
 from tml.microturn import Kind
 from tml.model import transformer
-from tml.objective import objective, total_weight
+from tml.objective import objective, objective_ahead, total_weight
 from tml.optim import learning_rate, make_optimizer
 from tml.params import Leaf, PyTree, abstract_params, init_params
 
@@ -84,9 +84,13 @@ def shardings_of(abstract: PyTree) -> PyTree:
 def init_state(key: jax.Array, experiment: Experiment, mesh: Mesh) -> TrainState:
     """Draws the first state; every array is born on the devices where it will live."""
     specs = transformer.specs(experiment.model)
-    optimizer = make_optimizer(experiment.optim, experiment.train.num_steps, specs)
+    return first_state(init_params(specs, key, param_sharding(specs, mesh)), experiment, mesh)
+
+
+def first_state(params: PyTree, experiment: Experiment, mesh: Mesh) -> TrainState:
+    """The state of a run that begins with these parameters: a new optimizer, no step made."""
+    optimizer = make_optimizer(experiment.optim, experiment.train.num_steps, transformer.specs(experiment.model))
     shardings = shardings_of(abstract_state(experiment, mesh))
-    params = init_params(specs, key, shardings.params)
     return TrainState(
         step=jax.device_put(jnp.int32(0), shardings.step),
         params=params,
@@ -162,13 +166,15 @@ def make_eval_step(experiment: Experiment, mesh: Mesh) -> EvalStep:
 def _make_accumulate(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batch], tuple[PyTree, Sums, jax.Array]]:
     """Builds the function that returns gradients, metric sums and expert load of a whole batch."""
     num_parts = experiment.train.grad_accum_steps
+    loss_ahead = _loss_ahead if experiment.model.mtp.num_blocks else _no_loss
 
     def part(params: PyTree, rows: Batch, weight: jax.Array) -> tuple[PyTree, Sums, jax.Array]:
         def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Sums, jax.Array]]:
             outputs = transformer.apply(params, rows, experiment.model)
             with jax.named_scope("objective"):
                 loss, metrics = objective(outputs.logits_BSV, rows, weight, experiment.loss)
-            return loss, (metrics, outputs.expert_load_LE)
+            more_loss, more_metrics = loss_ahead(params, outputs.hidden_BSD, rows, weight, experiment)
+            return loss + more_loss, ({**metrics, **more_metrics}, outputs.expert_load_LE)
 
         grads, (metrics, load_LE) = jax.grad(loss_of, has_aux=True)(params)
         return grads, metrics, load_LE
@@ -190,6 +196,21 @@ def _make_accumulate(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Ba
         return jax.lax.scan(add, sums, parts)[0]
 
     return whole if num_parts == 1 else in_parts
+
+
+def _loss_ahead(
+    params: PyTree, hidden_BSD: jax.Array, rows: Batch, weight: jax.Array, experiment: Experiment
+) -> tuple[jax.Array, Sums]:
+    """The loss of multi-token prediction."""
+    logits = transformer.apply_ahead(params, hidden_BSD, rows, experiment.model)
+    with jax.named_scope("objective"):
+        return objective_ahead(logits, rows, weight, experiment.loss)
+
+
+def _no_loss(
+    params: PyTree, hidden_BSD: jax.Array, rows: Batch, weight: jax.Array, experiment: Experiment
+) -> tuple[jax.Array, Sums]:
+    return jnp.float32(0.0), {}
 
 
 def _split_rows(rows_B: jax.Array, num_parts: int, mesh: Mesh) -> jax.Array:

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,11 @@ import torch
 from inkling_oracle import NUM_SLOTS, inkling_model, inputs_of, oracle_logits, oracle_of, tensors_of
 from transformers.models.inkling import modeling_inkling
 
+from tml import checkpoint
 from tml.codec.video import CLIP_MEAN, CLIP_STD
 from tml.config import ModelConfig
 from tml.export import inkling_layout
+from tml.export.inkling_import import import_folder
 from tml.microturn import Kind
 from tml.model import embed, transformer
 from tml.params import abstract_params, map_specs, spec_leaves
@@ -35,9 +39,12 @@ def tree_of(tensors: dict[str, np.ndarray], model: ModelConfig) -> dict:
 
 @functools.cache
 def compared() -> tuple[modeling_inkling.InklingForConditionalGeneration, dict]:
+    """The oracle, and our parameters as they come from a checkpoint that it was imported into."""
     oracle = oracle_of(MODEL)
-    params = tree_of(tensors_of(oracle), MODEL)
-    return oracle, jax.tree.map(jnp.array, params)
+    with tempfile.TemporaryDirectory() as folder:
+        oracle.save_pretrained(f"{folder}/in")
+        import_folder(Path(f"{folder}/in"), Path(f"{folder}/run"))
+        return oracle, checkpoint.restore(Path(f"{folder}/run"))[1]
 
 
 @functools.cache

@@ -5,10 +5,12 @@ from tml.config.experiment import Experiment
 from tml.config.model import (
     AttentionConfig,
     AudioConfig,
+    ChainNorm,
     ComputeDtype,
     MatmulBackend,
     ModelConfig,
     MoEConfig,
+    MtpConfig,
     Remat,
     VideoConfig,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "AttentionConfig",
     "AudioConfig",
     "Boundary",
+    "ChainNorm",
     "ComputeDtype",
     "Control",
     "DataConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "MicroTurnConfig",
     "MoEConfig",
     "ModelConfig",
+    "MtpConfig",
     "OptimConfig",
     "Optimizer",
     "Remat",

@@ -49,6 +49,11 @@ class Experiment:
         check_multiple("model.d_model", self.model.d_model, "mesh.fsdp", mesh.fsdp)
         check_multiple("model.attention.num_heads", self.model.attention.num_heads, "mesh.tensor", mesh.tensor)
         check_multiple("model.vocab_size", self.model.vocab_size, "mesh.tensor", mesh.tensor)
+        if (self.model.mtp.num_blocks > 0) != (self.loss.mtp_weight > 0):
+            raise ValueError(
+                f"model.mtp.num_blocks = {self.model.mtp.num_blocks} and loss.mtp_weight = {self.loss.mtp_weight} do "
+                "not fit: blocks without a weight would decay untrained; set both above 0, or both to 0"
+            )
         if self.optim.warmup_steps >= self.train.num_steps:
             raise ValueError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves nothing of "

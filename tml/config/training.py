@@ -17,6 +17,8 @@ class LossConfig:
     document_weight: float = 1.0
     z_loss_weight: float = 0.0
     """Weight of logsumexp(logits)^2 (PaLM, section 5)."""
+    mtp_weight: float = 0.0
+    """Weight of multi-token prediction: of the mean over its blocks (DeepSeek-V3, section 4.2: 0.3, later 0.1)."""
 
     def __post_init__(self) -> None:
         check_not_negative("loss", **vars(self))
@@ -101,6 +103,8 @@ class TrainConfig:
     """The loop: how long, how often it logs, evaluates and saves."""
 
     num_steps: int = 1_000
+    init_from: str = ""
+    """Run folder, trained or imported, whose newest parameters a new run begins with; empty draws them."""
     grad_accum_steps: int = 1
     log_every: int = 10
     eval_every: int = 200

@@ -9,7 +9,6 @@ bundle.json           format, config hash, checksums; written last, so that half
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from tml import checkpoint
 from tml.codec.text import Tokenizer, layout_of
 from tml.config import Experiment, config_hash, to_json
 from tml.config.tree import from_json
+from tml.export.staging import replaced
 from tml.microturn import Layout
 from tml.model import transformer
 from tml.params import PyTree, map_specs, spec_leaves
@@ -88,24 +88,17 @@ def save(model: Model, folder: Path) -> None:
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise BundleError(f"{folder} holds files that are not a bundle; name an empty or a new folder")
-    staging, retired = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for left_over in (staging, retired):
-        shutil.rmtree(left_over, ignore_errors=True)
-    staging.mkdir(parents=True)
-    safetensors.numpy.save_file(_by_path(model.params, model.experiment), staging / PARAMS)
-    (staging / CONFIG).write_text(to_json(model.experiment) + "\n")
-    tokenizer = model.tokenizer.save(staging / TOKENIZER)
-    files = (PARAMS, CONFIG, str(tokenizer.relative_to(staging)))
-    marker = {
-        "format": FORMAT,
-        "config_hash": config_hash(model.experiment),
-        "sha256": {name: _digest(staging / name) for name in files},
-    }
-    (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-    if folder.exists():
-        folder.rename(retired)
-    staging.rename(folder)
-    shutil.rmtree(retired, ignore_errors=True)
+    with replaced(folder) as staging:
+        safetensors.numpy.save_file(_by_path(model.params, model.experiment), staging / PARAMS)
+        (staging / CONFIG).write_text(to_json(model.experiment) + "\n")
+        tokenizer = model.tokenizer.save(staging / TOKENIZER)
+        files = (PARAMS, CONFIG, str(tokenizer.relative_to(staging)))
+        marker = {
+            "format": FORMAT,
+            "config_hash": config_hash(model.experiment),
+            "sha256": {name: _digest(staging / name) for name in files},
+        }
+        (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 
 def load(folder: Path) -> Model:

@@ -8,7 +8,7 @@ Two spellings are read: that of the published checkpoints (`dense_intermediate_s
 from collections.abc import Mapping
 from typing import Any
 
-from tml.config import ModelConfig, to_mapping
+from tml.config import ChainNorm, ModelConfig, to_mapping
 from tml.config.tree import from_mapping
 from tml.export import tile_folds
 
@@ -76,7 +76,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "use_vision_norm": True,
         "n_channels": tile_folds.COLOURS,
     },
-    "mtp_config": {"num_nextn_predict_layers": None, "local_layer_ids": None, "chain_hidden_post_norm": False},
+    "mtp_config": {},
 }
 """Keys that may be there, but only with this value: what it turns on or off is not a choice of ours."""
 
@@ -98,7 +98,7 @@ SPECIAL: dict[str, tuple[str, ...]] = {
     "text_config": ("unpadded_vocab_size", "local_layer_ids"),
     "audio_config": ("dmel_min_value", "dmel_max_value"),
     "vision_config": ("n_layers",),
-    "mtp_config": (),
+    "mtp_config": ("num_nextn_predict_layers", "local_layer_ids", "chain_hidden_post_norm"),
 }
 """Keys that are read by a rule of their own."""
 
@@ -234,6 +234,13 @@ def to_model(config: Json, has_tower: bool, max_tiles_per_turn: int = 1) -> Mode
     model["global_layers"] = _global_layers(text)
     for key, field in (("dmel_min_value", "level_low"), ("dmel_max_value", "level_high")):
         model["audio"][field] = audio.get(key, model["audio"][field])
+    ahead = sections["mtp_config"]
+    if ahead.get("num_nextn_predict_layers"):
+        model["mtp"] = {
+            "num_blocks": ahead["num_nextn_predict_layers"],
+            "sliding_blocks": ahead.get("local_layer_ids") or (),
+            "chain_norm": ChainNorm.LEARNED if ahead.get("chain_hidden_post_norm") else ChainNorm.NONE,
+        }
     if has_tower:
         if vision.get("n_layers") is None:
             raise ValueError("config.json lacks vision_config.n_layers, from which model.video.fold_px follows")
@@ -272,6 +279,12 @@ def from_model(model: ModelConfig, kept: Json) -> dict[str, Any]:
         text["log_scaling_n_floor"] = None
     sections["audio_config"] |= {"dmel_min_value": model.audio.level_low, "dmel_max_value": model.audio.level_high}
     sections["vision_config"]["n_layers"] = len(model.video.fold_px) + 1
+    if model.mtp.num_blocks:
+        sections["mtp_config"] = {
+            "num_nextn_predict_layers": model.mtp.num_blocks,
+            "local_layer_ids": list(model.mtp.sliding_blocks),
+            "chain_hidden_post_norm": model.mtp.chain_norm is ChainNorm.LEARNED,
+        }
     top = sections.pop("")
     return {**top, **{name: section for name, section in sections.items() if section}}
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32
 
 from tml.batch import Batch
 from tml.config import ModelConfig, Remat
-from tml.model import block, embed, moe
+from tml.model import block, embed, moe, mtp
 from tml.model.block import LayerKind
 from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
 from tml.ops.norm import rms_norm
@@ -30,10 +30,12 @@ class Outputs:
 
     Attributes:
         logits_BSV: float32, cut to the unpadded vocabulary.
+        hidden_BSD: what the head reads: the last layer's output, normed.
         expert_load_LE: copies of valid positions routed to each expert, a row a mixture layer.
     """
 
     logits_BSV: Leaf
+    hidden_BSD: Leaf
     expert_load_LE: Leaf
 
 
@@ -64,7 +66,8 @@ def layer_stages(cfg: ModelConfig) -> tuple[Stage, ...]:
 def specs(cfg: ModelConfig) -> dict[str, PyTree]:
     """Every parameter of the network. The layers of a stage are stacked along a leading L axis."""
     sizes = {"D": cfg.d_model, "V": cfg.vocab_size}
-    return {
+    ahead = {"mtp": mtp.specs(cfg)} if cfg.mtp.num_blocks else {}
+    return ahead | {
         "embed": embed.specs(cfg),
         "stages": [
             [stack(block.specs(kind, cfg), stage.repeats) for kind in stage.kinds] for stage in layer_stages(cfg)
@@ -89,7 +92,16 @@ def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outpu
     functions = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg)
     x_BSD, _, load_LE = run_layers(params["stages"], x_BSD, None, functions, cfg)
     with jax.named_scope("head"):
-        return Outputs(logits_BSV=logits(params, x_BSD, cfg), expert_load_LE=load_LE)
+        h_BSD = rms_norm(x_BSD, params["norm"], cfg.norm_eps)
+        return Outputs(logits_BSV=unembed(params, h_BSD, cfg), hidden_BSD=h_BSD, expert_load_LE=load_LE)
+
+
+def apply_ahead(
+    params: Mapping[str, PyTree], hidden_BSD: Float[Array, "B S D"], batch: Batch, cfg: ModelConfig
+) -> list[Float32[Array, "B S V"]]:
+    """The logits of every block of multi-token prediction, from `Outputs.hidden_BSD`."""
+    blocks = mtp.apply(params["mtp"], params["embed"]["tokens"]["table"], hidden_BSD, batch, cfg)
+    return [unembed(params, h_BSD, cfg) for h_BSD in blocks]
 
 
 def run_layers(
@@ -149,8 +161,13 @@ def _layer(
 
 
 def logits(params: Mapping[str, PyTree], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S V"]:
-    """The head: norm, muP divisor, unembedding, cut to the unpadded vocabulary."""
-    h_BSD = rms_norm(x_BSD, params["norm"], cfg.norm_eps) / cfg.mup_width_multiplier
+    """The head over the last layer's output: norm, then `unembed`."""
+    return unembed(params, rms_norm(x_BSD, params["norm"], cfg.norm_eps), cfg)
+
+
+def unembed(params: Mapping[str, PyTree], h_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S V"]:
+    """The head over what is normed: muP divisor, unembedding, cut to the unpadded vocabulary."""
+    h_BSD = h_BSD / cfg.mup_width_multiplier
     unembed_DV = params["unembed"].astype(h_BSD.dtype)[:, : cfg.num_logits]
     return jnp.einsum("BSD,DV->BSV", h_BSD, unembed_DV, preferred_element_type=jnp.float32)
 
