@@ -48,9 +48,8 @@ def beginning(origin: Path, **changes) -> Experiment:
     return replace(experiment, train=replace(experiment.train, init_from=str(origin)))
 
 
-@pytest.mark.parametrize("fsdp", [1, 8])
-def test_parameters_are_taken_over_and_all_else_is_new(imported: Path, tmp_path: Path, fsdp: int) -> None:
-    mesh = MeshConfig(fsdp=fsdp)
+def test_parameters_are_taken_over_and_all_else_is_new(imported: Path, tmp_path: Path) -> None:
+    mesh = MeshConfig(fsdp=8)
     step, state = begun(beginning(imported, mesh=mesh), tmp_path / "run")
     _, drawn = begun(made_up_experiment(mesh=mesh), tmp_path / "drawn")
     with Checkpoints(imported, is_read_only=True) as checkpoints:
@@ -62,6 +61,7 @@ def test_parameters_are_taken_over_and_all_else_is_new(imported: Path, tmp_path:
         assert ours.sharding == theirs.sharding
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_from_there_and_then_from_its_own(imported: Path, tmp_path: Path) -> None:
     experiment = beginning(imported, mesh=MeshConfig(fsdp=8))
     first = train(experiment, tmp_path, lambda step: made_up_batches(experiment, step), list)

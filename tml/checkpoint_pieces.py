@@ -37,7 +37,7 @@ class Piece:
     @property
     def index(self) -> tuple[int | slice, ...]:
         """Where it stands in the whole array."""
-        return rows_index(self.origin, len(self.values))
+        return rows_index(self.origin, len(self.values) if self.origin else 1)
 
     def bit_sum(self, shape: Sequence[int]) -> int:
         """Its part of the checksum of the whole array, which has this shape."""
@@ -125,7 +125,7 @@ class ParamsReader:
         name = stored_path(path)
         try:
             store = self._open(name)
-            values = store[rows_index(origin, num_rows)].read().result()
+            values = np.asarray(store[rows_index(origin, num_rows)].read().result())
         except Exception as error:
             raise self._damaged(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
         self._sums[name] = self._sums.get(name, 0) + Piece(origin, values).bit_sum(store.shape)
@@ -154,9 +154,8 @@ class ParamsReader:
 
 
 def rows_index(origin: Sequence[int], num_rows: int) -> tuple[int | slice, ...]:
-    """The index of `num_rows` rows from `origin` on, along its last axis."""
-    *outer, first = origin
-    return (*outer, slice(first, first + num_rows))
+    """The index of `num_rows` rows from `origin` on, along its last axis; a number has no rows, and no origin."""
+    return (*origin[:-1], *(slice(first, first + num_rows) for first in origin[-1:]))
 
 
 def stored_path(path: str) -> str:

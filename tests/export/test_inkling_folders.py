@@ -224,6 +224,7 @@ def test_memory_holds_less_than_three_expert_stacks(saved: Path, tmp_path: Path)
     assert_same_bytes(folder, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_commands_give_the_same_folder(saved: Path, tmp_path: Path) -> None:
     ends = program("import_program.py", "killed", saved, tmp_path).splitlines()
     assert ends == ["killed"] * 4 + ["exit 0"]

@@ -29,7 +29,7 @@ NUM_BLOCKS = 3
 MTP = MtpConfig(num_blocks=NUM_BLOCKS, sliding_blocks=(0, 2), chain_norm=ChainNorm.LEARNED)
 
 
-@pytest.fixture(scope="module", params=list(ChainNorm))
+@pytest.fixture(scope="module", params=[ChainNorm.LEARNED, pytest.param(ChainNorm.NONE, marks=pytest.mark.slow)])
 def folders(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ModelConfig, Path, PyTree]:
@@ -103,6 +103,7 @@ def test_the_loss_is_that_of_what_is_due_later_in_the_segment() -> None:
     np.testing.assert_allclose(metrics["loss_mtp"].total / metrics["loss_mtp"].count, total / count, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_blocks_learn() -> None:
     base = made_up_experiment()
     model = replace(base.model, mtp=MtpConfig(num_blocks=2, sliding_blocks=(0,), chain_norm=ChainNorm.LEARNED))

@@ -157,7 +157,8 @@ def _pieces(sources: Sequence[Source], source: TensorFolder) -> Iterator[Piece]:
         place, step = tensor.rows(part), rows_at_a_time(part)
         for start in range(place.start, place.stop, step):
             values = part.to_ours(source.read(tensor.name, slice(start, min(start + step, place.stop))))
-            yield Piece(origin(part, start - place.start), np.atleast_1d(values))
+            place_of_ours = origin(part, start - place.start)
+            yield Piece(place_of_ours, np.atleast_1d(values) if place_of_ours else values)
 
 
 def _described(source: TensorFolder) -> dict[str, Any]:
