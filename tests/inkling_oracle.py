@@ -58,7 +58,7 @@ def oracle_config(model: ModelConfig) -> configuration_inkling.InklingConfig:
         route_scale=moe.route_scale,
         logits_mup_width_multiplier=model.mup_width_multiplier,
         num_mtp_layers=model.mtp.num_blocks or None,
-        mtp_local_layer_ids=list(model.mtp.sliding_blocks),
+        mtp_local_layer_ids=list(model.mtp.sliding_blocks) if model.mtp.num_blocks else None,
         chain_hidden_post_norm=model.mtp.chain_norm is ChainNorm.LEARNED,
     )
     audio = configuration_inkling.InklingAudioConfig(
