@@ -8,12 +8,16 @@ DATA = [
     "pocketsphinx>=5",
 ]
 SERVE = ["tiktoken>=0.8"]
+# Compilers for pods that are not there, in the versions that jax itself asks for; no NVIDIA libraries.
+PLAN = ["jax[tpu,cuda12-local]>=0.10"]
 TEST = [
     *DATA,
     *SERVE,
     "beartype>=0.20",
     "hypothesis>=6.100",
+    "jsonschema>=4.23",
     "jaxtyping>=0.3",
+    "kubeflow-trainer-api>=2.3",  # models of the JobSet, Job and Pod APIs, made from their OpenAPI schemas
     "librosa>=0.11",
     "mypy>=1.15",
     "pytest>=8",
@@ -32,6 +36,7 @@ setup(
         "absl-py>=2.1",
         "array-record>=0.8",
         "einops>=0.8",
+        "flatbuffers>=24",  # jax.export serialises with it and does not say so
         "flax>=0.10",
         "grain>=0.2.18",
         "importlib-resources>=6",  # tensorflow-datasets imports it and does not say so
@@ -44,6 +49,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "pillow>=11",
+        "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.5",
         "scipy>=1.14",
@@ -57,6 +63,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
         "data": DATA,
+        "plan": PLAN,
         "serve": SERVE,
         "test": TEST,
     },

@@ -4,18 +4,10 @@ import numpy as np
 
 from data_pipelines.encoded import Media
 from data_pipelines.laid_out import LaidOut, PartTable
-from tml.batch import Batch, empty_rows
+from tml.batch import Batch, empty_rows, max_tiles_per_row
 from tml.codec.audio import silence_frame
-from tml.config import Boundary, Experiment, LossConfig
+from tml.config import Experiment, LossConfig
 from tml.microturn import Kind, Layout, Target
-
-
-def max_tiles_per_row(layout: Layout, row_slots: int) -> int:
-    """The most tiles that a row can hold: as many turns full of tiles as fit, and one that is partly full."""
-    most = layout.max_tiles_per_turn
-    least_others = int(layout.turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + 1
-    full, rest = divmod(row_slots, least_others + most)
-    return full * most + min(most, max(0, rest - least_others))
 
 
 def loss_weight_table(loss: LossConfig) -> np.ndarray:

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong flags or config, 75 interrupted with the state saved, 130 Ctrl-C.
 """
 
+import functools
 import hashlib
 import logging as standard_logging
 import os
@@ -179,8 +180,9 @@ def _main_thread_only(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+@functools.cache
 def prepare_jax() -> None:
-    """Sets the compiler up and turns on its cache. Call it after the config is checked and before the first array."""
+    """Sets the compiler up and turns on its cache, once. Call it when the config is checked, before the first array."""
     import jax  # slow to import, and nothing about flags needs it
 
     os.environ["XLA_FLAGS"] = f"{CPU_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()

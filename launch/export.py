@@ -1,13 +1,16 @@
-"""Writes the newest checkpoint of a run for others: as a bundle of ours, or in Inkling's Hugging Face layout.
+"""Exports the newest checkpoint of a run: to stream here, as portable programs, or in Inkling's published layout.
 
     python -m launch.export --workdir=runs/quickstart --out=exports/quickstart
+    python -m launch.export --workdir=runs/quickstart --format=stablehlo --out=exports/portable
     python -m launch.export --workdir=runs/inkling --format=hf --out=exports/inkling
 
-A bundle holds parameters, config and tokenizer, and streams without the run. The Hugging Face layout
-is that of the published Inkling checkpoints, which transformers, SGLang and vLLM read.
+bundle: parameters, config and tokenizer in one folder, for launch.stream and launch.evaluate.
+stablehlo: programs for CPU, CUDA and TPU, which jax alone runs; portable.json lists their arguments.
+hf: the Hugging Face layout of the published Inkling checkpoints, which transformers, SGLang and vLLM read.
 """
 
 import enum
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import app, flags
@@ -15,17 +18,18 @@ from absl import app, flags
 from launch.app import prepare_jax, run_app
 
 
-class Format(enum.Enum):
+class Format(enum.StrEnum):
     """What is written."""
 
     BUNDLE = "bundle"
+    STABLEHLO = "stablehlo"
     HF = "hf"
 
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Run folder.")
-_OUT = flags.DEFINE_string("out", "", "Folder that is written; an older export there is replaced.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Run folder, or a bundle.")
+_OUT = flags.DEFINE_string("out", "", "Folder of the export; an older one there is replaced.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; the newest by default.")
-_FORMAT = flags.DEFINE_enum("format", Format.BUNDLE.value, [f.value for f in Format], "What is written.")
+_FORMAT = flags.DEFINE_enum_class("format", Format.BUNDLE, Format, "What is written.")
 _STORED_AS = flags.DEFINE_enum(
     "stored_as",
     "as_imported",
@@ -35,33 +39,48 @@ _STORED_AS = flags.DEFINE_enum(
 
 
 def main(argv: list[str]) -> int:
-    """Writes the chosen format, and says how large it is."""
+    """Restores, writes, says what was written."""
     if not _WORKDIR.value or not _OUT.value:
         raise app.UsageError("--workdir and --out are needed, as in --workdir=runs/quickstart --out=exports/quickstart")
     prepare_jax()
-    workdir, out = Path(_WORKDIR.value), Path(_OUT.value)
-    done = (_export_hf if Format(_FORMAT.value) is Format.HF else _export_bundle)(workdir, out)
+    out = Path(_OUT.value)
+    what = WRITERS[_FORMAT.value](Path(_WORKDIR.value), _STEP.value, out)
     size_mb = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
-    print(f"{out}: {done}, {size_mb:.1f} MB")
+    print(f"{out}: {what}, {size_mb:.1f} MB")
     return 0
 
 
-def _export_bundle(workdir: Path, out: Path) -> str:
-    """Restores, writes, reads back."""
+def _write_bundle(workdir: Path, step: int | None, out: Path) -> str:
     from tml.export import bundle
 
-    model = bundle.open_model(workdir, _STEP.value)
+    model = bundle.open_model(workdir, step)
     bundle.save(model, out)
     bundle.load(out)
     return f"{model.experiment.name}, written and read back"
 
 
-def _export_hf(workdir: Path, out: Path) -> str:
+def _write_stablehlo(workdir: Path, step: int | None, out: Path) -> str:
+    from tml.export import bundle, portable
+
+    model = bundle.open_model(workdir, step)
+    portable.save(model, out)
+    return f"{model.experiment.name} for {', '.join(portable.PLATFORMS)} and {portable.BUCKETS} sessions"
+
+
+def _write_hf(workdir: Path, step: int | None, out: Path) -> str:
     """Reads and writes a tensor at a time; what was read is checked before the folder gets its name."""
     from tml.export.inkling_export import StoredAs, export_folder
 
-    reader = export_folder(workdir, out, _STEP.value, StoredAs(_STORED_AS.value))
+    reader = export_folder(workdir, out, step, StoredAs(_STORED_AS.value))
     return f"{reader.experiment.name} at step {reader.step} in the layout of Inkling"
+
+
+WRITERS: Mapping[Format, Callable[[Path, int | None, Path], str]] = {
+    Format.BUNDLE: _write_bundle,
+    Format.STABLEHLO: _write_stablehlo,
+    Format.HF: _write_hf,
+}
+"""For every format: (run folder, step, folder to write) to what was written."""
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@
     python -m launch.train --config=experiments/quickstart.py --workdir=runs/long --config.train.num_steps=6000
 
 The run folder gets config.json, data.json, tokenizer/, checkpoints/, metrics.jsonl and tensorboard/.
-SIGTERM or Ctrl-C finish the step, save, and exit with code 75.
+SIGTERM or Ctrl-C finish the step, save, and exit with code 75; of several processes any one may get it.
+
+Several processes, one a host: every one gets this command, and --coordinator_address=HOST:PORT --num_processes=N
+--process_id=I, or the same in TML_COORDINATOR_ADDRESS, TML_NUM_PROCESSES and TML_PROCESS_ID (launch.pod writes them).
 
 A run folder belongs to one model, one tokenizer and one content of every data source: another is
 refused, and then nothing in the folder changes. Where tokenizer and data lie may change.
@@ -16,12 +19,15 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from absl import flags
 
+from launch import processes
 from launch.app import define_config, prepare_jax, read_experiment, run_app
+from launch.processes import Place, agree, join, read_place, run_identity, together
 from tml.config import Experiment, SourceConfig, config_hash, difference, to_json, to_mapping
 from tml.config.tree import from_json
 
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; runs/NAME by default, NAME being the experiment's.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", True, "Print the resolved config.")
+flags.adopt_module_key_flags(processes)
 
 CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer"
 """What a run folder remembers of its run."""
@@ -44,41 +51,62 @@ FIXED_GROUPS = ("model", "turn", "text", "data", "seed")
 """What a run folder may not change: the parameters, and which batch belongs to which step, follow from it."""
 
 FREE_KEYS = re.compile(
-    r"text\.tokenizer|data\.(max_quarantined_fraction|read_threads|prefetch_rows|eval_sources(\..*)?|sources\..*\.path)"
+    r"model\.moe\.(dispatch|capacity_factor)|text\.tokenizer|"
+    r"data\.(max_quarantined_fraction|read_threads|prefetch_rows|eval_sources(\..*)?|sources\..*\.path)"
 )
 """What of those it may: no batch follows from it, or the contents are compared instead."""
 
 
 def main(argv: list[str]) -> int:
     """Checks the config and the run folder, then trains."""
-    experiment = read_experiment(_CONFIG)
+    experiment, place = read_experiment(_CONFIG), read_place()
     workdir = Path(_WORKDIR.value or f"runs/{experiment.name}")
-    if _PRINT_CONFIG.value:
+    is_first = place is None or place.process_id == 0
+    if _PRINT_CONFIG.value and is_first:
         print(to_json(experiment))
-    print(f"config {config_hash(experiment)}, run folder {workdir}", flush=True)
-    with locked(workdir):
-        changed = check_config(experiment, workdir)
+    if is_first:
+        print(f"config {config_hash(experiment)}, run folder {workdir}", flush=True)
+    join(place)
+    agree(place, together(place, lambda: run_identity(experiment)))
+    with ExitStack() as stack:
+
+        def open_workdir() -> list[Change]:
+            if is_first:
+                stack.enter_context(locked(workdir))
+            return check_config(experiment, workdir)
+
+        changed = together(place, open_workdir)
         prepare_jax()
-        return _train(experiment, workdir, changed)
+        return _train(experiment, workdir, changed, place)
 
 
-def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change]) -> int:
+def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change], place: Place | None) -> int:
     # Imported here: jax, orbax and grain take seconds, and a bad flag should not.
     import jax
 
     from data_pipelines import loader
     from tml.codec.text import Tokenizer
+    from tml.mesh import make_mesh, row_part
     from tml.train import EXIT_INTERRUPTED, train
 
-    tokenizer = Tokenizer.load(experiment.text.tokenizer)
-    check_tokenizer(tokenizer, experiment.text.tokenizer, workdir)
-    described = check_data(experiment.data.sources, workdir)
-    rows = loader.RowLoader(experiment.data.sources, experiment, tokenizer)
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    def open_data() -> tuple[Tokenizer, dict[str, Any], loader.RowLoader]:
+        tokenizer = Tokenizer.load(experiment.text.tokenizer)
+        check_tokenizer(tokenizer, experiment.text.tokenizer, workdir)
+        described = check_data(experiment.data.sources, workdir)
+        return tokenizer, described, loader.RowLoader(experiment.data.sources, experiment, tokenizer)
+
+    tokenizer, described, rows = together(place, open_data)
+    contents = {name: source["identity"] for name, source in described.items()}
+    agree(place, {"tokenizer": tokenizer.fingerprint(), "data": config_hash(contents)})
+    is_first = jax.process_index() == 0
+    rows_here = row_part(make_mesh(experiment.mesh, splits=experiment.splits), jax.process_index())
+    part = {"process_index": rows_here.index, "process_count": rows_here.count}
 
     def train_batches(start_step: int) -> Iterator["Batch"]:
         # The loop asks for batches when nothing is left that can refuse, such as a checkpoint of another optimizer.
-        batches = loader.process_batches(rows, experiment, start_step=start_step, **place)
+        batches = loader.process_batches(rows, experiment, start_step=start_step, **part)
+        if not is_first:
+            return batches
         if start_step >= experiment.train.num_steps:
             # The folder keeps the config it was trained with.
             made = f"{start_step} steps are made, config.train.num_steps = {experiment.train.num_steps}"
@@ -92,10 +120,11 @@ def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change]) -> 
 
     @functools.cache  # the same every time, and few
     def eval_batches() -> Iterable["Batch"]:
-        return loader.eval_batches(experiment, tokenizer, experiment.train.eval_batches, **place)
+        return loader.eval_batches(experiment, tokenizer, experiment.train.eval_batches, **part)
 
     result = train(experiment, workdir, train_batches, eval_batches)
-    print(quarantine_text(rows), flush=True)
+    if is_first:
+        print(quarantine_text(rows), flush=True)
     return EXIT_INTERRUPTED if result.is_interrupted else 0
 
 

@@ -15,7 +15,7 @@ TOP_LEVEL = ("tml", "data_pipelines", "experiments", "launch")
 
 FLOORS = {
     0: ("config", "dims", "microturn", "session"),
-    1: ("mesh", "params", "batch", "flops", "metrics"),
+    1: ("mesh", "params", "batch", "flops", "metrics", "xla_flags"),
     2: ("ops", "codec", "timeline"),
     3: ("model",),
     4: ("objective", "optim"),

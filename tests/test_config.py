@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tml.config import (
+    AttentionBackend,
     AttentionConfig,
     DataConfig,
     Experiment,
@@ -17,6 +18,7 @@ from tml.config import (
     Schedule,
     SourceConfig,
     TrainConfig,
+    check_platform,
     config_hash,
     difference,
     from_config_dict,
@@ -157,3 +159,13 @@ def test_a_run_folder_keeps_its_model_and_data(tmp_path: Path):
     code, _, err = launch(*same, "--config.model.dense_dim=96", "--config.train.num_steps=1234")
     assert "error: nowhere: there is no such tokenizer" in err, "the number of steps may change"
     assert (tmp_path / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_kernel_for_another_platform_is_refused(platform: str) -> None:
+    model = ModelConfig(attention=AttentionConfig(backend=AttentionBackend.GPU))
+    with pytest.raises(
+        ValueError, match=rf"model.attention.backend = 'gpu' runs on gpu, but the devices are {platform}"
+    ):
+        check_platform(model, platform)
+    check_platform(model, "cuda")

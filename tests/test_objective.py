@@ -9,6 +9,7 @@ from tml.batch import Batch, empty_rows
 from tml.config import LossConfig, ModelConfig
 from tml.microturn import Target
 from tml.objective import ACCURACIES, STREAMS, objective, total_weight
+from tml.ops.cross_entropy import score
 
 NUM_ROWS, NUM_SLOTS, NUM_TOKENS = 4, 24, 17
 
@@ -30,6 +31,10 @@ def made_up() -> tuple[np.ndarray, Batch]:
         loss_weights_BS=weights.astype(np.float32),
     )
     return logits.astype(np.float32), jax.tree.map(jnp.asarray, batch)
+
+
+def loss_of(logits: jax.Array, batch: Batch, weight: jax.Array, cfg: LossConfig) -> tuple[jax.Array, dict]:
+    return objective(score(logits, batch.targets_BS), batch, weight, cfg)
 
 
 def reference(logits: np.ndarray, batch: Batch, z_loss_weight: float) -> dict[str, float]:
@@ -55,7 +60,9 @@ def divided(metrics: dict) -> dict[str, float]:
 def test_equals_the_float64_reference(z_loss_weight: float):
     logits, batch = made_up()
     cfg = LossConfig(z_loss_weight=z_loss_weight)
-    loss, metrics = jax.jit(lambda logits: objective(logits, batch, total_weight(batch), cfg))(jnp.asarray(logits))
+    loss, metrics = jax.jit(lambda logits: objective(score(logits, batch.targets_BS), batch, total_weight(batch), cfg))(
+        jnp.asarray(logits)
+    )
     expected = reference(logits, batch, z_loss_weight)
     found = divided(metrics)
     assert found.keys() == expected.keys()
@@ -68,7 +75,9 @@ def test_equals_the_float64_reference(z_loss_weight: float):
 def test_gradient_is_the_weighted_error_of_the_softmax():
     logits, batch = made_up()
     weight = total_weight(batch)
-    gradient = jax.grad(lambda logits: objective(logits, batch, weight, LossConfig())[0])(jnp.asarray(logits))
+    gradient = jax.grad(lambda logits: objective(score(logits, batch.targets_BS), batch, weight, LossConfig())[0])(
+        jnp.asarray(logits)
+    )
     wide, batch = logits.astype(np.float64), jax.tree.map(np.asarray, batch)
     probabilities = np.exp(wide) / np.sum(np.exp(wide), axis=-1, keepdims=True)
     np.put_along_axis(
@@ -84,9 +93,9 @@ def test_gradient_is_the_weighted_error_of_the_softmax():
 def test_parts_add_up_to_the_whole():
     logits, batch = made_up()
     weight, cfg = total_weight(batch), LossConfig(z_loss_weight=1e-3)
-    whole, metrics = objective(jnp.asarray(logits), batch, weight, cfg)
+    whole, metrics = loss_of(jnp.asarray(logits), batch, weight, cfg)
     halves = [
-        objective(jnp.asarray(logits[rows]), jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch), weight, cfg)
+        loss_of(jnp.asarray(logits[rows]), jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch), weight, cfg)
         for rows in (slice(0, 1), slice(1, NUM_ROWS))
     ]
     np.testing.assert_allclose(halves[0][0] + halves[1][0], whole, rtol=1e-6)
@@ -99,9 +108,9 @@ def test_a_batch_without_targets_has_loss_and_gradient_zero():
     logits, batch = made_up()
     batch = batch.replace(loss_weights_BS=jnp.zeros_like(batch.loss_weights_BS))
 
-    def loss_of(logits: jax.Array) -> jax.Array:
-        return objective(logits, batch, total_weight(batch), LossConfig())[0]
+    def loss_alone(logits: jax.Array) -> jax.Array:
+        return loss_of(logits, batch, total_weight(batch), LossConfig())[0]
 
-    loss, gradient = jax.value_and_grad(loss_of)(jnp.asarray(logits))
+    loss, gradient = jax.value_and_grad(loss_alone)(jnp.asarray(logits))
     assert float(loss) == 0.0
     assert not np.any(gradient)

@@ -63,6 +63,7 @@ def losses_of(folder: Path) -> dict[int, float]:
 LOGGED_NAMES = {
     *(f"train/loss{stream}" for stream in ("", "_listen", "_speak", "_text", "_action", "_document")),
     *("train/grad_norm", "train/lr", "train/num_skipped", "moe/load_cv", "moe/load_max_over_mean"),
+    "moe/dropped_fraction",
     *("throughput/tokens_per_s", "throughput/model_flops_per_s", "throughput/mfu"),
     *("throughput/data_wait_s", "throughput/eta_s"),
 }

@@ -5,7 +5,8 @@ from dataclasses import fields
 import flax.struct
 import numpy as np
 
-from tml.config import ModelConfig
+from tml.config import Boundary, ModelConfig
+from tml.microturn import Layout
 from tml.params import Leaf
 
 
@@ -36,6 +37,14 @@ class Batch:
     targets_BS: Leaf
     target_kinds_BS: Leaf
     loss_weights_BS: Leaf
+
+
+def max_tiles_per_row(layout: Layout, row_slots: int) -> int:
+    """The most tiles that a row can hold: as many turns full of tiles as fit, and one that is partly full."""
+    most = layout.max_tiles_per_turn
+    least_others = int(layout.turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + 1
+    full, rest = divmod(row_slots, least_others + most)
+    return full * most + min(most, max(0, rest - least_others))
 
 
 def empty_rows(num_rows: int, row_slots: int, num_tiles: int, model: ModelConfig) -> Batch:

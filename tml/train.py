@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tml.batch import Batch
@@ -43,6 +44,7 @@ GROUPS = (
     ("lr", "train"),
     ("num_skipped", "train"),
     ("load", "moe"),
+    ("dropped_fraction", "moe"),
     ("tokens", "data"),
     ("fill", "data"),
 )
@@ -81,15 +83,15 @@ def train(
     Raises:
         ValueError: the mesh does not fit the devices, or the checkpoint belongs to another model.
     """
-    cfg, mesh = experiment.train, make_mesh(experiment.mesh)
-    with Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints, Interrupts() as interrupts:
+    cfg, mesh = experiment.train, make_mesh(experiment.mesh, splits=experiment.splits)
+    with Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints, make_interrupts() as interrupts:
         first, state = start(experiment, mesh, checkpoints)
         with open_sinks(workdir, cfg.num_steps, first) as sinks:
             train_step, eval_step = make_train_step(experiment, mesh), make_eval_step(experiment, mesh)
             log = Log(experiment, mesh, sinks, first, int(state.num_skipped))
-            print(first_screen(experiment, mesh, workdir, log.peak_flops_per_s, first), flush=True)
+            show(first_screen(experiment, mesh, workdir, log.peak_flops_per_s, first))
             batches, step, saved = train_batches(first), first, first
-            while step < cfg.num_steps and not interrupts.requested:
+            while step < cfg.num_steps and not interrupts.stop_at(step):
                 with log.waiting_for_data():
                     batch = next(batches)
                 state, metrics = train_step(state, to_devices(batch, mesh))
@@ -107,8 +109,14 @@ def train(
             if saved != step:
                 checkpoints.save(state, experiment)
     result = TrainResult(state=state, is_interrupted=step < cfg.num_steps, scalars=log.latest)
-    print(summary(result, workdir, step, time.monotonic() - log.start_time), flush=True)
+    show(summary(result, workdir, step, time.monotonic() - log.start_time))
     return result
+
+
+def show(text: str) -> None:
+    """Prints, but on the first of several processes only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def start(experiment: Experiment, mesh: Mesh, checkpoints: Checkpoints) -> tuple[int, TrainState]:
@@ -166,7 +174,7 @@ class Log:
         self._pending = (step, metrics)
         if step == self._first + 1:
             self._settle()
-            print(f"first step {time.monotonic() - self.start_time:.1f} s after the start of the loop", flush=True)
+            show(f"first step {time.monotonic() - self.start_time:.1f} s after the start of the loop")
             self._restart_clock()  # the first step also compiles
 
     def _settle(self) -> None:
@@ -233,6 +241,10 @@ class Interrupts:
     def __init__(self) -> None:
         self.requested = False
 
+    def stop_at(self, step: int) -> bool:
+        """Whether the run ends here, after `step` steps."""
+        return self.requested
+
     def __enter__(self) -> "Interrupts":
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -249,6 +261,39 @@ class Interrupts:
         self.requested = True
         # Not print: the signal may have come while the loop was printing.
         os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: finishing the step and saving\n".encode())
+
+
+class SharedInterrupts:
+    """The same for several processes: a signal to any of them ends all of them after the same step.
+
+    jax.distributed takes SIGTERM as notice of a preemption, finds out how far every process has come, and names
+    a step that none of them has passed; the devices do not wait for it. Ctrl-C becomes SIGTERM; a second one ends.
+    """
+
+    def stop_at(self, step: int) -> bool:
+        """Whether the run ends here, after `step` steps. Every process must ask at every step."""
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        if reached:
+            print(f"SIGTERM: process {jax.process_index()} stops and saves at step {step}, as all do", file=sys.stderr)
+        return reached
+
+    def __enter__(self) -> "SharedInterrupts":
+        self._before = signal.signal(signal.SIGINT, self._pass_on)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def make_interrupts() -> Interrupts | SharedInterrupts:
+    """What listens for the end of this run, of one process or of several."""
+    return Interrupts() if jax.process_count() == 1 else SharedInterrupts()
 
 
 def first_screen(experiment: Experiment, mesh: Mesh, workdir: Path, peak_flops_per_s: float, first: int) -> str:

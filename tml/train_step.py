@@ -1,22 +1,33 @@
 """One step of training, pure: (TrainState, Batch) -> (TrainState, metrics), jitted with the state donated."""
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import Experiment
-from tml.mesh import ROW_AXES, batch_sharding, param_sharding, replicated
+from tml.config import DATA_AXES, Experiment, MeshConfig, check_platform
+from tml.mesh import (
+    batch_partition,
+    batch_sharding,
+    mesh_config,
+    param_partition,
+    param_sharding,
+    replicated,
+    row_part,
+)
 from tml.metrics import Mean
 from tml.microturn import Kind
-from tml.model import transformer
+from tml.model import mtp, transformer
+from tml.model.moe import Load
 from tml.objective import objective, objective_ahead, total_weight
+from tml.ops.collectives import sum_copies, sum_over
 from tml.optim import learning_rate, make_optimizer
 from tml.params import Leaf, PyTree, abstract_params, init_params
 
@@ -108,24 +119,29 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
     Returns:
         The jitted step. Its metrics: `loss`, `loss_STREAM`, `accuracy_GROUP`, `tokens` (positions
         that are not padding), `fill` (their share), `grad_norm` (before clipping), `lr`,
-        `num_skipped`, and with experts `load_cv` and `load_max_over_mean`.
+        `num_skipped`, and with experts `load_cv`, `load_max_over_mean` and `dropped_fraction` (of all copies,
+        padding's included).
+
+    Raises:
+        ValueError: the model's kernels are for another platform than the mesh's.
     """
     model = experiment.model
+    check_platform(model, mesh.devices.flat[0].platform)
     specs = transformer.specs(model)
     num_steps = experiment.train.num_steps
     optimizer = make_optimizer(experiment.optim, num_steps, specs)
     rate = learning_rate(experiment.optim, num_steps)
-    accumulate = _make_accumulate(experiment, mesh)
+    gradients = make_gradients(experiment, mesh)
     balance = _balance_metrics if model.num_dense_layers < model.num_layers else _no_metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums, load_LE = accumulate(state.params, batch)
+        grads, sums, load = gradients(state.params, batch)
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss"].total)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            params = transformer.move_router_bias(params, load_LE, model)
+            params = transformer.move_router_bias(params, load.copies_E, model)
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(is_finite, new, old),
                 (params, opt_state),
@@ -138,7 +154,7 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
             "grad_norm": grad_norm,
             "lr": rate(state.step - state.num_skipped),
             "num_skipped": num_skipped,
-            **balance(load_LE),
+            **balance(load, batch.tokens_BS.size * model.moe.num_experts_per_token),
         }
         after = TrainState(step=state.step + 1, params=params, opt_state=opt_state, num_skipped=num_skipped)
         return after, metrics
@@ -154,37 +170,47 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
 
 def make_eval_step(experiment: Experiment, mesh: Mesh) -> EvalStep:
     """Builds the evaluation of one batch: the metrics of the objective, without any update."""
+    model, sizes = experiment.model, mesh_config(mesh)
 
-    def eval_step(params: PyTree, batch: Batch) -> dict[str, Mean]:
-        outputs = transformer.apply(params, batch, experiment.model)
-        return objective(outputs.logits_BSV, batch, total_weight(batch), experiment.loss)[1]
+    def evaluate(params: PyTree, rows: Batch) -> Sums:
+        found = transformer.hidden(params, rows, model, sizes)
+        scores = transformer.score(params, found.h_BSD, rows.targets_BS, experiment.loss.chunk_positions, model, sizes)
+        _, metrics = objective(scores, rows, total_weight(rows), experiment.loss)
+        return sum_over(metrics, DATA_AXES, sizes)
 
-    params_sharding = param_sharding(transformer.specs(experiment.model), mesh)
-    return jax.jit(eval_step, in_shardings=(params_sharding, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    specs = transformer.specs(model)
+    on_every_device = _on_every_device(evaluate, mesh, (param_partition(specs, sizes), batch_partition()), P())
+    in_shardings = (param_sharding(specs, mesh), batch_sharding(mesh))
+    return jax.jit(on_every_device, in_shardings=in_shardings, out_shardings=replicated(mesh))
 
 
-def _make_accumulate(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batch], tuple[PyTree, Sums, jax.Array]]:
-    """Builds the function that returns gradients, metric sums and expert load of a whole batch."""
-    num_parts = experiment.train.grad_accum_steps
-    loss_ahead = _loss_ahead if experiment.model.mtp.num_blocks else _no_loss
+def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batch], tuple[PyTree, Sums, Load]]:
+    """Builds the function that returns gradients, metric sums and expert load of a whole batch; to be jitted.
 
-    def part(params: PyTree, rows: Batch, weight: jax.Array) -> tuple[PyTree, Sums, jax.Array]:
-        def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Sums, jax.Array]]:
-            outputs = transformer.apply(params, rows, experiment.model)
+    Rows are taken in `grad_accum_steps` parts. On a mesh it is one program of all devices (`shard_map`), in
+    which every collective is written out: nothing is left to a partitioner.
+    """
+    model, sizes, num_parts = experiment.model, mesh_config(mesh), experiment.train.grad_accum_steps
+    specs = transformer.specs(model)
+
+    def part(params: PyTree, rows: Batch, weight: jax.Array) -> tuple[PyTree, Sums, Load]:
+        def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Sums, Load]]:
+            found = transformer.hidden(params, rows, model, sizes)
             with jax.named_scope("objective"):
-                loss, metrics = objective(outputs.logits_BSV, rows, weight, experiment.loss)
-            more_loss, more_metrics = loss_ahead(params, outputs.hidden_BSD, rows, weight, experiment)
-            return loss + more_loss, ({**metrics, **more_metrics}, outputs.expert_load_LE)
+                chunk = experiment.loss.chunk_positions
+                scores = transformer.score(params, found.h_BSD, rows.targets_BS, chunk, model, sizes)
+                loss, metrics = objective(scores, rows, weight, experiment.loss)
+            if model.mtp.num_blocks:
+                loss_ahead, metrics_ahead = _loss_ahead(params, found.normed_BSD, rows, weight, experiment, sizes)
+                loss, metrics = loss + loss_ahead, metrics | metrics_ahead
+            # The devices along `tensor` have the same positions: each answers for its share (`tml.ops.collectives`).
+            return loss if sizes.tensor == 1 else loss / sizes.tensor, (metrics, found.load)
 
-        grads, (metrics, load_LE) = jax.grad(loss_of, has_aux=True)(params)
-        return grads, metrics, load_LE
+        grads, (metrics, load) = jax.grad(loss_of, has_aux=True)(params)
+        return grads, metrics, load
 
-    def whole(params: PyTree, batch: Batch) -> tuple[PyTree, Sums, jax.Array]:
-        return part(params, batch, total_weight(batch))
-
-    def in_parts(params: PyTree, batch: Batch) -> tuple[PyTree, Sums, jax.Array]:
-        weight = total_weight(batch)
-        parts = jax.tree.map(lambda rows: _split_rows(rows, num_parts, mesh), batch)
+    def in_parts(params: PyTree, batch: Batch, weight: jax.Array) -> tuple[PyTree, Sums, Load]:
+        parts = jax.tree.map(lambda rows: _split_rows(rows, num_parts), batch)
         sums = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
             jax.eval_shape(part, params, jax.tree.map(lambda rows: rows[0], parts), weight),
@@ -195,28 +221,42 @@ def _make_accumulate(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Ba
 
         return jax.lax.scan(add, sums, parts)[0]
 
-    return whole if num_parts == 1 else in_parts
+    def whole(params: PyTree, batch: Batch) -> tuple[PyTree, Sums, Load]:
+        weight = sum_over(total_weight(batch), DATA_AXES, sizes)
+        grads, metrics, load = (part if num_parts == 1 else in_parts)(params, batch, weight)
+        with jax.named_scope("sum_over_devices"):
+            metrics, load = sum_over((metrics, load), DATA_AXES, sizes)
+            return sum_copies(grads, specs, sizes), metrics, load
+
+    params = param_partition(specs, sizes)
+    return _on_every_device(whole, mesh, (params, batch_partition()), (params, P(), P()))
 
 
 def _loss_ahead(
-    params: PyTree, hidden_BSD: jax.Array, rows: Batch, weight: jax.Array, experiment: Experiment
+    params: PyTree, normed_BSD: jax.Array, rows: Batch, weight: jax.Array, experiment: Experiment, sizes: MeshConfig
 ) -> tuple[jax.Array, Sums]:
     """The loss of multi-token prediction."""
-    logits = transformer.apply_ahead(params, hidden_BSD, rows, experiment.model)
+    model, chunk = experiment.model, experiment.loss.chunk_positions
+    blocks = transformer.hidden_ahead(params, normed_BSD, rows, model, sizes)
     with jax.named_scope("objective"):
-        return objective_ahead(logits, rows, weight, experiment.loss)
+        due = [mtp.due(rows, distance, sizes) for distance in range(1, len(blocks) + 1)]
+        scores = [
+            transformer.score(params, h_BSD, targets_BS, chunk, model, sizes)
+            for h_BSD, (targets_BS, _) in zip(blocks, due, strict=True)
+        ]
+        return objective_ahead(scores, [weights_BS for _, weights_BS in due], weight, experiment.loss)
 
 
-def _no_loss(
-    params: PyTree, hidden_BSD: jax.Array, rows: Batch, weight: jax.Array, experiment: Experiment
-) -> tuple[jax.Array, Sums]:
-    return jnp.float32(0.0), {}
+def _on_every_device(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:
+    """The program of one device on all devices of a mesh; on one device it is the whole program."""
+    if mesh.size == 1:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _split_rows(rows_B: jax.Array, num_parts: int, mesh: Mesh) -> jax.Array:
+def _split_rows(rows_B: jax.Array, num_parts: int) -> jax.Array:
     """Adds a leading axis of parts. Every device splits the rows it holds, so none of them moves."""
-    parts = rows_B.reshape(rows_B.shape[0] // num_parts, num_parts, *rows_B.shape[1:]).swapaxes(0, 1)
-    return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, ROW_AXES)))
+    return rows_B.reshape(rows_B.shape[0] // num_parts, num_parts, *rows_B.shape[1:]).swapaxes(0, 1)
 
 
 def _tokens(batch: Batch) -> dict[str, Mean]:
@@ -225,21 +265,37 @@ def _tokens(batch: Batch) -> dict[str, Mean]:
     return {"tokens": Mean(total=real, count=one), "fill": Mean(total=real, count=jnp.float32(is_real_BS.size))}
 
 
-def _balance_metrics(load_LE: Float32[Array, "L E"]) -> Metrics:
+def _balance_metrics(load: Load, num_copies: int) -> Metrics:
     """Spread of the experts' load: standard deviation and maximum over the mean, averaged and worst over layers."""
+    load_LE = load.copies_E
     mean_L = jnp.maximum(jnp.mean(load_LE, axis=1), 1e-6)
     return {
         "load_cv": jnp.mean(jnp.std(load_LE, axis=1) / mean_L),
         "load_max_over_mean": jnp.max(jnp.max(load_LE, axis=1) / mean_L),
+        "dropped_fraction": Mean(
+            total=jnp.sum(load.num_dropped).astype(jnp.float32),
+            count=jnp.float32(num_copies * load.num_dropped.shape[0]),
+        ),
     }
 
 
-def _no_metrics(load_LE: Float32[Array, "L E"]) -> Metrics:
+def _no_metrics(load: Load, num_copies: int) -> Metrics:
     return {}
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """Places this process's rows of a batch as its part of the global batch."""
-    sharding = batch_sharding(mesh)
-    columns = {f.name: jax.make_array_from_process_local_data(sharding, getattr(batch, f.name)) for f in fields(Batch)}
-    return Batch(**columns)
+    """Places this process's rows (`mesh.row_part`) where its devices want them, as its part of the global batch."""
+    part = row_part(mesh, jax.process_index())
+
+    def place(rows_B: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        shape = (rows_B.shape[0] * part.count, *rows_B.shape[1:])
+        group_rows = rows_B.shape[0] // len(part.groups)
+
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "a batch has rows"
+            first = part.groups.index((index[0].start or 0) // group_rows) * group_rows
+            return rows_B[(slice(first, first + group_rows), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return jax.tree.map(place, batch, batch_sharding(mesh))

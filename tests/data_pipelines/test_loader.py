@@ -19,8 +19,8 @@ from data_pipelines.loader import (
     train_batches,
 )
 from data_pipelines.records import RecordKind, SessionWriter, read_manifest
-from data_pipelines.rows import loss_weight_table, max_tiles_per_row
-from tml.batch import Batch
+from data_pipelines.rows import loss_weight_table
+from tml.batch import Batch, max_tiles_per_row
 from tml.codec.audio import pad_frames
 from tml.codec.text import layout_of
 from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig, SourceConfig, SourceKind

@@ -96,7 +96,7 @@ def test_parameters_that_do_not_fit_the_config_are_refused(folder: Path, change,
     tensors = change(safetensors.numpy.load_file(folder / bundle.PARAMS))
     safetensors.numpy.save_file({name: np.asarray(values) for name, values in tensors.items()}, folder / bundle.PARAMS)
     digests = json.loads((folder / bundle.MARKER).read_text())["sha256"]
-    changed_marker(folder, sha256=digests | {bundle.PARAMS: bundle._digest(folder / bundle.PARAMS)})
+    changed_marker(folder, sha256=digests | {bundle.PARAMS: bundle.digest(folder / bundle.PARAMS)})
     with pytest.raises(BundleError, match=message):
         bundle.load(folder)
 

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_made(change, message: str, 
 
 def test_an_export_writes_over_nothing_else(imported: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear reader")
-    with pytest.raises(ValueError, match="holds files that are not an export; name an empty or a new folder"):
+    with pytest.raises(ValueError, match="holds files that are not a model; name an empty or a new folder"):
         export_folder(imported, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -219,3 +220,81 @@ def test_a_finished_run_says_so_and_keeps_its_config(trained) -> None:
     assert f"nothing is left to train: {NUM_STEPS} steps are made, config.train.num_steps = {NUM_STEPS}" in output
     assert hash_of(output) == hash_of(whole)
     assert (folder / "whole" / "config.json").read_bytes() == config
+
+
+def train_together(
+    folder: Path, workdir: str, *flags: str, only: str = "", stop: signal.Signals | None = None, after: int = 0
+) -> list[tuple[int, str]]:
+    """Two processes of one run; the second alone gets the flag `only`, and the signal when `after` steps are logged.
+
+    Returns:
+        Exit code and output of both.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "launch.train", "--config=tiny.py", f"--workdir={workdir}", "--noprint_config"]
+    place = {"TML_COORDINATOR_ADDRESS": address, "TML_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            [*command, "--config.mesh.fsdp=2", *flags, *([only] if only and number else [])],
+            cwd=folder,
+            env={**environment(folder), **place, "TML_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    lines, logged = [], 0
+    assert processes[0].stdout is not None
+    for line in processes[0].stdout:
+        lines.append(line)
+        logged += bool(LOGGED.match(line))
+        if stop is not None and logged == after:
+            processes[1].send_signal(stop)
+            stop = None
+    ends = ["".join(lines), processes[1].communicate(timeout=60)[0]]
+    return [(process.wait(timeout=60), end) for process, end in zip(processes, ends, strict=True)]
+
+
+def losses_of(workdir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_and_train_as_one(trained) -> None:
+    folder, _, _ = trained
+    ends = train_together(folder, "two", stop=signal.SIGTERM, after=3)
+    steps = []
+    for number, (code, output) in enumerate(ends):
+        assert code == 75, ends
+        assert re.search(rf"process {number} of 2 on \S+ joined after [\d.]+ s with 1 cpu device", output), output
+        assert re.search(rf"process {number} of 2 on \S+ agrees on config \w+, code \w+, libraries \w+\n", output), (
+            output
+        )
+        steps += re.findall(rf"process {number} stops and saves at step (\d+), as all do", output)
+    assert len(steps) == 2, ends
+    assert len(set(steps)) == 1, ends
+    assert "first step" not in ends[1][1]
+
+    ends = train_together(folder, "two")
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert f"resuming from two/checkpoints/{steps[0]}; " in ends[0][1]
+    alone, both = losses_of(folder / "whole"), losses_of(folder / "two")
+    assert alone.keys() == both.keys()
+    # Later, experts that are almost equally likely are chosen otherwise.
+    first = range(1, 11)
+    np.testing.assert_allclose([both[step] for step in first], [alone[step] for step in first], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_named_and_change_nothing(trained) -> None:
+    folder, _, _ = trained
+    ends = train_together(folder, "differing", only="--config.seed=7")
+    for code, output in ends:
+        assert code == 1, ends
+        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert re.search(r"do not have the same config: process 1 on \S+ has \w+; 1 of 2, process 0 on", error), error
+    assert not (folder / "differing").exists()

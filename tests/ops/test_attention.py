@@ -1,4 +1,6 @@
-"""Blocked and cached attention against the definition, forward and gradient, with packed segments."""
+"""Every back-end of attention, and attention to a cache, against the definition, with packed segments."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,9 @@ import numpy as np
 import pytest
 
 from tml.ops import attention
+from tml.ops.attention import AttendFunction
+from tml.ops.attention_gpu import attend_gpu
+from tml.ops.attention_tpu import attend_tpu
 
 
 def inputs(num_slots: int, extent: int, seed: int = 0) -> tuple:
@@ -22,9 +27,63 @@ def inputs(num_slots: int, extent: int, seed: int = 0) -> tuple:
 def value_and_grads(function, cotangent, *arrays):
     def loss(*arrays):
         out = function(*arrays)
-        return jnp.sum(out * cotangent), out
+        return jnp.sum(out.astype(jnp.float32) * cotangent), out
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))(*arrays)
+
+
+def assert_equals_the_definition(attend: AttendFunction, arrays: tuple, window: int | None, part: slice | None = None):
+    *arrays, segments = arrays
+    first_query = None
+    if part is not None:
+        first_query = jnp.int32(part.start)
+        arrays[0], arrays[3] = arrays[0][:, part], arrays[3][:, part]
+    cotangent = jax.random.normal(jax.random.key(9), arrays[0].shape)
+    ours, expected = (
+        value_and_grads(lambda *a, f=function: f(*a, segments, window, first_query), cotangent, *arrays)
+        for function in (attend, attention.attention_reference)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), ours, expected)
+
+
+class AttentionBackendTests:
+    """What every back-end must do; `attend` of a kernel runs it in interpret mode, in blocks of 8 queries."""
+
+    attend: AttendFunction
+
+    @pytest.mark.parametrize(("num_slots", "window"), [(40, 12), pytest.param(21, 30, marks=pytest.mark.slow)])
+    def test_sliding(self, num_slots: int, window: int) -> None:
+        assert_equals_the_definition(self.attend, inputs(num_slots, window), window)
+
+    @pytest.mark.parametrize(("num_slots", "extent"), [(40, 12), pytest.param(21, 30, marks=pytest.mark.slow)])
+    def test_global(self, num_slots: int, extent: int) -> None:
+        assert_equals_the_definition(self.attend, inputs(num_slots, extent), None)
+
+    @pytest.mark.parametrize("window", [pytest.param(12, marks=pytest.mark.slow), None])
+    def test_part_of_the_queries(self, window: int | None) -> None:
+        assert_equals_the_definition(self.attend, inputs(40, 12), window, slice(16, 32))
+
+    @pytest.mark.slow
+    def test_bfloat16_is_as_near_as_its_rounding(self) -> None:
+        *arrays, segments = inputs(32, 12)
+        exact = attention.attention_reference(*arrays, segments, 12)
+        rounded = jax.jit(self.attend, static_argnums=6)(*(x.astype(jnp.bfloat16) for x in arrays), segments, 12)
+        assert rounded.dtype == jnp.bfloat16
+        error = jnp.abs(rounded.astype(jnp.float32) - exact)
+        # Half a unit of the last of 8 bits, of logits up to 20 and of values up to 4, on average over both signs.
+        assert float(jnp.mean(error)) < 0.02
+
+
+class TestBlocked(AttentionBackendTests):
+    attend = staticmethod(attention.attend_blocked)
+
+
+class TestTPU(AttentionBackendTests):
+    attend = staticmethod(functools.partial(attend_tpu, block=8, interpret=True))
+
+
+class TestGPU(AttentionBackendTests):
+    attend = staticmethod(functools.partial(attend_gpu, block=8, interpret=True))
 
 
 @pytest.mark.parametrize(("num_slots", "window", "block"), [(50, 16, 8), (33, 12, 8), (10, 16, 4), (64, 5, 32)])

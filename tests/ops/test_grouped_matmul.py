@@ -1,11 +1,23 @@
 """Block plan, dispatch and block matmul against loops over experts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tml.ops.grouped_matmul import block_matmul, collect, dispatch, plan_blocks
+from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu
+from tml.ops.grouped_matmul import (
+    GroupedKernels,
+    block_matmul,
+    blocked_grouped_matmul,
+    collect,
+    dispatch,
+    grouped_matmul_reference,
+    kernel_grouped_matmul,
+    plan_blocks,
+)
 
 ROUTINGS = {
     "even": np.stack([np.arange(24) % 5, (np.arange(24) + 1) % 5], axis=1),
@@ -47,3 +59,44 @@ def test_forward_and_gradients_equal_a_loop(experts: np.ndarray) -> None:
 
     ours, reference = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, w) for f in (blocked, looped))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, reference)
+
+
+class GroupedMatmulTests:
+    """What every back-end must do, with experts of no rows, of many, and rows of no expert."""
+
+    grouped_matmul: staticmethod
+
+    @pytest.mark.parametrize("sizes", [(9, 0, 17, 1, 13), (0, 0, 40, 0, 0), (3, 4, 0, 2, 0)], ids=str)
+    def test_forward_and_gradients_equal_the_definition(self, sizes: tuple[int, ...]) -> None:
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, w = jax.random.normal(keys[0], (40, 12)), jax.random.normal(keys[1], (5, 12, 20))
+        cotangent, sizes = jax.random.normal(keys[2], (40, 20)), jnp.asarray(sizes, jnp.int32)
+        ours, expected = (
+            jax.jit(jax.value_and_grad(lambda x, w, f=f: jnp.sum(f(x, w, sizes) * cotangent), (0, 1)))(x, w)
+            for f in (self.grouped_matmul, grouped_matmul_reference)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, expected)
+
+    def test_rows_of_no_expert_are_zero(self) -> None:
+        x, w = jnp.ones((8, 4)), jnp.ones((2, 4, 3))
+        out = jax.jit(self.grouped_matmul)(x, w, jnp.array([2, 3], jnp.int32))
+        np.testing.assert_array_equal(out, np.where(np.arange(8)[:, None] < 5, np.full((8, 3), 4.0), 0.0))
+
+
+def kernels_of(module, **options) -> functools.partial:
+    rows, groups = (
+        functools.partial(f, interpret=True, **options) for f in (module.multiply_rows, module.multiply_groups)
+    )
+    return functools.partial(kernel_grouped_matmul, GroupedKernels(rows, groups))
+
+
+class TestBlocked(GroupedMatmulTests):
+    grouped_matmul = staticmethod(blocked_grouped_matmul)
+
+
+class TestTPU(GroupedMatmulTests):
+    grouped_matmul = staticmethod(kernels_of(grouped_matmul_tpu, unit=8))
+
+
+class TestGPU(GroupedMatmulTests):
+    grouped_matmul = staticmethod(kernels_of(grouped_matmul_gpu))

@@ -2,23 +2,26 @@
 
 from tml.config.data import DataConfig, SourceConfig, SourceKind
 from tml.config.experiment import Experiment
+from tml.config.mesh import DATA_AXES, ROW_AXES, SHARD_AXES, MeshConfig, Split
 from tml.config.model import (
+    AttentionBackend,
     AttentionConfig,
     AudioConfig,
     ChainNorm,
     ComputeDtype,
+    ExpertDispatch,
     MatmulBackend,
     ModelConfig,
     MoEConfig,
     MtpConfig,
     Remat,
     VideoConfig,
+    check_platform,
 )
 from tml.config.stream import Boundary, Control, MicroTurnConfig, TextConfig
 from tml.config.training import (
     EvaluationConfig,
     LossConfig,
-    MeshConfig,
     OptimConfig,
     Optimizer,
     Schedule,
@@ -36,6 +39,10 @@ from tml.config.tree import (
 )
 
 __all__ = [
+    "DATA_AXES",
+    "ROW_AXES",
+    "SHARD_AXES",
+    "AttentionBackend",
     "AttentionConfig",
     "AudioConfig",
     "Boundary",
@@ -45,6 +52,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "Experiment",
+    "ExpertDispatch",
     "LossConfig",
     "MatmulBackend",
     "MeshConfig",
@@ -58,10 +66,12 @@ __all__ = [
     "Schedule",
     "SourceConfig",
     "SourceKind",
+    "Split",
     "StreamConfig",
     "TextConfig",
     "TrainConfig",
     "VideoConfig",
+    "check_platform",
     "config_hash",
     "difference",
     "from_config_dict",

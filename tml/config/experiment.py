@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from tml.config.checks import check_multiple
 from tml.config.data import DataConfig
+from tml.config.mesh import ROW_AXES, SHARD_AXES, MeshConfig, Split, check_splits
 from tml.config.model import ModelConfig
 from tml.config.stream import MicroTurnConfig, TextConfig
-from tml.config.training import EvaluationConfig, LossConfig, MeshConfig, OptimConfig, StreamConfig, TrainConfig
+from tml.config.training import EvaluationConfig, LossConfig, OptimConfig, StreamConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +36,7 @@ class Experiment:
                 f"(model.audio.hop_samples = {audio.hop_samples} at {audio.sample_rate_hz} Hz); "
                 f"the nearest valid value is {nearest:g}"
             )
-        mesh = self.mesh
-        row_parts = mesh.replica * mesh.fsdp * mesh.expert * self.train.grad_accum_steps
-        check_multiple(
-            "data.rows_per_batch",
-            self.data.rows_per_batch,
-            "mesh.replica * mesh.fsdp * mesh.expert * train.grad_accum_steps",
-            row_parts,
-        )
-        check_multiple("data.row_slots", self.data.row_slots, "mesh.context", mesh.context)
-        check_multiple("model.moe.num_experts", self.model.moe.num_experts, "mesh.expert", mesh.expert)
-        check_multiple("model.d_model", self.model.d_model, "mesh.fsdp", mesh.fsdp)
-        check_multiple("model.attention.num_heads", self.model.attention.num_heads, "mesh.tensor", mesh.tensor)
-        check_multiple("model.vocab_size", self.model.vocab_size, "mesh.tensor", mesh.tensor)
+        check_splits(self.mesh, self.splits)
         if (self.model.mtp.num_blocks > 0) != (self.loss.mtp_weight > 0):
             raise ValueError(
                 f"model.mtp.num_blocks = {self.model.mtp.num_blocks} and loss.mtp_weight = {self.loss.mtp_weight} do "
@@ -59,3 +47,21 @@ class Experiment:
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves nothing of "
                 f"train.num_steps = {self.train.num_steps}; warm up for fewer steps"
             )
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Every dimension that the mesh splits; each must be a multiple of its axes."""
+        model, attention, moe = self.model, self.model.attention, self.model.moe
+        parts = ("train.grad_accum_steps", self.train.grad_accum_steps)
+        return (
+            Split("data.rows_per_batch", self.data.rows_per_batch, ROW_AXES, parts),
+            Split("data.row_slots", self.data.row_slots, ("context",)),
+            Split("model.moe.num_experts", moe.num_experts, ("expert",)),
+            Split("model.d_model", model.d_model, SHARD_AXES),
+            # Global attention exchanges the split of the sequence for one of the heads.
+            Split("model.attention.num_heads", attention.num_heads, ("context", "tensor")),
+            Split("model.attention.num_kv_heads", attention.num_kv_heads, ("tensor",)),
+            Split("model.dense_dim", model.dense_dim, ("tensor",)),
+            Split("model.moe.expert_dim", moe.expert_dim, ("tensor",)),
+            Split("model.vocab_size", model.vocab_size, ("tensor",)),
+        )

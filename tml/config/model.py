@@ -20,11 +20,33 @@ class Remat(enum.StrEnum):
     LAYER = "layer"
 
 
+class AttentionBackend(enum.StrEnum):
+    """Who computes attention over rows: XLA in blocks or by the definition, or a Pallas kernel of the platform."""
+
+    BLOCKED = "blocked"
+    REFERENCE = "reference"
+    TPU = "tpu"
+    GPU = "gpu"
+
+
 class MatmulBackend(enum.StrEnum):
-    """How the expert matmuls run: padded blocks gathered per expert, or every expert on every token (the reference)."""
+    """How the expert matmuls run: as padded blocks or as every expert on every token (XLA), or in a Pallas kernel."""
 
     BLOCKED = "blocked"
     DENSE = "dense"
+    TPU = "tpu"
+    GPU = "gpu"
+
+
+class ExpertDispatch(enum.StrEnum):
+    """How token copies and experts come together when experts are split over devices (`mesh.expert` > 1)."""
+
+    GATHERED_WEIGHTS = "gathered_weights"
+    """Experts come to the tokens: every device gathers a layer's experts. Nothing is ever dropped."""
+    RING = "ring"
+    """Tokens of the expert group come to every device, which runs its own experts; the sums are scattered back."""
+    RAGGED_ALL_TO_ALL = "ragged_all_to_all"
+    """Each copy goes to the device of its expert and comes back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +122,7 @@ class AttentionConfig:
     rel_rank: int = 16
     log_scaling_floor: int = 128_000
     log_scaling_rate: float = 0.1
+    backend: AttentionBackend = AttentionBackend.BLOCKED
 
     def __post_init__(self) -> None:
         check_positive(
@@ -129,6 +152,10 @@ class MoEConfig:
     backend: MatmulBackend = MatmulBackend.BLOCKED
     block_rows: int = 128
     """Rows of one block of the padded expert buffer."""
+    dispatch: ExpertDispatch = ExpertDispatch.GATHERED_WEIGHTS
+    capacity_factor: float = 1.25
+    """Copies that a device's experts take at most, over its share at balanced load, where copies travel (`RING`,
+    `RAGGED_ALL_TO_ALL`). What is over is dropped, counted, and logged as `moe/dropped_fraction`."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -140,6 +167,12 @@ class MoEConfig:
             block_rows=self.block_rows,
         )
         check_not_negative("model.moe", balance_rate=self.balance_rate)
+        check_at_most("1", 1, "model.moe.capacity_factor", self.capacity_factor)
+        if self.backend == MatmulBackend.DENSE and self.dispatch != ExpertDispatch.GATHERED_WEIGHTS:
+            raise ValueError(
+                f"model.moe.backend = {self.backend} runs every expert on every token, which model.moe.dispatch = "
+                f"{self.dispatch} does not bring together; choose backend = blocked or dispatch = gathered_weights"
+            )
         check_at_most(
             "model.moe.num_experts_per_token",
             self.num_experts_per_token,
@@ -224,3 +257,18 @@ class ModelConfig:
     def num_logits(self) -> int:
         """Entries of the logits: the vocabulary without its padding."""
         return self.unpadded_vocab_size or self.vocab_size
+
+
+def check_platform(model: ModelConfig, platform: str) -> None:
+    """Checks that the chosen kernels exist on the platform, by jax's name, that will run them.
+
+    Raises:
+        ValueError: a kernel is written for another platform.
+    """
+    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    for name, backend in (("attention", model.attention.backend), ("moe", model.moe.backend)):
+        if backend in ("gpu", "tpu") and backend != platform:
+            raise ValueError(
+                f"model.{name}.backend = {str(backend)!r} runs on {backend}, but the devices are {platform}; "
+                f"set it to {('blocked' if platform == 'cpu' else platform)!r}"
+            )

@@ -1,4 +1,4 @@
-"""Configuration of the objective, the optimizer, the mesh and the loop."""
+"""Configuration of the objective, the optimizer and the loop."""
 
 import enum
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ class LossConfig:
     document_weight: float = 1.0
     z_loss_weight: float = 0.0
     """Weight of logsumexp(logits)^2 (PaLM, section 5)."""
+    chunk_positions: int = 0
+    """Positions of one device whose logits exist at a time; 0 makes all of them at once."""
     mtp_weight: float = 0.0
     """Weight of multi-token prediction: of the mean over its blocks (DeepSeek-V3, section 4.2: 0.3, later 0.1)."""
 
@@ -75,27 +77,6 @@ class OptimConfig:
             muon_momentum=self.muon_momentum,
         )
         check_below_one("optim", b1=self.b1, b2=self.b2, muon_momentum=self.muon_momentum)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices along each mesh axis; the product must be the number of devices."""
-
-    replica: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        check_positive("mesh", **vars(self))
-        if self.context > 1:
-            raise ValueError(f"mesh.context = {self.context}: rows are not split along the sequence yet; set it to 1")
-
-    @property
-    def shape(self) -> dict[str, int]:
-        """Size of every axis, slowest first."""
-        return dict(vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)

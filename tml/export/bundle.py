@@ -22,7 +22,7 @@ from tml import checkpoint
 from tml.codec.text import Tokenizer, layout_of
 from tml.config import Experiment, config_hash, to_json
 from tml.config.tree import from_json
-from tml.export.staging import replaced
+from tml.export.staging import whole_folder
 from tml.microturn import Layout
 from tml.model import transformer
 from tml.params import PyTree, map_specs, spec_leaves
@@ -86,17 +86,15 @@ def save(model: Model, folder: Path) -> None:
     Raises:
         BundleError: the folder holds something that is not a bundle.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise BundleError(f"{folder} holds files that are not a bundle; name an empty or a new folder")
-    with replaced(folder) as staging:
-        safetensors.numpy.save_file(_by_path(model.params, model.experiment), staging / PARAMS)
+    with whole_folder(folder, MARKER, BundleError) as staging:
+        safetensors.numpy.save_file(by_path(model.params, model.experiment), staging / PARAMS)
         (staging / CONFIG).write_text(to_json(model.experiment) + "\n")
         tokenizer = model.tokenizer.save(staging / TOKENIZER)
         files = (PARAMS, CONFIG, str(tokenizer.relative_to(staging)))
         marker = {
             "format": FORMAT,
             "config_hash": config_hash(model.experiment),
-            "sha256": {name: _digest(staging / name) for name in files},
+            "sha256": {name: digest(staging / name) for name in files},
         }
         (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
@@ -128,15 +126,16 @@ def _verify(folder: Path) -> None:
     for name, written in digests:
         if not (folder / name).is_file():
             raise BundleError(f"{folder / name} is missing from the bundle: export it again")
-        digest = _digest(folder / name)
-        if digest != written:
+        found_digest = digest(folder / name)
+        if found_digest != written:
             raise BundleError(
-                f"{folder / name} has sha256 {digest[:12]}, the bundle was written with {written[:12]}; "
+                f"{folder / name} has sha256 {found_digest[:12]}, the bundle was written with {written[:12]}; "
                 f"it is damaged: export it again"
             )
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """The sha256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -146,7 +145,8 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(ranks if ranks.exists() else folder / TOKENIZER)
 
 
-def _by_path(params: PyTree, experiment: Experiment) -> dict[str, np.ndarray]:
+def by_path(params: PyTree, experiment: Experiment) -> dict[str, np.ndarray]:
+    """Every parameter by its path, in tree order."""
     paths = [path for path, _ in spec_leaves(transformer.specs(experiment.model))]
     return {path: np.asarray(leaf) for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)}
 

@@ -14,7 +14,7 @@ from tml.checkpoint_pieces import ParamsReader
 from tml.export import inkling_config, inkling_layout
 from tml.export.inkling_import import CONFIG, KEEPSAKE, SIDE_FILES, STORED, origin, read_config, rows_at_a_time
 from tml.export.inkling_layout import FLOAT32_NAMES, Part, Tensor
-from tml.export.staging import replaced
+from tml.export.staging import whole_folder
 from tml.export.tensor_folder import DTYPES, INDEX, Planned, write_shards
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -51,8 +51,6 @@ def export_folder(
         ValueError: the model cannot be described by a config.json, or the folder holds something else.
         CheckpointError: there is no checkpoint, or it is damaged.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} holds files that are not an export; name an empty or a new folder")
     reader = ParamsReader(workdir, step)
     keepsake, model = workdir / KEEPSAKE, reader.experiment.model
     kept = read_config(keepsake) if keepsake.is_dir() else {}
@@ -69,7 +67,7 @@ def export_folder(
         )
         for tensor in layout
     ]
-    with replaced(folder) as staging:
+    with whole_folder(folder, INDEX, ValueError) as staging:
         write_shards(staging, planned, max_shard_bytes)
         reader.check()
         for name in SIDE_FILES:

@@ -1,4 +1,4 @@
-"""A folder that takes another's place when it is whole, and not before."""
+"""A folder that is written whole or not at all: beside its place first, then put there in one rename."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,12 +7,20 @@ from pathlib import Path
 
 
 @contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which becomes `folder` on leaving without an error.
+def whole_folder(folder: Path, marker: str, error: type[ValueError]) -> Iterator[Path]:
+    """Hands out an empty folder to fill, and puts it in the place of `folder` when that is done.
 
-    Killed at any moment, it leaves the older folder, or the new one, or none, with what was left
-    over beside it under a hidden name that the next call sweeps away.
+    Args:
+        folder: where it goes; one with the same marker is replaced.
+        marker: the file by which a folder of this kind is known.
+        error: what is raised.
+
+    Raises:
+        ValueError: the folder holds something else.
     """
+    if folder.exists() and any(folder.iterdir()) and not (folder / marker).is_file():
+        kind = marker.partition(".")[0]
+        raise error(f"{folder} holds files that are not a {kind}; name an empty or a new folder")
     staging, retired = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for left_over in (staging, retired):
         shutil.rmtree(left_over, ignore_errors=True)

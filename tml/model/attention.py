@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -49,7 +50,7 @@ def apply(
     dtype, eps, head_dim = h_BSD.dtype, cfg.norm_eps, cfg.attention.head_dim
     q_BSNH = jnp.einsum("BSD,DNH->BSNH", h_BSD, params["q"].astype(dtype))
     r_BSNJ = jnp.einsum("BSD,DNJ->BSNJ", h_BSD, params["r"].astype(dtype))
-    kv_shape = (*h_BSD.shape[:2], cfg.attention.num_kv_heads, head_dim)
+    kv_shape = (*h_BSD.shape[:2], *params["k"].shape[1:])
     convolved = {}
     for name in ("k", "v"):
         flat = h_BSD @ params[name].astype(dtype).reshape(h_BSD.shape[-1], -1)
@@ -63,5 +64,6 @@ def apply(
         q_BSNH = (q_BSNH.astype(jnp.float32) * tau_BS11).astype(dtype)
         r_BSNJ = (r_BSNJ.astype(jnp.float32) * tau_BS11).astype(dtype)
     bias = r_BSNJ, params["profiles"].astype(dtype)
-    out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias, state)
-    return jnp.einsum("BSNH,NHD->BSD", out_BSNH, params["o"].astype(dtype)), state
+    with jax.named_scope("attend"):
+        out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias, state)
+    return functions.add_shards(jnp.einsum("BSNH,NHD->BSD", out_BSNH, params["o"].astype(dtype))), state

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from tml.config import ModelConfig
 from tml.model import attention, moe
@@ -40,7 +40,7 @@ def apply(
     kind: LayerKind,
     functions: LayerFunctions,
     cfg: ModelConfig,
-) -> tuple[Float[Array, "B S D"], LayerState | None, Float32[Array, "E"] | None]:
+) -> tuple[Float[Array, "B S D"], LayerState | None, moe.Load | None]:
     """Runs the layer; returns its output, its state, and the load of its experts (None for a dense layer)."""
     with jax.named_scope("attention"):
         h_BSD = rms_norm(x_BSD, params["attention_norm"], cfg.norm_eps)
@@ -49,10 +49,12 @@ def apply(
         x_BSD = x_BSD + h_BSD
     with jax.named_scope("mlp"):
         h_BSD = rms_norm(x_BSD, params["mlp_norm"], cfg.norm_eps)
-        load_E: jax.Array | None = None
+        load: moe.Load | None = None
         if kind.is_dense:
-            h_BSD = moe.apply_dense(params["mlp"], h_BSD)
+            h_BSD = moe.apply_dense(params["mlp"], h_BSD, functions.add_shards)
         else:
-            h_BSD, load_E = moe.apply_moe(params["mlp"], h_BSD, functions.valid, functions.experts, cfg.moe)
+            h_BSD, load = moe.apply_moe(
+                params["mlp"], h_BSD, functions.valid, functions.experts, functions.add_shards, cfg.moe
+            )
         h_BSD, state = functions.conv("mlp", h_BSD, params["mlp_conv"], state)
-        return x_BSD + h_BSD, state, load_E
+        return x_BSD + h_BSD, state, load

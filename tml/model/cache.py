@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int16, Int32, UInt8
 
-from tml.config import ModelConfig
+from tml.config import MeshConfig, ModelConfig
 from tml.model import embed, transformer
+from tml.model.expert_dispatch import streaming_experts
 from tml.model.layer_functions import Bias, LayerFunctions, LayerState
-from tml.model.moe import gathered_experts
 from tml.ops.attention import attend_cache
 from tml.ops.short_conv import short_conv_stream, zero_history
 from tml.params import Leaf, PyTree
+
+ONE_DEVICE = MeshConfig()
+"""Live sessions run on one device."""
 
 
 @flax.struct.dataclass
@@ -106,6 +109,7 @@ def append(
         slots.tiles_BP,
         slots.tile_index_BW,
         cfg,
+        ONE_DEVICE,
     )
     ring_BW = _places(positions_BW, valid_BW, state.ring_positions_BT.shape[1])
     full_BW = _places(positions_BW, valid_BW, state.full_positions_BT.shape[1])
@@ -124,10 +128,15 @@ def append(
         return out, layer
 
     functions = LayerFunctions(
-        positions=positions_BW, valid=valid_BW, conv=conv, attend=attend, experts=gathered_experts
+        positions=positions_BW,
+        valid=valid_BW,
+        conv=conv,
+        attend=attend,
+        experts=streaming_experts(valid_BW.size, cfg.moe),
+        add_shards=lambda x: x,
     )
     layers: PyTree
-    x_BWD, layers, _ = transformer.run_layers(params["stages"], x_BWD, state.layers, functions, cfg)
+    x_BWD, layers, _ = transformer.run_layers(params["stages"], x_BWD, state.layers, functions, cfg, ONE_DEVICE)
     state = DecodeState(
         layers=layers,
         num_positions_B=state.num_positions_B + slots.counts_B,

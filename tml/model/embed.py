@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16, Int32, UInt8
 
 from tml.codec.video import normalise_tiles
-from tml.config import AudioConfig, ComputeDtype, ModelConfig, VideoConfig
+from tml.config import AudioConfig, ComputeDtype, MeshConfig, ModelConfig, VideoConfig
 from tml.microturn import Kind
+from tml.ops.collectives import index_along, sum_over
 from tml.ops.norm import rms_norm
 from tml.params import PyTree, Update, param, scale
 
@@ -52,10 +53,12 @@ def embed(
     tiles_BP: Int16[Array, "B P f h w 3"],
     tile_index_BS: Int32[Array, "B S"],
     cfg: ModelConfig,
+    mesh: MeshConfig,
 ) -> Float[Array, "B S D"]:
     """One vector for every position, by its kind (see `tml.batch.Batch` for the arguments)."""
     dtype = compute_dtype(cfg)
-    x_BSD = rms_norm(params["tokens"]["table"].astype(dtype)[tokens_BS], params["tokens"]["norm"], cfg.norm_eps)
+    x_BSD = look_up(params["tokens"]["table"].astype(dtype), tokens_BS, mesh)
+    x_BSD = rms_norm(x_BSD, params["tokens"]["norm"], cfg.norm_eps)
     audio_BSD = embed_audio(params["audio"], levels_BSM, cfg.audio, cfg.norm_eps, dtype)
     x_BSD = jnp.where((kinds_BS == Kind.AUDIO)[:, :, None], audio_BSD, x_BSD)
     if "video" in params and tiles_BP.shape[1]:
@@ -63,6 +66,16 @@ def embed(
         video_BSD = jnp.take_along_axis(video_BPD, tile_index_BS[:, :, None], axis=1)
         x_BSD = jnp.where((kinds_BS == Kind.TILE)[:, :, None], video_BSD, x_BSD)
     return x_BSD
+
+
+def look_up(table_VD: Float[Array, "v D"], tokens_BS: Int32[Array, "B S"], mesh: MeshConfig) -> Float[Array, "B S D"]:
+    """Rows of a table of which each device along `tensor` holds a part of the vocabulary."""
+    if mesh.tensor == 1:
+        return table_VD[tokens_BS]
+    place_BS = tokens_BS - index_along("tensor", mesh) * table_VD.shape[0]
+    is_here_BS = (place_BS >= 0) & (place_BS < table_VD.shape[0])
+    part_BSD = jnp.where(is_here_BS[:, :, None], table_VD[jnp.where(is_here_BS, place_BS, 0)], 0)
+    return sum_over(part_BSD, ("tensor",), mesh)
 
 
 def embed_audio(

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from tml.config import AttentionConfig, MatmulBackend, ModelConfig
-from tml.model.moe import EXPERT_FUNCTIONS, ExpertFunction
-from tml.ops.attention import attend_global, attend_sliding
+from tml.config import AttentionBackend, AttentionConfig, MeshConfig, ModelConfig
+from tml.model.expert_dispatch import ExpertFunction, expert_function
+from tml.ops import context
+from tml.ops.attention import attend
+from tml.ops.collectives import sum_over
 from tml.ops.short_conv import short_conv_rows
 from tml.params import Leaf, PyTree
-
-SLIDING_BLOCK_SLOTS = 64
-"""The most queries in one block of sliding attention; a block sees its own keys and a window's worth before them."""
 
 Bias = tuple[Float[Array, "B S N J"], Float[Array, "J X"]]
 """The relative bias, not yet multiplied out: what each query mixes, and the profiles by distance."""
@@ -49,6 +48,7 @@ class LayerFunctions(NamedTuple):
         conv: (name, inputs, taps, state) to (outputs, state).
         attend: (is_global, q, k, v, bias, state) to (outputs, state).
         experts: the expert matmuls.
+        add_shards: sums partial outputs over the devices that split heads or hidden units.
     """
 
     positions: Int32[Array, "B S"]
@@ -56,28 +56,47 @@ class LayerFunctions(NamedTuple):
     conv: Callable[[str, jax.Array, jax.Array, LayerState | None], tuple[jax.Array, LayerState | None]]
     attend: Callable[..., tuple[jax.Array, LayerState | None]]
     experts: ExpertFunction
+    add_shards: Callable[[jax.Array], jax.Array]
 
 
 def row_functions(
-    segment_ids_BS: Int32[Array, "B S"], positions_BS: Int32[Array, "B S"], cfg: ModelConfig
+    segment_ids_BS: Int32[Array, "B S"], positions_BS: Int32[Array, "B S"], cfg: ModelConfig, mesh: MeshConfig
 ) -> LayerFunctions:
-    """For packed rows: everything restarts where a segment starts."""
+    """For packed rows, or this device's part of them: everything restarts where a segment starts."""
+    convolve: context.Convolve = short_conv_rows
+    attend_whole: context.Attend = _attend_to(None, cfg.attention)
+    attend_window: context.Attend = _attend_to(cfg.attention.window, cfg.attention)
+    if mesh.context > 1:
+        convolve = context.conv_over_shards(mesh)
+        attend_whole = context.global_over_shards(attend_whole, mesh)
+        attend_window = context.sliding_over_shards(attend_window, cfg.attention.window, mesh)
 
     def conv(_: str, x: jax.Array, taps: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
-        return short_conv_rows(x, taps, positions_BS), state
+        return convolve(x, taps, positions_BS), state
 
-    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias, state: PyTree) -> PyTree:
-        if is_global:
-            return attend_global(q, k, v, *bias, segment_ids_BS), state
-        return attend_sliding(q, k, v, *bias, segment_ids_BS, min(SLIDING_BLOCK_SLOTS, cfg.attention.window)), state
+    def look_back(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias, state: PyTree) -> PyTree:
+        function = attend_whole if is_global else attend_window
+        return function(q, k, v, *bias, segment_ids_BS), state
 
     return LayerFunctions(
         positions=positions_BS,
         valid=segment_ids_BS > 0,
         conv=conv,
-        attend=attend,
-        experts=EXPERT_FUNCTIONS[MatmulBackend(cfg.moe.backend)],
+        attend=look_back,
+        experts=expert_function(cfg.moe, mesh),
+        add_shards=lambda x: sum_over(x, ("tensor",), mesh),
     )
+
+
+def _attend_to(window: int | None, cfg: AttentionConfig) -> context.Attend:
+    backend = AttentionBackend(cfg.backend)
+
+    def attend_rows(
+        q: jax.Array, k: jax.Array, v: jax.Array, r: jax.Array, profiles: jax.Array, segments: jax.Array
+    ) -> jax.Array:
+        return attend(q, k, v, r, profiles, segments, window, backend)
+
+    return attend_rows
 
 
 def log_length_scale(positions: Int32[Array, "B S"], cfg: AttentionConfig) -> Float[Array, "B S"]:

@@ -1,20 +1,27 @@
 """The feed-forward sub-layers: dense, and a mixture of routed and shared experts under one softmax."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from tml.config import MatmulBackend, ModelConfig, MoEConfig
-from tml.ops.grouped_matmul import block_matmul, collect, dispatch, plan_blocks
+from tml.config import ModelConfig, MoEConfig
+from tml.model.expert_dispatch import ExpertFunction
 from tml.params import Init, ParamSpec, PyTree, Update, param, scale
 
-ExpertFunction = Callable[
-    [Mapping[str, jax.Array], Float[Array, "t D"], Float[Array, "t k"], Int32[Array, "t k"], MoEConfig],
-    Float[Array, "t D"],
-]
-"""(weights, tokens, gate of each choice, expert of each choice, config) to the gated sum over the choices."""
+
+class Load(NamedTuple):
+    """What a mixture layer reports of a batch, or of this device's part of it.
+
+    Attributes:
+        copies_E: copies of valid positions routed to each expert.
+        num_dropped: copies, padding's included, that found no room.
+    """
+
+    copies_E: Float32[Array, "*L E"]
+    num_dropped: Int32[Array, "*L"]
 
 
 def dense_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
@@ -43,12 +50,14 @@ def moe_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     }
 
 
-def apply_dense(params: Mapping[str, PyTree], h_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """(silu(gate) * up) down, times a learned scalar."""
+def apply_dense(
+    params: Mapping[str, PyTree], h_BSD: Float[Array, "B S D"], add_shards: Callable[[jax.Array], jax.Array]
+) -> Float[Array, "B S D"]:
+    """(silu(gate) * up) down, times a learned scalar; `add_shards` sums over the devices that split F."""
     dtype = h_BSD.dtype
     both = jnp.einsum("BSD,DZF->BSZF", h_BSD, params["gate_up"].astype(dtype))
     hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
-    return (hidden @ params["down"].astype(dtype)) * params["scale"].astype(dtype)
+    return add_shards(hidden @ params["down"].astype(dtype)) * params["scale"].astype(dtype)
 
 
 def route(
@@ -78,9 +87,10 @@ def apply_moe(
     h_BSD: Float[Array, "B S D"],
     valid_BS: Bool[Array, "B S"],
     experts: ExpertFunction,
+    add_shards: Callable[[jax.Array], jax.Array],
     cfg: MoEConfig,
-) -> tuple[Float[Array, "B S D"], Float32[Array, "E"]]:
-    """The gated sum over routed and shared experts, and how many valid copies each routed expert got."""
+) -> tuple[Float[Array, "B S D"], Load]:
+    """The gated sum over routed and shared experts, and their load; `add_shards` sums over devices that split F."""
     dtype = h_BSD.dtype
     h_TD = h_BSD.reshape(-1, h_BSD.shape[-1])
     with jax.named_scope("router"):
@@ -89,67 +99,14 @@ def apply_moe(
         load_E = jnp.einsum("tkE,t->E", choice_TKE, valid_BS.reshape(-1).astype(jnp.float32))
     with jax.named_scope("experts"):
         weights = {name: params[name].astype(dtype) for name in ("gate_up", "down")}
-        out_TD = experts(weights, h_TD, gates_TK.astype(dtype), experts_TK, cfg)
+        out_TD, num_dropped = experts(weights, h_TD, gates_TK.astype(dtype), experts_TK, cfg)
     with jax.named_scope("shared_experts"):
         both = jnp.einsum("tD,ADZF->tAZF", h_TD, params["shared_gate_up"].astype(dtype))
         hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1] * shared_gates_TA.astype(dtype)[:, :, None]
         down_AFD = params["shared_down"].astype(dtype)
         shared = jnp.einsum("tAF,AFD->tD", hidden, down_AFD, preferred_element_type=jnp.float32)
-        out_TD = out_TD + shared.astype(dtype)
-    return out_TD.reshape(h_BSD.shape), load_E
-
-
-def blocked_experts(
-    weights: Mapping[str, jax.Array],
-    h_TD: Float[Array, "t D"],
-    gates_TK: Float[Array, "t k"],
-    experts_TK: Int32[Array, "t k"],
-    cfg: MoEConfig,
-) -> Float[Array, "t D"]:
-    """Training: copies gathered into blocks of one expert each, so that cost follows active experts."""
-    plan = plan_blocks(experts_TK, cfg.num_experts, cfg.block_rows)
-    both = block_matmul(dispatch(h_TD, plan), _fused(weights["gate_up"]), plan.expert_of_block)
-    gate, up = jnp.split(both, 2, axis=-1)
-    down = block_matmul(jax.nn.silu(gate) * up, weights["down"], plan.expert_of_block)
-    return jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1)
-
-
-def dense_experts(
-    weights: Mapping[str, jax.Array],
-    h_TD: Float[Array, "t D"],
-    gates_TK: Float[Array, "t k"],
-    experts_TK: Int32[Array, "t k"],
-    cfg: MoEConfig,
-) -> Float[Array, "t D"]:
-    """The definition: every expert on every token, weighted by its gate or by zero."""
-    both = jnp.einsum("tD,EDZF->tEZF", h_TD, weights["gate_up"])
-    out_TED = jnp.einsum("tEF,EFD->tED", jax.nn.silu(both[:, :, 0]) * both[:, :, 1], weights["down"])
-    choice_TKE = jax.nn.one_hot(experts_TK, cfg.num_experts, dtype=gates_TK.dtype)
-    return jnp.einsum("tED,tk,tkE->tD", out_TED, gates_TK, choice_TKE)
-
-
-def gathered_experts(
-    weights: Mapping[str, jax.Array],
-    h_TD: Float[Array, "t D"],
-    gates_TK: Float[Array, "t k"],
-    experts_TK: Int32[Array, "t k"],
-    cfg: MoEConfig,
-) -> Float[Array, "t D"]:
-    """Streaming: each of a few tokens fetches its own experts, so that no session can change another's bits."""
-    both = jnp.einsum("tD,tkDF->tkF", h_TD, _fused(weights["gate_up"])[experts_TK])
-    gate, up = jnp.split(both, 2, axis=-1)
-    out_TKD = jnp.einsum("tkF,tkFD->tkD", jax.nn.silu(gate) * up, weights["down"][experts_TK])
-    return jnp.sum(out_TKD * gates_TK[:, :, None], axis=1)
-
-
-def _fused(gate_up_EDZF: Float[Array, "E D Z F"]) -> Float[Array, "E D f"]:
-    return gate_up_EDZF.reshape(*gate_up_EDZF.shape[:2], -1)
-
-
-EXPERT_FUNCTIONS: dict[MatmulBackend, ExpertFunction] = {
-    MatmulBackend.BLOCKED: blocked_experts,
-    MatmulBackend.DENSE: dense_experts,
-}
+        out_TD = add_shards(out_TD + shared.astype(dtype))
+    return out_TD.reshape(h_BSD.shape), Load(load_E, num_dropped)
 
 
 def balanced_bias(

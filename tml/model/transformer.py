@@ -6,15 +6,20 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import ModelConfig, Remat
+from tml.config import MeshConfig, ModelConfig
 from tml.model import block, embed, moe, mtp
 from tml.model.block import LayerKind
+from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
+from tml.model.remat import recomputed
+from tml.ops.collectives import gather_params
+from tml.ops.cross_entropy import Scores, score_in_chunks
+from tml.ops.cross_entropy import score as score_logits
 from tml.ops.norm import rms_norm
-from tml.params import Leaf, PyTree, Update, param, scale, stack
+from tml.params import Leaf, ParamSpec, PyTree, Update, param, scale, stack
 
 
 class Stage(NamedTuple):
@@ -25,17 +30,30 @@ class Stage(NamedTuple):
 
 
 @flax.struct.dataclass
+class Hidden:
+    """What the network computes for a batch, or for this device's part of it, before the unembedding.
+
+    Attributes:
+        normed_BSD: the last layer's output, normed.
+        h_BSD: inputs of the unembedding: the same divided by the muP divisor.
+        load: copies routed to each expert and copies dropped, a row a mixture layer.
+    """
+
+    normed_BSD: Leaf
+    h_BSD: Leaf
+    load: moe.Load
+
+
+@flax.struct.dataclass
 class Outputs:
     """What the network computes for a batch.
 
     Attributes:
         logits_BSV: float32, cut to the unpadded vocabulary.
-        hidden_BSD: what the head reads: the last layer's output, normed.
         expert_load_LE: copies of valid positions routed to each expert, a row a mixture layer.
     """
 
     logits_BSV: Leaf
-    hidden_BSD: Leaf
     expert_load_LE: Leaf
 
 
@@ -65,43 +83,63 @@ def layer_stages(cfg: ModelConfig) -> tuple[Stage, ...]:
 
 def specs(cfg: ModelConfig) -> dict[str, PyTree]:
     """Every parameter of the network. The layers of a stage are stacked along a leading L axis."""
-    sizes = {"D": cfg.d_model, "V": cfg.vocab_size}
     ahead = {"mtp": mtp.specs(cfg)} if cfg.mtp.num_blocks else {}
     return ahead | {
         "embed": embed.specs(cfg),
         "stages": [
             [stack(block.specs(kind, cfg), stage.repeats) for kind in stage.kinds] for stage in layer_stages(cfg)
         ],
+        **head_specs(cfg),
+    }
+
+
+def head_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """The parameters between the last layer and the logits."""
+    sizes = {"D": cfg.d_model, "V": cfg.vocab_size}
+    return {
         "norm": scale("D", sizes),
         "unembed": param("D V", sizes, fan_in="D", update=Update.EMBEDDING),
     }
 
 
-def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outputs:
-    """The forward pass over packed rows; every segment is independent of its neighbours."""
+def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: MeshConfig) -> Hidden:
+    """The forward pass over packed rows up to the unembedding; every segment is independent of its neighbours.
+
+    On a mesh this is the program of one device: its parts of parameters and batch, inside `shard_map`.
+    """
     with jax.named_scope("embed"):
+        embed_params = gather_params(params["embed"], embed.specs(cfg), mesh, embed.compute_dtype(cfg))
         x_BSD = embed.embed(
-            params["embed"],
+            embed_params,
             batch.tokens_BS,
             batch.kinds_BS,
             batch.levels_BSM,
             batch.tiles_BP,
             batch.tile_index_BS,
             cfg,
+            mesh,
         )
-    functions = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg)
-    x_BSD, _, load_LE = run_layers(params["stages"], x_BSD, None, functions, cfg)
+    functions = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg, mesh)
+    x_BSD, _, load = run_layers(params["stages"], x_BSD, None, functions, cfg, mesh)
     with jax.named_scope("head"):
-        h_BSD = rms_norm(x_BSD, params["norm"], cfg.norm_eps)
-        return Outputs(logits_BSV=unembed(params, h_BSD, cfg), hidden_BSD=h_BSD, expert_load_LE=load_LE)
+        norm_D = gather_params(params["norm"], head_specs(cfg)["norm"], mesh, x_BSD.dtype)
+        normed_BSD = rms_norm(x_BSD, norm_D, cfg.norm_eps)
+        return Hidden(normed_BSD=normed_BSD, h_BSD=head_input(normed_BSD, cfg), load=load)
 
 
-def apply_ahead(
-    params: Mapping[str, PyTree], hidden_BSD: Float[Array, "B S D"], batch: Batch, cfg: ModelConfig
-) -> list[Float32[Array, "B S V"]]:
-    """The logits of every block of multi-token prediction, from `Outputs.hidden_BSD`."""
-    blocks = mtp.apply(params["mtp"], params["embed"]["tokens"]["table"], hidden_BSD, batch, cfg)
-    return [unembed(params, h_BSD, cfg) for h_BSD in blocks]
+def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outputs:
+    """The forward pass on one device, with the logits of every position."""
+    found = hidden(params, batch, cfg, MeshConfig())
+    with jax.named_scope("head"):
+        return Outputs(logits_BSV=unembed(params["unembed"], found.h_BSD, cfg), expert_load_LE=found.load.copies_E)
+
+
+def hidden_ahead(
+    params: Mapping[str, PyTree], normed_BSD: Float[Array, "B S D"], batch: Batch, cfg: ModelConfig, mesh: MeshConfig
+) -> list[Float[Array, "B S D"]]:
+    """What every block of multi-token prediction hands to the unembedding, from `Hidden.normed_BSD`."""
+    blocks = mtp.apply(params["mtp"], params["embed"]["tokens"]["table"], normed_BSD, batch, cfg, mesh)
+    return [head_input(h_BSD, cfg) for h_BSD in blocks]
 
 
 def run_layers(
@@ -110,7 +148,8 @@ def run_layers(
     states: list[list[LayerState]] | None,
     functions: LayerFunctions,
     cfg: ModelConfig,
-) -> tuple[Float[Array, "B S D"], list[list[LayerState]] | None, Float32[Array, "L E"]]:
+    mesh: MeshConfig,
+) -> tuple[Float[Array, "B S D"], list[list[LayerState]] | None, moe.Load]:
     """Runs every stage.
 
     Args:
@@ -119,12 +158,13 @@ def run_layers(
         states: states of the layers, stacked like the parameters; None for training rows.
         functions: how the layers look back.
         cfg: the model.
+        mesh: sizes of the axes; a layer's parameters are gathered when it runs.
 
     Returns:
         Outputs, states, and the load of every mixture layer in order.
     """
     new_states: list[list[LayerState]] = []
-    loads: list[jax.Array] = []
+    loads: list[moe.Load] = []
     for index, stage in enumerate(layer_stages(cfg)):
         stage_states = None if states is None else states[index]
 
@@ -133,9 +173,9 @@ def run_layers(
             after, group_loads = [], []
             for place, kind in enumerate(kinds):
                 state = None if group_states is None else group_states[place]
-                x, state, load_E = _layer(group_params[place], x, state, kind, functions, cfg)
+                x, state, load = _layer(group_params[place], x, state, kind, functions, cfg, mesh)
                 after.append(state)
-                group_loads += [] if load_E is None else [load_E]
+                group_loads += [] if load is None else [load]
             return x, (None if group_states is None else after, group_loads)
 
         if stage.repeats == 1:
@@ -146,30 +186,75 @@ def run_layers(
         after, stage_loads = results
         new_states.append(after)
         if stage_loads:
-            loads.append(jnp.stack(stage_loads, axis=1).reshape(-1, cfg.moe.num_experts))
-    load_LE = jnp.concatenate(loads) if loads else jnp.zeros((0, cfg.moe.num_experts), jnp.float32)
-    return x_BSD, None if states is None else new_states, load_LE
+            # In the order of the layers: repetition by repetition, then place by place.
+            loads.append(jax.tree.map(lambda *places: _merge_axes(jnp.stack(places, axis=1)), *stage_loads))
+    none = moe.Load(jnp.zeros((0, cfg.moe.num_experts), jnp.float32), jnp.zeros(0, jnp.int32))
+    load = jax.tree.map(lambda *stages: jnp.concatenate(stages), *loads) if loads else none
+    return x_BSD, None if states is None else new_states, load
+
+
+def _merge_axes(x_LG: jax.Array) -> jax.Array:
+    return x_LG.reshape(-1, *x_LG.shape[2:])
 
 
 def _layer(
-    params: PyTree, x: jax.Array, state: LayerState | None, kind: LayerKind, functions: LayerFunctions, cfg: ModelConfig
-) -> tuple[jax.Array, LayerState | None, jax.Array | None]:
-    def run(params: PyTree, x: jax.Array) -> tuple[jax.Array, LayerState | None, jax.Array | None]:
+    params: PyTree,
+    x: jax.Array,
+    state: LayerState | None,
+    kind: LayerKind,
+    functions: LayerFunctions,
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
+    def run(params: PyTree, x: jax.Array) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
+        with jax.named_scope("gather"):
+            split_experts = keeps_experts_split(cfg.moe, mesh)
+            params = gather_params(params, block.specs(kind, cfg), mesh, embed.compute_dtype(cfg), split_experts)
         return block.apply(params, x, state, kind, functions, cfg)
 
-    return jax.checkpoint(run)(params, x) if cfg.remat is Remat.LAYER else run(params, x)
+    return recomputed(run, cfg, mesh)(params, x)
+
+
+def head_input(normed_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float[Array, "B S D"]:
+    """The muP divisor between the norm and the unembedding."""
+    return normed_BSD / cfg.mup_width_multiplier
+
+
+def unembed(unembed_DV: Float[Array, "D V"], h_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S v"]:
+    """The logits, cut to the unpadded vocabulary."""
+    unembed_DV = unembed_DV.astype(h_BSD.dtype)[:, : cfg.num_logits]
+    return jnp.einsum("BSD,DV->BSV", h_BSD, unembed_DV, preferred_element_type=jnp.float32)
 
 
 def logits(params: Mapping[str, PyTree], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S V"]:
-    """The head over the last layer's output: norm, then `unembed`."""
-    return unembed(params, rms_norm(x_BSD, params["norm"], cfg.norm_eps), cfg)
+    """The head: norm, muP divisor, unembedding, cut to the unpadded vocabulary."""
+    normed_BSD = rms_norm(x_BSD, params["norm"], cfg.norm_eps)
+    return unembed(params["unembed"], head_input(normed_BSD, cfg), cfg)
 
 
-def unembed(params: Mapping[str, PyTree], h_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S V"]:
-    """The head over what is normed: muP divisor, unembedding, cut to the unpadded vocabulary."""
-    h_BSD = h_BSD / cfg.mup_width_multiplier
-    unembed_DV = params["unembed"].astype(h_BSD.dtype)[:, : cfg.num_logits]
-    return jnp.einsum("BSD,DV->BSV", h_BSD, unembed_DV, preferred_element_type=jnp.float32)
+def score(
+    params: Mapping[str, PyTree],
+    h_BSD: Float[Array, "B S D"],
+    targets_BS: Int32[Array, "B S"],
+    chunk_positions: int,
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+) -> Scores:
+    """Scores of the predictions from `hidden`, whole or in chunks of positions.
+
+    Args:
+        params: all parameters, or this device's parts.
+        h_BSD: `Hidden.h_BSD`.
+        targets_BS: token to predict.
+        chunk_positions: positions whose logits exist at a time; 0 makes all of them at once.
+        cfg: the model.
+        mesh: sizes of the axes.
+    """
+    unembed_DV = gather_params(params["unembed"].astype(h_BSD.dtype), head_specs(cfg)["unembed"], mesh, h_BSD.dtype)
+    if mesh.tensor == 1 and not chunk_positions:
+        return score_logits(unembed(unembed_DV, h_BSD, cfg), targets_BS)
+    chunk = chunk_positions or targets_BS.size
+    return score_in_chunks(h_BSD, unembed_DV, targets_BS, cfg.num_logits, chunk, mesh)
 
 
 def move_router_bias(

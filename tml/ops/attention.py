@@ -8,9 +8,18 @@ Queries come scaled. Logits and softmax are float32. A sliding layer sees 0 <= d
 The bias is made block by block, where it is used: a bias by distance for a whole row is larger than its logits.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
+
+from tml.config import AttentionBackend
+from tml.ops.attention_gpu import attend_gpu
+from tml.ops.attention_tpu import attend_tpu
+
+SLIDING_BLOCK_SLOTS = 64
+"""The most queries in one block of sliding attention; a block sees its own keys and a window's worth before them."""
 
 GLOBAL_BLOCK_SLOTS = 128
 """Queries of one block of global attention: the blocks before a query's end cost, those after do not."""
@@ -19,28 +28,92 @@ MASKED = -1e30
 """Logit of a key that is not seen; finite, so that a fully masked row is no NaN."""
 
 
-def attention_reference(
+def attend(
     q_BSNH: Float[Array, "B S N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
     r_BSNJ: Float[Array, "B S N J"],
     profiles_JX: Float[Array, "J X"],
-    segment_ids_BS: Int32[Array, "B S"],
+    segment_ids_BT: Int32[Array, "B T"],
     window: int | None,
+    backend: AttentionBackend,
+    first_query: Int32[Array, ""] | None = None,
 ) -> Float[Array, "B S N H"]:
-    """The definition, with every S x S array in full; what the others are tested against."""
-    num_slots, extent = q_BSNH.shape[1], profiles_JX.shape[-1]
-    groups = q_BSNH.shape[2] // k_BSKH.shape[2]
-    k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) for x in (k_BSKH, v_BSKH))
-    distance_SS = jnp.arange(num_slots)[:, None] - jnp.arange(num_slots)[None, :]
-    seen_BSS = (segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]) & (distance_SS >= 0)[None]
+    """Causal attention over packed rows, or over a part of their queries.
+
+    It works on the rows and heads of one device: under `shard_map` each shard calls it with its own. Where the
+    sequence is sharded, a shard hands over its S queries, the T keys that they may see (its own among them), and
+    where among those its queries begin.
+
+    Args:
+        q_BSNH: scaled queries.
+        k_BTKH: keys.
+        v_BTKH: values.
+        r_BSNJ: what mixes the profiles into a bias.
+        profiles_JX: bias by distance, J of them; it is 0 from X on.
+        segment_ids_BT: segments of the keys, 0 or more; -1 hides a key. Queries have those of their own keys.
+        window: distances seen; None sees all.
+        backend: who computes it; one that the target platform does not have is an error of the compiler.
+        first_query: place of the first query among the keys, a multiple of 128; None where S is T.
+
+    Example:
+        >>> attend(q, k, v, r, profiles, segment_ids, window=512, backend=AttentionBackend.BLOCKED)
+    """
+    return BACKENDS[backend](q_BSNH, k_BTKH, v_BTKH, r_BSNJ, profiles_JX, segment_ids_BT, window, first_query)
+
+
+def attention_reference(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    r_BSNJ: Float[Array, "B S N J"],
+    profiles_JX: Float[Array, "J X"],
+    segment_ids_BT: Int32[Array, "B T"],
+    window: int | None,
+    first_query: Int32[Array, ""] | None = None,
+) -> Float[Array, "B S N H"]:
+    """The definition, with every S x T array in full; what the others are tested against."""
+    num_queries, num_keys, extent = q_BSNH.shape[1], k_BTKH.shape[1], profiles_JX.shape[-1]
+    first_query = jnp.int32(0) if first_query is None else first_query
+    segment_ids_BS = jax.lax.dynamic_slice_in_dim(segment_ids_BT, first_query, num_queries, axis=1)
+    groups = q_BSNH.shape[2] // k_BTKH.shape[2]
+    k_BTNH, v_BTNH = (jnp.repeat(x, groups, axis=2) for x in (k_BTKH, v_BTKH))
+    distance_ST = first_query + jnp.arange(num_queries)[:, None] - jnp.arange(num_keys)[None, :]
+    seen_BST = (segment_ids_BS[:, :, None] == segment_ids_BT[:, None, :]) & (distance_ST >= 0)[None]
     if window is not None:
-        seen_BSS &= (distance_SS < window)[None]
-    profiles_JSS = jnp.where((distance_SS < extent)[None], profiles_JX[:, jnp.clip(distance_SS, 0, extent - 1)], 0.0)
-    bias_BNSS = jnp.einsum("BSNJ,JST->BNST", r_BSNJ, profiles_JSS)
-    logits_BNSS = jnp.einsum("BSNH,BTNH->BNST", q_BSNH, k_BSNH) + bias_BNSS
-    weights_BNSS = jax.nn.softmax(jnp.where(seen_BSS[:, None], logits_BNSS, MASKED), axis=-1)
-    return jnp.einsum("BNST,BTNH->BSNH", weights_BNSS, v_BSNH)
+        seen_BST &= (distance_ST < window)[None]
+    profiles_JST = jnp.where((distance_ST < extent)[None], profiles_JX[:, jnp.clip(distance_ST, 0, extent - 1)], 0.0)
+    bias_BNST = jnp.einsum("BSNJ,JST->BNST", r_BSNJ, profiles_JST)
+    logits_BNST = jnp.einsum("BSNH,BTNH->BNST", q_BSNH, k_BTNH) + bias_BNST
+    weights_BNST = jax.nn.softmax(jnp.where(seen_BST[:, None], logits_BNST, MASKED), axis=-1)
+    return jnp.einsum("BNST,BTNH->BSNH", weights_BNST, v_BTNH)
+
+
+def attend_blocked(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    r_BSNJ: Float[Array, "B S N J"],
+    profiles_JX: Float[Array, "J X"],
+    segment_ids_BT: Int32[Array, "B T"],
+    window: int | None,
+    first_query: Int32[Array, ""] | None = None,
+) -> Float[Array, "B S N H"]:
+    """Attention in blocks of queries, by XLA on any platform; a part of a row's queries costs as much as all."""
+    num_queries = q_BSNH.shape[1]
+    if first_query is not None:
+        q_BSNH, r_BSNJ = (
+            jax.lax.dynamic_update_slice_in_dim(
+                jnp.zeros((x.shape[0], k_BTKH.shape[1], *x.shape[2:]), x.dtype), x, first_query, axis=1
+            )
+            for x in (q_BSNH, r_BSNJ)
+        )
+    if window is None:
+        out = attend_global(q_BSNH, k_BTKH, v_BTKH, r_BSNJ, profiles_JX, segment_ids_BT)
+    else:
+        block_slots = min(SLIDING_BLOCK_SLOTS, window)
+        out = attend_sliding(q_BSNH, k_BTKH, v_BTKH, r_BSNJ, profiles_JX, segment_ids_BT, block_slots)
+    return out if first_query is None else jax.lax.dynamic_slice_in_dim(out, first_query, num_queries, axis=1)
 
 
 def skewed_bias(r_BANJ: Float[Array, "B A N J"], profiles_JX: Float[Array, "J X"]) -> Float[Array, "B N A T"]:
@@ -172,3 +245,14 @@ def _attend(
     weights_BNST = jax.nn.softmax(jnp.where(seen_BST[:, None], logits_BNST, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("BKXT,BKTH->BKXH", weights_BNST.reshape(logits.shape), v)
     return out.reshape(num_rows, num_heads, num_queries, head_dim).swapaxes(1, 2)
+
+
+AttendFunction = Callable[..., jax.Array]
+"""(q, k, v, r, profiles, segments, window, first query) to the output: what `attend` asks of a back-end."""
+
+BACKENDS: dict[AttentionBackend, AttendFunction] = {
+    AttentionBackend.REFERENCE: attention_reference,
+    AttentionBackend.BLOCKED: attend_blocked,
+    AttentionBackend.TPU: attend_tpu,
+    AttentionBackend.GPU: attend_gpu,
+}

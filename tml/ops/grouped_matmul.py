@@ -1,16 +1,27 @@
 """Routing of token copies to experts and the matmuls over them.
 
+`grouped_matmul` multiplies rows that are sorted by expert; its back-ends are an enum.
+
 BLOCKED places the copies of each expert in a buffer whose parts are padded to whole blocks, so
 that every block belongs to one expert: the cost follows the copies, not the number of experts
 (`jax.lax.ragged_dot` computes every expert for every row on CPU).
 """
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from tml.config import MatmulBackend
+from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu
 from tml.params import Leaf
+
+BLOCK_ROWS = 128
+"""Rows of a block where sorted rows are multiplied as padded blocks."""
 
 
 @flax.struct.dataclass
@@ -22,18 +33,30 @@ class BlockPlan:
         token_of_row: the token in each buffer row, or the number of tokens where the row is padding.
         copy_of_row: the copy (token * K + choice) in each buffer row, or the number of copies.
         expert_of_block: the expert of each block.
+        holds_all: whether every copy has a row; where not, the row of a copy without one is the number of rows.
     """
 
     row_of_copy: Leaf
     token_of_row: Leaf
     copy_of_row: Leaf
     expert_of_block: Leaf
+    holds_all: bool = flax.struct.field(pytree_node=False)
 
 
-def plan_blocks(experts_TK: Int32[Array, "t k"], num_experts: int, block_rows: int) -> BlockPlan:
-    """Plans the buffer; its size, ceil(copies / block_rows) + num_experts blocks, holds any routing: nothing drops."""
-    num_copies = experts_TK.size
-    num_blocks = -(-num_copies // block_rows) + num_experts
+def plan_blocks(
+    experts_TK: Int32[Array, "t k"], num_experts: int, block_rows: int, num_blocks: int | None = None
+) -> BlockPlan:
+    """Plans the buffer.
+
+    Args:
+        experts_TK: the expert of each copy; with `num_blocks`, -1 for copies that belong elsewhere.
+        num_experts: experts here.
+        block_rows: rows of a block.
+        num_blocks: size of the buffer. Copies that do not fit have no row, those of the last experts
+            first. By default ceil(copies / block_rows) + num_experts, which holds any routing.
+    """
+    num_copies, holds_all = experts_TK.size, num_blocks is None
+    num_blocks = -(-num_copies // block_rows) + num_experts if num_blocks is None else num_blocks
     choice_RE = jax.nn.one_hot(experts_TK.reshape(-1), num_experts, dtype=jnp.int32)
     rank_RE = jnp.cumsum(choice_RE, axis=0) - 1
     counts_E = rank_RE[-1] + 1
@@ -41,8 +64,13 @@ def plan_blocks(experts_TK: Int32[Array, "t k"], num_experts: int, block_rows: i
     last_block_E = jnp.cumsum(blocks_E)
     first_row_E = (last_block_E - blocks_E) * block_rows
     row_R = jnp.sum(choice_RE * (rank_RE + first_row_E[None]), axis=1)
+    num_rows = num_blocks * block_rows
+    if not holds_all:
+        has_row_R = (experts_TK.reshape(-1) >= 0) & (row_R < num_rows)
+        row_R = jnp.where(has_row_R, row_R, num_rows)
     copies = jnp.arange(num_copies, dtype=jnp.int32)
-    copy_of_row = jnp.full(num_blocks * block_rows, num_copies, jnp.int32).at[row_R].set(copies, unique_indices=True)
+    empty = jnp.full(num_rows, num_copies, jnp.int32)
+    copy_of_row = empty.at[row_R].set(copies, unique_indices=holds_all, mode=None if holds_all else "drop")
     block = jnp.arange(num_blocks, dtype=jnp.int32)
     expert = jnp.sum((block[:, None] >= last_block_E[None]).astype(jnp.int32), axis=1)
     return BlockPlan(
@@ -50,11 +78,16 @@ def plan_blocks(experts_TK: Int32[Array, "t k"], num_experts: int, block_rows: i
         token_of_row=copy_of_row // experts_TK.shape[1],
         copy_of_row=copy_of_row,
         expert_of_block=jnp.minimum(expert, num_experts - 1),
+        holds_all=holds_all,
     )
 
 
 def _rows_or_zero(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _rows_of_copies(x_RD: jax.Array, plan: BlockPlan) -> jax.Array:
+    return x_RD[plan.row_of_copy] if plan.holds_all else _rows_or_zero(x_RD, plan.row_of_copy)
 
 
 @jax.custom_vjp
@@ -68,7 +101,7 @@ def _dispatch_fwd(x_TD: jax.Array, plan: BlockPlan) -> tuple[jax.Array, BlockPla
 
 
 def _dispatch_bwd(plan: BlockPlan, grad: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.sum(grad[plan.row_of_copy], axis=1), None
+    return jnp.sum(_rows_of_copies(grad, plan), axis=1), None
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -76,8 +109,8 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @jax.custom_vjp
 def collect(y_RD: Float[Array, "r D"], plan: BlockPlan) -> Float[Array, "t k D"]:
-    """Reads each copy's row back from the buffer."""
-    return y_RD[plan.row_of_copy]
+    """Reads each copy's row back from the buffer; zeros for a copy without a row."""
+    return _rows_of_copies(y_RD, plan)
 
 
 def _collect_fwd(y_RD: jax.Array, plan: BlockPlan) -> tuple[jax.Array, BlockPlan]:
@@ -120,3 +153,97 @@ def _block_matmul_bwd(
 
 
 block_matmul.defvjp(_block_matmul_fwd, _block_matmul_bwd)
+
+
+def grouped_matmul(
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int32[Array, "E"],
+    backend: MatmulBackend,
+) -> Float[Array, "R F"]:
+    """Multiplies rows that are sorted by expert with the matrix of their expert.
+
+    It works on the rows and experts of one device: under `shard_map` each shard calls it with its own.
+
+    Args:
+        x_RD: rows, those of expert 0 first.
+        w_EDF: the experts' matrices.
+        group_sizes_E: rows of each expert; rows that are left over belong to none and give zero.
+        backend: who computes it; one that the target platform does not have is an error of the compiler.
+
+    Example:
+        >>> grouped_matmul(x_RD, w_EDF, jnp.array([3, 0, 5], jnp.int32), MatmulBackend.BLOCKED)
+    """
+    return GROUPED_MATMULS[backend](x_RD, w_EDF, group_sizes_E)
+
+
+def grouped_matmul_reference(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int32[Array, "E"]
+) -> Float[Array, "R F"]:
+    """The definition: every expert on every row, and one or none of them chosen."""
+    own_RE = jax.nn.one_hot(_expert_of_row(x_RD.shape[0], group_sizes_E), w_EDF.shape[0], dtype=x_RD.dtype)
+    return jnp.einsum("RE,REF->RF", own_RE, jnp.einsum("RD,EDF->REF", x_RD, w_EDF))
+
+
+def blocked_grouped_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int32[Array, "E"]
+) -> Float[Array, "R F"]:
+    """As padded blocks of one expert each, by XLA on any platform."""
+    num_experts = w_EDF.shape[0]
+    expert_R = _expert_of_row(x_RD.shape[0], group_sizes_E)
+    plan = plan_blocks(jnp.minimum(expert_R, num_experts - 1)[:, None], num_experts, BLOCK_ROWS)
+    y_RF = collect(block_matmul(dispatch(x_RD, plan), w_EDF, plan.expert_of_block), plan)[:, 0]
+    return jnp.where((expert_R < num_experts)[:, None], y_RF, jnp.zeros((), y_RF.dtype))
+
+
+def _expert_of_row(num_rows: int, group_sizes_E: jax.Array) -> jax.Array:
+    """The expert of each sorted row; the number of experts for rows of none."""
+    row_R = jnp.arange(num_rows, dtype=jnp.int32)
+    return jnp.sum((row_R[:, None] >= jnp.cumsum(group_sizes_E)[None]).astype(jnp.int32), axis=1)
+
+
+class GroupedKernels(NamedTuple):
+    """The two products that a platform's kernels compute.
+
+    Attributes:
+        rows: (x_RD, w_EDF, group_sizes_E, is_transposed) to x_R w_E for the expert of each row.
+        groups: (x_RD, y_RF, group_sizes_E) to the sum over each expert's rows of x_R^T y_R.
+    """
+
+    rows: Callable[..., jax.Array]
+    groups: Callable[..., jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def kernel_grouped_matmul(
+    kernels: GroupedKernels, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """By a platform's kernels, forward and both gradients."""
+    return kernels.rows(x_RD, w_EDF, group_sizes_E)
+
+
+def _kernel_fwd(
+    kernels: GroupedKernels, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return kernels.rows(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+
+
+def _kernel_bwd(
+    kernels: GroupedKernels, saved: tuple[jax.Array, jax.Array, jax.Array], grad_RF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_RD, w_EDF, group_sizes_E = saved
+    grad_x_RD = kernels.rows(grad_RF, w_EDF, group_sizes_E, is_transposed=True)
+    return grad_x_RD, kernels.groups(x_RD, grad_RF, group_sizes_E), None
+
+
+kernel_grouped_matmul.defvjp(_kernel_fwd, _kernel_bwd)
+
+TPU_KERNELS = GroupedKernels(grouped_matmul_tpu.multiply_rows, grouped_matmul_tpu.multiply_groups)
+GPU_KERNELS = GroupedKernels(grouped_matmul_gpu.multiply_rows, grouped_matmul_gpu.multiply_groups)
+
+GROUPED_MATMULS: dict[MatmulBackend, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    MatmulBackend.DENSE: grouped_matmul_reference,
+    MatmulBackend.BLOCKED: blocked_grouped_matmul,
+    MatmulBackend.TPU: functools.partial(kernel_grouped_matmul, TPU_KERNELS),
+    MatmulBackend.GPU: functools.partial(kernel_grouped_matmul, GPU_KERNELS),
+}

@@ -1,0 +1,101 @@
+"""Says before a launch whether a run fits a pod, how fast it will go and what limits it, without the pod.
+
+python -m launch.plan --config=experiments/interaction_1b.py --topology=v5p:2x2x2
+
+The real step is compiled by the real compiler for the topology that is named, and estimated from the compiled
+program. Topologies: v5p:XxYxZ, v5e:XxY, v6e:XxY, tpu7x:XxYxZ (chips), and h100, h200 or b200:1xHOSTSxGPUS.
+--step=decode plans a micro-turn of live sessions instead; --search=mesh,remat,rows ranks variants.
+Needs the extra `plan`: pip install 'tml-interaction[plan]'.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+
+from launch.app import define_config, read_experiment, run_app
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from tml.config import Experiment
+    from tml.plan.program import Compiled
+    from tml.plan.topology import Topology
+
+_CONFIG = define_config()
+_TOPOLOGY = flags.DEFINE_string("topology", "", "Pod, as v5p:8x8x8 or h100:1x64x8.")
+_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of this topology, joined by a network.", lower_bound=1)
+_STEP = flags.DEFINE_enum("step", "train", ["train", "decode"], "A train step, or a micro-turn of live sessions.")
+_TOKENS = flags.DEFINE_float("tokens", 0.0, "Tokens of the run, for its days; the config's steps by default.")
+_SESSIONS = flags.DEFINE_integer("sessions", 16, "Decode: live sessions.", lower_bound=1)
+_OUTPUT_POSITIONS = flags.DEFINE_integer("output_positions", 8, "Decode: positions decoded in a turn.", lower_bound=1)
+_SEARCH = flags.DEFINE_list("search", [], "What to vary, of mesh, remat, rows (a chip): ranks what fits.")
+_SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 8, "Most variants to compile in a search.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", "", "File for all numbers.")
+_HLO = flags.DEFINE_string("hlo", "", "File for the compiled program's text; the devices' places go beside it, .json.")
+
+
+def main(argv: list[str]) -> int:
+    """Compiles, estimates, prints."""
+    if not _TOPOLOGY.value:
+        raise app.UsageError("--topology is missing; name a pod, as in --topology=v5p:8x8x8")
+    experiment = read_experiment(_CONFIG)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # jax reads it when it is imported; nothing runs here but compilers
+    from tml.plan.report import decode_table, train_table
+    from tml.plan.topology import open_topology
+
+    topology = open_topology(_TOPOLOGY.value, _SLICES.value)
+    if _SEARCH.value:
+        return _search(experiment, topology)
+    if _STEP.value == "decode":
+        from tml.plan.decode import plan_decode_step
+
+        decode, compiled, mesh = plan_decode_step(experiment, topology, _SESSIONS.value, _OUTPUT_POSITIONS.value)
+        numbers = decode.numbers()
+        print(decode_table(numbers))
+    else:
+        from tml.plan.train import plan_train_step
+
+        plan, compiled, mesh = plan_train_step(experiment, topology)
+        numbers = plan.numbers(_TOKENS.value or plan.tokens_of_config)
+        print(train_table(numbers))
+    _write_json(numbers)
+    _write_hlo(compiled, mesh, topology)
+    return 0
+
+
+def _search(experiment: "Experiment", topology: "Topology") -> int:
+    from tml.plan.report import search_line
+    from tml.plan.search import candidates, rank, search
+
+    plans = []
+    for plan in search(candidates(experiment, topology, _SEARCH.value), topology, _SEARCH_LIMIT.value):
+        print(search_line(plan.numbers(_TOKENS.value or plan.tokens_of_config)), flush=True)
+        plans.append(plan)
+    if not plans:
+        raise ValueError(f"no variant of {experiment.name} holds its state on {topology.name}; name a larger topology")
+    ranked = [plan.numbers(_TOKENS.value or plan.tokens_of_config) for plan in rank(plans)]
+    print("\nranked")
+    for numbers in ranked:
+        print(search_line(numbers))
+    _write_json(ranked)
+    return 0
+
+
+def _write_json(numbers: Any) -> None:
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(numbers, indent=2))
+
+
+def _write_hlo(compiled: "Compiled", mesh: "Mesh", topology: "Topology") -> None:
+    if _HLO.value:
+        Path(_HLO.value).write_text(compiled.text)
+        coords = topology.fabric(list(mesh.devices.flat)).coords.tolist()
+        places = {"topology": topology.name, "wraps": topology.wraps, "mesh": dict(mesh.shape), "coords": coords}
+        Path(f"{_HLO.value}.json").write_text(json.dumps(places))
+
+
+if __name__ == "__main__":
+    run_app(main)

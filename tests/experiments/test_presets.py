@@ -1,0 +1,107 @@
+"""The presets, counted from their specs and, exactly, by a formula that shares nothing with the code."""
+
+import importlib
+from typing import NamedTuple
+
+import pytest
+
+from tml.config import ComputeDtype, Experiment, Optimizer, Remat, from_config_dict
+from tml.flops import param_table
+from tml.model import transformer
+from tml.params import count_params
+
+
+class Size(NamedTuple):
+    """A line of the table of sizes; `published` is the count in billions that the size is known by."""
+
+    layers: int
+    global_layers: tuple[int, ...]
+    dense_layers: int
+    dense_width: int
+    width: int
+    heads: int
+    kv_heads: int
+    experts: int
+    expert_width: int
+    vocabulary: int
+    published: float
+    published_active: float
+    groups: list[tuple[int, int]]
+
+
+SINGLE = (1, 1)
+SIZES = {
+    "inkling_small": Size(
+        42, (5, 11, 17, 23, 29, 35, 41), 2, 16_384, 4_096, 32, 8, 256, 2_048, 201_024,
+        263.72, 12.07, [SINGLE] * 6 + [(6, 6)],
+    ),
+    "interaction_276b": Size(
+        44, (7, 13, 19, 25, 31, 37, 43), 2, 16_384, 4_096, 32, 8, 256, 2_048, 201_024,
+        276.8, 12.56, [SINGLE] * 2 + [(6, 7)],
+    ),
+    "interaction_30b": Size(
+        36, (5, 11, 17, 23, 29, 35), 2, 8_192, 2_048, 16, 4, 128, 1_024, 131_072,
+        28.9, 2.8, [SINGLE] * 6 + [(6, 5)],
+    ),
+    "interaction_1b": Size(
+        12, (6, 11), 1, 4_096, 1_024, 8, 2, 64, 512, 65_536,
+        1.36, 0.355, [SINGLE] * 2 + [(5, 2)],
+    ),
+}  # fmt: skip
+
+
+def experiment_of(name: str) -> Experiment:
+    return from_config_dict(importlib.import_module(f"experiments.{name}").get_config())
+
+
+def layer_count(size: Size, layer: int, experts_counted: int) -> int:
+    """Parameters of one layer, by the mathematics of the family (heads of 128, bias of rank 16, 4 taps, 2 shared)."""
+    d, q, kv = size.width, 128 * size.heads, 128 * size.kv_heads
+    extent = 1_024 if layer in size.global_layers else 512
+    attention = 2 * d * q + 2 * d * kv + 16 * size.heads * d + 16 * extent + 2 * 128 + 4 * kv + 4 * kv
+    around = 2 * d + 2 * 4 * d
+    if layer < size.dense_layers:
+        return attention + around + 3 * d * size.dense_width + 1
+    experts = 3 * d * size.expert_width * (experts_counted + 2)
+    return attention + around + experts + d * (size.experts + 2) + size.experts + 1
+
+
+def tower_count(size: Size) -> int:
+    """The hMLP tower: four folds with a norm each."""
+    folds = (75 * 128, 512 * 320, 5_120 * 4_800, 9_600 * size.width)
+    return sum(folds) + 128 + 320 + 4_800 + size.width
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_counts_are_exact(name: str):
+    size, model = SIZES[name], experiment_of(name).model
+    d, tables = size.width, size.width * (size.vocabulary + 80 * 16)
+    rest = d * size.vocabulary + d + 2 * d  # unembedding, the last norm, the norms of two embeddings
+    total = sum(layer_count(size, layer, size.experts) for layer in range(size.layers)) + rest
+    used = sum(layer_count(size, layer, 6) for layer in range(size.layers)) + rest
+    whole = param_table(transformer.specs(model), model)[-1]
+    assert whole.total == count_params(transformer.specs(model)) == total + tables + tower_count(size)
+    assert whole.active == used + tables + tower_count(size)
+    assert whole.multiplied == used
+    assert whole.total / 1e9 == pytest.approx(size.published, rel=2e-3)
+    assert whole.active / 1e9 == pytest.approx(size.published_active, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_layers_repeat_in_groups(name: str):
+    size, stages = SIZES[name], transformer.layer_stages(experiment_of(name).model)
+    assert [(len(stage.kinds), stage.repeats) for stage in stages] == size.groups
+    for kinds, _ in stages[size.dense_layers :]:
+        assert not any(kind.is_dense for kind in kinds)
+    *sliding, last = stages[-1].kinds
+    assert last.is_global
+    assert not any(kind.is_global for kind in sliding)
+
+
+def test_the_pod_preset_trains_as_it_is_compared():
+    experiment = experiment_of("interaction_276b")
+    assert (experiment.data.rows_per_batch, experiment.data.row_slots) == (2_048, 4_096)
+    assert experiment.train.grad_accum_steps == 1
+    assert experiment.optim.optimizer is Optimizer.ADAMW
+    assert experiment.model.compute_dtype is ComputeDtype.BFLOAT16
+    assert experiment.model.remat is not Remat.NONE

@@ -1,0 +1,42 @@
+"""The planning app, run as a user runs it. What needs a compiler for a pod is slow and wants the extra `plan`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = ("--config=experiments/quickstart.py", "--config.data.row_slots=64", "--config.data.rows_per_batch=8")
+
+
+def run(*flags: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launch.plan", *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def test_a_plan_needs_a_pod():
+    done = run(*TINY)
+    assert done.returncode == 2
+    assert done.stderr == "error: --topology is missing; name a pod, as in --topology=v5p:8x8x8\n"
+
+
+@pytest.mark.slow
+def test_a_plan_for_eight_gpus(tmp_path: Path):
+    pytest.importorskip("jax_cuda12_plugin")
+    files = tmp_path / "plan.json", tmp_path / "step.hlo"
+    flags = ("--config.mesh.fsdp=8", "--topology=h100:1x1x8", f"--json={files[0]}", f"--hlo={files[1]}")
+    done = run(*TINY, *flags, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "quickstart, train step on h100:1x1x8: 8 chips, mesh fsdp=8" in done.stdout
+    numbers = json.loads(files[0].read_text())
+    assert numbers["fits"] is True
+    assert numbers["rows_per_chip"] == 1
+    assert 0 < numbers["mfu_estimate"] <= numbers["mfu_bound"] < 1
+    assert numbers["step_seconds_lower"] <= numbers["step_seconds_estimate"]
+    assert "all-gather" in {line["category"] for line in numbers["categories"]}
+    assert files[1].read_text().startswith("HloModule")
+    assert json.loads(Path(f"{files[1]}.json").read_text())["mesh"]["fsdp"] == 8

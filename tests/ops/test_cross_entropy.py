@@ -1,0 +1,81 @@
+"""Chunked and vocabulary-sharded scores against whole logits, with gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tml.config import MeshConfig
+from tml.mesh import make_mesh
+from tml.ops.collectives import sum_over
+from tml.ops.cross_entropy import Scores, score, score_in_chunks
+
+NUM_LOGITS, VOCABULARY = 13, 16
+KEYS = jax.random.split(jax.random.key(0), 5)
+H_BSD = jax.random.normal(KEYS[0], (2, 9, 6))
+UNEMBED_DV = jax.random.normal(KEYS[1], (6, VOCABULARY)) * 2
+COTANGENTS = jax.random.normal(KEYS[3], (2, 2, 9))
+# Half of the targets are the likeliest token.
+LIKELIEST_BS = jnp.argmax(H_BSD @ UNEMBED_DV[:, :NUM_LOGITS], axis=-1).astype(jnp.int32)
+TARGETS_BS = jnp.where(jax.random.bernoulli(KEYS[4], 0.5, (2, 9)), LIKELIEST_BS, jnp.int32(NUM_LOGITS - 1))
+
+
+def weighted(scores: Scores) -> jax.Array:
+    return jnp.sum(scores.nll_BS * COTANGENTS[0] + scores.log_norm_BS * COTANGENTS[1])
+
+
+def whole(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, Scores]:
+    scores = score(h_BSD @ unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
+    return weighted(scores), scores
+
+
+def assert_alike(found, gradients) -> None:
+    (_, expected), expected_gradients = jax.value_and_grad(whole, (0, 1), has_aux=True)(H_BSD, UNEMBED_DV)
+    assert 0 < float(jnp.mean(expected.is_right_BS)) < 1
+    for value, wanted in zip((*found, *gradients), (*expected, *expected_gradients), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_chunks_equal_the_whole(chunk: int) -> None:
+    def chunked(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, Scores]:
+        scores = score_in_chunks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, chunk, MeshConfig())
+        return weighted(scores), scores
+
+    (_, found), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(H_BSD, UNEMBED_DV)
+    assert_alike(found, gradients)
+
+
+def test_shards_of_the_vocabulary_equal_the_whole() -> None:
+    sizes = MeshConfig(tensor=4)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=make_mesh(sizes, jax.devices()[:4]),
+        in_specs=(P(), P(None, "tensor")),
+        out_specs=(P(), (P(), P(None, "tensor"))),
+        check_vma=False,
+    )
+    def sharded(h_BSD: jax.Array, unembed_DV: jax.Array):
+        def loss(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, Scores]:
+            scores = score_in_chunks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, 5, sizes)
+            return weighted(scores) / sizes.tensor, scores
+
+        (_, scores), (grad_h, grad_w) = jax.value_and_grad(loss, (0, 1), has_aux=True)(h_BSD, unembed_DV)
+        return scores, (sum_over(grad_h, ("tensor",), sizes), grad_w)
+
+    assert_alike(*jax.jit(sharded)(H_BSD, UNEMBED_DV))
+
+
+def test_no_array_holds_all_logits() -> None:
+    def chunked(h_BSD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
+        return weighted(score_in_chunks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, 3, MeshConfig()))
+
+    text = str(jax.make_jaxpr(jax.grad(chunked, (0, 1)))(H_BSD, UNEMBED_DV))
+    assert f"f32[3,{VOCABULARY}]" in text
+    assert f"f32[18,{VOCABULARY}]" not in text
+    assert f"[6,3,{VOCABULARY}]" not in text
+    assert f"[2,9,{VOCABULARY}]" not in text

@@ -1,0 +1,112 @@
+"""Costs of single instructions, written as the TPU compiler writes them, against arithmetic."""
+
+import pytest
+from compile_programs import V5P
+
+from tml.plan.chips import CHIPS
+from tml.plan.cost import ATTENTION, GATHER, GROUPED_MATMUL, MATMUL, MOVEMENT, Cost, CostModel
+from tml.plan.hlo import parse
+
+
+def cost_of(body: str, fused: str = "", chip=V5P) -> Cost:
+    """The cost of the instruction called %it."""
+    program = parse(f"HloModule m, is_scheduled=true\n\n{fused}\nENTRY %main (a: f32[]) -> f32[] {{\n{body}\n}}\n")
+    return CostModel(program, chip).cost(program.entry, program.entry.instructions["it"])
+
+
+BATCHED = """  %a = bf16[4,256,64]{2,1,0} parameter(0)
+  %b = bf16[4,64,128]{2,1,0} parameter(1)
+  ROOT %it = bf16[4,256,128]{2,1,0} convolution(%a, %b), """
+BATCHED += "window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf"
+
+
+def test_a_batched_matmul_is_no_convolution_over_its_batch():
+    assert cost_of(BATCHED).flops == 2 * 4 * 256 * 64 * 128
+
+
+def test_padding_of_a_convolution_costs_nothing():
+    body = """  %a = f32[2,16,8]{2,1,0} parameter(0)
+  %b = f32[4,1,8]{2,1,0} parameter(1)
+  ROOT %it = f32[2,16,8]{2,1,0} convolution(%a, %b), window={size=4 pad=3_0}, """
+    body += "dim_labels=b0f_0io->b0f, feature_group_count=8"
+    taps = 16 * 4 - (3 + 2 + 1)
+    assert cost_of(body).flops == 2 * 2 * 8 * taps
+
+
+def test_a_matmul_takes_what_the_compiler_says_where_that_is_trusted():
+    cycles = ', backend_config={"window_config":{"estimated_cycles":"1750000"}}'
+    assert cost_of(BATCHED + cycles).seconds == pytest.approx(1e-3)
+    moved = 2 * 4 * (256 * 64 + 64 * 128 + 256 * 128)
+    assert cost_of(BATCHED + cycles, chip=CHIPS["v6e"]).seconds == pytest.approx(moved / 1.64e12)
+
+
+def test_what_stays_on_the_chip_moves_nothing():
+    body = """  %a = f32[1024,1024]{1,0:T(8,128)S(1)} parameter(0)
+  ROOT %it = f32[1024,1024]{1,0:T(8,128)} copy(%a)"""
+    found = cost_of(body)
+    assert found.hbm_bytes == 4 * 1024 * 1024
+    assert found.category == MOVEMENT
+
+
+FUSED_UPDATE = """%fused (p: f32[50,128], q: f32[1,128], i: s32[]) -> f32[50,128] {
+  %p = f32[50,128]{1,0} parameter(0)
+  %q = f32[1,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %update = f32[50,128]{1,0} dynamic-update-slice(%p, %q, %i, %zero)
+}
+"""
+
+
+def test_an_update_in_place_moves_the_update():
+    body = """  %a = f32[50,128]{1,0} parameter(0)
+  %b = f32[1,128]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %it = f32[50,128]{1,0} fusion(%a, %b, %n), kind=kLoop, calls=%fused"""
+    assert cost_of(body, FUSED_UPDATE).hbm_bytes == 4 * 128 * 2 + 4
+
+
+def test_rows_are_gathered_at_a_price_each():
+    body = """  %a = bf16[4096,3584]{1,0} parameter(0)
+  %b = s32[1024]{0} parameter(1)
+  ROOT %it = bf16[1024,3584]{1,0} gather(%a, %b), offset_dims={1}, collapsed_slice_dims={0}, slice_sizes={1,3584}"""
+    found = cost_of(body)
+    assert found.category == GATHER
+    assert found.seconds == pytest.approx(1024 * (8.89 + 0.003275 * 7168) / 1.75e9)
+    # A 7 kB row runs at about 390 GB/s.
+    assert 1024 * 7168 / found.seconds == pytest.approx(390e9, rel=0.02)
+
+
+KERNEL = """  %a = bf16[128,128]{1,0} parameter(0)
+  ROOT %it = bf16[128,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", """
+
+
+def test_a_kernel_costs_what_it_states():
+    scope = 'metadata={op_name="jit(f)/jvp(layer)/attend/kernel"}, '
+    stated = 'backend_config={"custom_call_config":{"cost_estimate":{"flops":"459000000000","bytes_accessed":"1000"}}}'
+    found = cost_of(KERNEL + scope + stated)
+    assert (found.flops, found.hbm_bytes, found.unknown) == (459e9, 1000, "")
+    assert found.seconds == pytest.approx(1e-3)
+    assert found.category == ATTENTION
+
+
+def test_a_kernel_that_states_nothing_is_named():
+    found = cost_of(KERNEL + "backend_config={}")
+    assert "tpu_custom_call" in found.unknown
+    assert found.hbm_bytes == 2 * 2 * 128 * 128
+
+
+def test_matmuls_of_experts_count_by_themselves():
+    assert cost_of(BATCHED).category == MATMUL
+    grouped = ', metadata={op_name="jit(step)/transpose(jvp(mlp))/experts/dot_general"}'
+    assert cost_of(BATCHED + grouped).category == GROUPED_MATMUL
+    shared = ', metadata={op_name="jit(step)/jvp(mlp)/shared_experts/dot_general"}'
+    assert cost_of(BATCHED + shared).category == MATMUL
+
+
+def test_a_library_matmul_costs_its_shapes():
+    body = """  %a = bf16[8,64,32]{2,1,0} parameter(0)
+  %b = bf16[8,32,16]{2,1,0} parameter(1)
+  ROOT %it = (bf16[8,64,16]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", """
+    batch = 'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_batch_dimensions":["0"]}}}'
+    assert cost_of(body + batch).flops == pytest.approx(2 * 8 * 64 * 32 * 16)

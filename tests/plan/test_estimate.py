@@ -1,0 +1,146 @@
+"""The estimator on programs whose cost is known by arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compile_programs import V5P, array, compile_program, cube, mesh_of
+from jax.sharding import PartitionSpec as P
+
+from tml.plan.cost import MATMUL, MOVEMENT
+from tml.plan.estimate import estimate
+from tml.plan.hlo import parse
+from tml.plan.links import COLLECTIVES
+
+
+def flops_of(program) -> float:
+    return sum(line.flops for line in estimate(program, cube()).lines)
+
+
+def test_a_matmul_costs_its_flops_or_its_bytes():
+    one = mesh_of(data=1)
+    program = compile_program(lambda a, b: a @ b, array((256, 512), one), array((512, 128), one))
+    found = estimate(program, cube())
+    assert flops_of(program) == 2 * 256 * 512 * 128
+    # On one chip this matmul is bound by memory: three arrays move.
+    moved = 4 * (256 * 512 + 512 * 128 + 256 * 128)
+    assert found.seconds == pytest.approx(moved / V5P.hbm_bytes_per_s)
+    assert found.lower_limit == "main memory"
+    assert list(found.by_category()) == [MATMUL]
+
+
+def test_loops_count_as_often_as_they_run():
+    one = mesh_of(data=1)
+
+    def nested(w_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
+        def layer(x_BD: jax.Array, w_DD: jax.Array) -> tuple[jax.Array, None]:
+            return jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w_DD), x_BD), None
+
+        return jax.lax.scan(layer, x_BD, w_LDD)[0]
+
+    program = compile_program(nested, array((5, 64, 64), one), array((32, 64), one))
+    assert flops_of(program) == 5 * 3 * 2 * 32 * 64 * 64
+    found = estimate(program, cube())
+    (matmul,) = [line for line in found.lines if line.category == MATMUL]
+    assert matmul.count == 15
+    assert not found.unknown
+
+
+def test_gradients_of_a_scan_cost_three_times_its_matmuls():
+    one = mesh_of(data=1)
+
+    def loss(w_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BD, w_LDD)[0])
+
+    args = array((6, 64, 64), one), array((32, 64), one)
+    program = compile_program(jax.value_and_grad(loss, argnums=(0, 1)), *args)
+    assert flops_of(program) == 3 * 6 * 2 * 32 * 64 * 64
+
+
+def test_a_loop_that_nobody_can_count_is_named():
+    one = mesh_of(data=1)
+
+    def until_small(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 1.0, lambda x: x @ x, x)
+
+    program = compile_program(until_small, array((64, 64), one))
+    once, often = estimate(program, cube()), estimate(program, cube(), unknown_trips=10)
+    assert "how often the loop at" in once.unknown[0]
+    assert sum(line.flops for line in often.lines) == 10 * sum(line.flops for line in once.lines) == 10 * 2 * 64**3
+
+
+def test_a_scan_reads_its_slice_and_not_the_stack():
+    one = mesh_of(data=1)
+    num_layers, width = 50, 128
+
+    def total(w_LD: jax.Array, x_D: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x + w), None), x_D, w_LD)[0]
+
+    program = compile_program(total, array((num_layers, width), one), array((width,), one))
+    moved = sum(line.hbm_bytes for line in estimate(program, cube()).lines)
+    # A layer reads its row and the carry and writes the carry; twice that for a compiler that copies.
+    assert moved < 2 * num_layers * 4 * width * 4
+    assert moved > num_layers * 4 * width * 2
+
+
+def test_collectives_are_counted_and_wait():
+    mesh = mesh_of(data=2, model=4)
+    shape = (1024, 512)
+
+    def gathered(x: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(x, "model", axis=0, tiled=True)
+
+    program = compile_program(
+        jax.shard_map(gathered, mesh=mesh, in_specs=P("model"), out_specs=P(), check_vma=False),
+        array(shape, mesh, "model"),
+    )
+    found = estimate(program, cube())
+    (line,) = [line for line in found.lines if line.category in COLLECTIVES]
+    assert line.category == "all-gather"
+    assert line.transfer_bytes == 4 * 1024 * 512 * 3 / 4
+    # Four devices are a square of the cube: one link along each of two axes, which no chip beyond them uses.
+    assert line.exposed_seconds == pytest.approx(line.transfer_bytes / (2 * V5P.link_bytes_per_s), rel=0.5)
+    assert line.exposed_seconds > line.transfer_bytes / (2 * V5P.link_bytes_per_s)
+    assert found.seconds >= line.exposed_seconds
+
+
+ASYNCHRONOUS = """HloModule m, is_scheduled=true, num_partitions=8
+
+ENTRY %main (a: f32[1048576], b: f32[4096,4096]) -> (f32[8388608], f32[4096,4096]) {
+  %a = f32[1048576]{0} parameter(0)
+  %b = f32[4096,4096]{1,0} parameter(1)
+  %start = (f32[1048576]{0}, f32[8388608]{0}) all-gather-start(%a), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %dot = f32[4096,4096]{1,0} dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %done = f32[8388608]{0} all-gather-done(%start)
+  %again = f32[8388608]{0} all-gather(%a), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %out = (f32[8388608]{0}, f32[4096,4096]{1,0}) tuple(%done, %dot)
+}
+"""
+
+
+def test_what_stands_between_start_and_done_hides_the_transfer():
+    found = estimate(parse(ASYNCHRONOUS), cube())
+    by_name = {line.name: line for line in found.lines}
+    dot_seconds = 2 * 4096**3 / V5P.peak_flops_per_s
+    assert by_name["dot"].core_seconds == pytest.approx(dot_seconds)
+    transfer_seconds = by_name["again"].link_seconds
+    assert by_name["start"].link_seconds == transfer_seconds
+    assert by_name["start"].exposed_seconds == pytest.approx(max(0.0, transfer_seconds - dot_seconds))
+    assert by_name["again"].exposed_seconds == pytest.approx(transfer_seconds)
+    assert found.seconds == pytest.approx(max(dot_seconds, transfer_seconds) + transfer_seconds)
+    assert found.lower_seconds == pytest.approx(max(dot_seconds, 2 * transfer_seconds))
+
+
+def test_copies_are_called_what_they_are():
+    one = mesh_of(data=1)
+    program = compile_program(lambda x: x.T.astype(jnp.bfloat16), array((256, 512), one))
+    assert set(estimate(program, cube()).by_category()) == {MOVEMENT}
+
+
+def test_sums_agree_with_the_lines():
+    one = mesh_of(data=1)
+    program = compile_program(lambda a, b: jnp.tanh(a @ b).T, array((64, 128), one), array((128, 32), one))
+    found = estimate(program, cube())
+    assert sum(line.seconds for line in found.by_category().values()) == pytest.approx(found.seconds)
+    assert sum(line.seconds for line in found.top(10_000)) == pytest.approx(found.seconds)
+    assert np.all(np.diff([line.seconds for line in found.top(10)]) <= 0)

@@ -1,0 +1,187 @@
+"""Training on a mesh of 8 virtual devices: gradients against one device, and the collectives of the compiled step."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from made_up import made_up_batch, made_up_experiment
+from tiny import randomised
+
+from tml.batch import Batch
+from tml.config import (
+    AttentionConfig,
+    Experiment,
+    ExpertDispatch,
+    LossConfig,
+    MatmulBackend,
+    MeshConfig,
+    OptimConfig,
+    Optimizer,
+    Remat,
+    VideoConfig,
+)
+from tml.mesh import batch_sharding, copy_axes, make_mesh, param_sharding, split_axes
+from tml.microturn import Kind
+from tml.model import transformer
+from tml.params import PyTree, init_params, spec_leaves
+from tml.train_step import abstract_state, make_gradients, make_train_step, to_devices
+
+GATHERED, RING, RAGGED = ExpertDispatch.GATHERED_WEIGHTS, ExpertDispatch.RING, ExpertDispatch.RAGGED_ALL_TO_ALL
+
+
+def an_experiment(mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: int = 0, **moe) -> Experiment:
+    """A sliding dense and a global mixture layer, with eyes; the vocabulary has padding."""
+    plain = made_up_experiment()
+    model = dataclasses.replace(
+        plain.model,
+        num_layers=2,
+        num_dense_layers=1,
+        global_layers=(1,),
+        d_model=16,
+        unpadded_vocab_size=30,
+        mup_width_multiplier=2.0,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=13, global_extent=20, rel_rank=2),
+        moe=dataclasses.replace(plain.model.moe, dispatch=dispatch, capacity_factor=8.0, **moe),
+        video=VideoConfig(tile_px=4, fold_px=(2, 2), fold_dims=(8, 12), max_tiles_per_turn=1),
+    )
+    return dataclasses.replace(
+        plain, model=model, mesh=mesh, loss=LossConfig(z_loss_weight=1e-2, chunk_positions=chunk)
+    )
+
+
+def a_batch(experiment: Experiment) -> Batch:
+    batch = made_up_batch(experiment, 0)
+    drawn = np.random.default_rng(5)
+    video, rows = experiment.model.video, batch.tokens_BS.shape[0]
+    shape = (rows, 2, video.frames_per_tile, video.tile_px, video.tile_px, 3)
+    batch.kinds_BS[:, [4, 21]] = Kind.TILE
+    batch.tile_index_BS[:, 21] = 1
+    tokens = batch.tokens_BS % experiment.model.num_logits
+    targets = batch.targets_BS % experiment.model.num_logits
+    return batch.replace(tiles_BP=drawn.integers(-1, 256, shape).astype(np.int16), tokens_BS=tokens, targets_BS=targets)
+
+
+@functools.cache
+def some_params() -> PyTree:
+    specs = transformer.specs(an_experiment(MeshConfig()).model)
+    return jax.device_get(randomised(init_params(specs, jax.random.key(0))))
+
+
+def gradients_of(experiment: Experiment) -> tuple[PyTree, dict[str, float], np.ndarray, int]:
+    mesh = make_mesh(experiment.mesh, jax.devices()[: experiment.mesh.num_devices])
+    params = jax.device_put(some_params(), param_sharding(transformer.specs(experiment.model), mesh))
+    found = jax.jit(make_gradients(experiment, mesh))(params, to_devices(a_batch(experiment), mesh))
+    grads, sums, load = jax.device_get(found)
+    means = {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in sums.items()}
+    return grads, means, load.copies_E, int(load.num_dropped.sum())
+
+
+@functools.cache
+def reference() -> tuple[PyTree, dict[str, float], np.ndarray, int]:
+    """Every expert on every token, on one device, in float32."""
+    return gradients_of(an_experiment(MeshConfig(), backend=MatmulBackend.DENSE))
+
+
+def assert_equals_the_reference(experiment: Experiment) -> None:
+    grads, means, load, num_dropped = gradients_of(experiment)
+    expected, expected_means, expected_load, _ = reference()
+    assert num_dropped == 0
+    np.testing.assert_array_equal(load, expected_load)
+    assert means.keys() == expected_means.keys()
+    for name, value in expected_means.items():
+        np.testing.assert_allclose(means[name], value, rtol=1e-4, err_msg=name)
+    names = [name for name, _ in spec_leaves(transformer.specs(experiment.model))]
+    for name, found, wanted in zip(names, jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        assert np.any(wanted) or "router_bias" in name, f"{name} has no gradient: it proves nothing"
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=2e-5 * np.abs(wanted).max() + 1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "sizes", "chunk"),
+    [
+        (RING, {"replica": 2, "fsdp": 2, "expert": 2}, 10),
+        (RAGGED, {"expert": 2, "context": 2, "tensor": 2}, 0),
+    ],
+)
+def test_gradients_equal_those_of_one_device(dispatch: ExpertDispatch, sizes: dict[str, int], chunk: int) -> None:
+    assert_equals_the_reference(an_experiment(MeshConfig(**sizes), dispatch, chunk))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", list(ExpertDispatch))
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"fsdp": 8},
+        {"expert": 4, "fsdp": 2},
+        {"expert": 4, "context": 2},
+        {"expert": 2, "context": 4},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"replica": 2, "fsdp": 2, "expert": 2},
+        {"replica": 2, "expert": 4},
+        {"fsdp": 2, "expert": 2, "context": 2},
+        {"fsdp": 4, "tensor": 2},
+    ],
+    ids=lambda sizes: " ".join(f"{axis}{size}" for axis, size in sizes.items()),
+)
+def test_gradients_equal_those_of_one_device_on_every_mesh(dispatch: ExpertDispatch, sizes: dict[str, int]) -> None:
+    experiment = an_experiment(MeshConfig(**sizes), dispatch, 10)
+    remat = Remat.LAYER if "context" in sizes else Remat.NONE
+    assert_equals_the_reference(
+        dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=remat))
+    )
+
+
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(")
+
+
+def collectives_of(experiment: Experiment) -> list[tuple[str, list[tuple[int, ...]], bool]]:
+    """Kind, shapes and place (in a scan or not) of the collectives of the compiled train step."""
+    mesh = make_mesh(experiment.mesh, jax.devices()[: experiment.mesh.num_devices])
+    batch = jax.tree.map(
+        lambda rows, sharding: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding),
+        made_up_batch(experiment, 0),
+        batch_sharding(mesh),
+    )
+    step = make_train_step(experiment, mesh).lower(abstract_state(experiment, mesh), batch)
+    found = []
+    for line in step.compile().as_text().splitlines():
+        match = COLLECTIVE.search(line)
+        if match:
+            shapes = [
+                tuple(int(size) for size in shape.split(",") if size)
+                for shape in re.findall(r"\w+\[([\d,]*)\]", match[1])
+            ]
+            found.append((match[2], shapes, "while/body" in line))
+    return found
+
+
+def test_weights_are_gathered_in_their_layer_and_gradients_leave_by_reduce_scatter() -> None:
+    plain = made_up_experiment(
+        mesh=MeshConfig(fsdp=4, expert=2), optim=OptimConfig(optimizer=Optimizer.ADAMW, warmup_steps=2)
+    )
+    # Sizes that no two dimensions share, so that a shape tells which parameter it is.
+    model = dataclasses.replace(plain.model, num_layers=3, d_model=48, vocab_size=56)
+    experiment = dataclasses.replace(plain, model=model)
+    collectives = collectives_of(experiment)
+    specs = dict(spec_leaves(transformer.specs(model)))
+    split = {path: spec for path, spec in specs.items() if copy_axes(spec, experiment.mesh) == ()}
+    assert {"unembed", "stages/0/0/attention/q", "stages/0/0/mlp/gate_up"} <= split.keys()
+
+    found = {(kind, shape, in_scan) for kind, shapes, in_scan in collectives for shape in shapes}
+    reduced = {shape for kind, shape, _ in found if kind == "all-reduce"}
+    for path, spec in split.items():
+        is_layer = path.startswith("stages")
+        whole = spec.shape[1:] if is_layer else spec.shape
+        parts = tuple(
+            size // experiment.mesh.product(axes)
+            for size, axes in zip(spec.shape, split_axes(spec, experiment.mesh), strict=True)
+        )
+        part = parts[1:] if is_layer else parts
+        assert not reduced & {spec.shape, whole, parts, part}, path
+        assert ("all-gather", whole, is_layer) in found, path
+        assert ("reduce-scatter", part, is_layer) in found, path
+        assert not is_layer or ("all-gather", spec.shape, False) not in found, path

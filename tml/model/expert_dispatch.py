@@ -1,0 +1,174 @@
+"""How token copies and experts come together on a mesh: three strategies, one local matmul."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from tml.config import ExpertDispatch, MatmulBackend, MeshConfig, MoEConfig
+from tml.ops.collectives import index_along
+from tml.ops.grouped_matmul import block_matmul, collect, dispatch, grouped_matmul, plan_blocks
+from tml.ops.ragged_exchange import AXIS, bring_back, plan_exchange, send
+
+
+class Dispatched(NamedTuple):
+    """What the routed experts give.
+
+    Attributes:
+        out_TD: the gated sum over each token's choices.
+        num_dropped: copies that found no room, of this device's tokens or among this device's experts.
+    """
+
+    out_TD: Float[Array, "t D"]
+    num_dropped: Int32[Array, ""]
+
+
+ExpertFunction = Callable[
+    [Mapping[str, jax.Array], Float[Array, "t D"], Float[Array, "t k"], Int32[Array, "t k"], MoEConfig], Dispatched
+]
+"""(weights, tokens, gate of each choice, expert of each choice, config) to the gated sum over the choices."""
+
+
+def expert_function(cfg: MoEConfig, mesh: MeshConfig) -> ExpertFunction:
+    """The way experts run on training rows: `cfg.dispatch` where a mesh splits experts, else on the device's own."""
+    local = dense_experts if cfg.backend == MatmulBackend.DENSE else sorted_experts
+    travelling = {ExpertDispatch.RING: ring_experts, ExpertDispatch.RAGGED_ALL_TO_ALL: ragged_experts}
+    strategy = travelling.get(ExpertDispatch(cfg.dispatch))
+    if mesh.expert == 1 or strategy is None:
+        return local
+
+    def run(weights: Mapping[str, jax.Array], h: jax.Array, gates: jax.Array, experts: jax.Array, cfg: MoEConfig):
+        return strategy(weights, h, gates, experts, cfg, mesh)
+
+    return run
+
+
+def keeps_experts_split(cfg: MoEConfig, mesh: MeshConfig) -> bool:
+    """Whether a layer runs with this device's experts alone, instead of gathering all of them."""
+    return mesh.expert > 1 and cfg.dispatch != ExpertDispatch.GATHERED_WEIGHTS
+
+
+def dense_experts(
+    weights: Mapping[str, jax.Array],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    cfg: MoEConfig,
+) -> Dispatched:
+    """The definition: every expert on every token, weighted by its gate or by zero."""
+    both = jnp.einsum("tD,EDZF->tEZF", h_TD, weights["gate_up"])
+    out_TED = jnp.einsum("tEF,EFD->tED", jax.nn.silu(both[:, :, 0]) * both[:, :, 1], weights["down"])
+    choice_TKE = jax.nn.one_hot(experts_TK, cfg.num_experts, dtype=gates_TK.dtype)
+    return Dispatched(jnp.einsum("tED,tk,tkE->tD", out_TED, gates_TK, choice_TKE), jnp.int32(0))
+
+
+def sorted_experts(
+    weights: Mapping[str, jax.Array],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    cfg: MoEConfig,
+) -> Dispatched:
+    """All experts are here: copies sorted by expert, so that cost follows active experts."""
+    # A platform's kernels begin a tile where an expert begins; XLA wants whole blocks of one expert each.
+    block_rows = cfg.block_rows if cfg.backend == MatmulBackend.BLOCKED else 1
+    plan = plan_blocks(experts_TK, cfg.num_experts, block_rows)
+    down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
+    return Dispatched(jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1), jnp.int32(0))
+
+
+def ring_experts(
+    weights: Mapping[str, jax.Array],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    cfg: MoEConfig,
+    mesh: MeshConfig,
+) -> Dispatched:
+    """The group's tokens come to every device, which adds up its own experts' share; the sums go back to the tokens.
+
+    Wins when a token chooses many experts compared to the size of the group.
+    """
+    num_local = cfg.num_experts // mesh.expert
+    h_TD, gates_TK, experts_TK = (jax.lax.all_gather(x, AXIS, axis=0, tiled=True) for x in (h_TD, gates_TK, experts_TK))
+    place_TK = experts_TK - index_along(AXIS, mesh) * num_local
+    is_here_TK = (place_TK >= 0) & (place_TK < num_local)
+    num_blocks = buffer_blocks(experts_TK.size // mesh.expert, cfg, mesh)
+    plan = plan_blocks(jnp.where(is_here_TK, place_TK, -1), num_local, cfg.block_rows, num_blocks)
+    down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
+    out_TD = jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1)
+    num_placed = jnp.sum((plan.row_of_copy < num_blocks * cfg.block_rows).astype(jnp.int32))
+    num_dropped = jnp.sum(is_here_TK.astype(jnp.int32)) - num_placed
+    return Dispatched(jax.lax.psum_scatter(out_TD, AXIS, scatter_dimension=0, tiled=True), num_dropped)
+
+
+def ragged_experts(
+    weights: Mapping[str, jax.Array],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    cfg: MoEConfig,
+    mesh: MeshConfig,
+) -> Dispatched:
+    """Each copy goes to the device of its expert, right into the expert's blocks, and its result comes back."""
+    num_copies = experts_TK.size
+    plan = plan_blocks(experts_TK, cfg.num_experts, 1, num_copies)
+    counts_E = jnp.sum(jax.nn.one_hot(experts_TK.reshape(-1), cfg.num_experts, dtype=jnp.int32), axis=0)
+    counts_GE = jax.lax.all_gather(counts_E, AXIS)
+    num_blocks = buffer_blocks(num_copies, cfg, mesh)
+    exchange = plan_exchange(counts_GE, index_along(AXIS, mesh), cfg.block_rows, num_blocks, num_copies)
+    down = run_blocks(weights, send(dispatch(h_TD, plan), exchange), exchange.expert_of_block, cfg)
+    out_TKD = collect(bring_back(down, exchange), plan)
+    return Dispatched(jnp.sum(out_TKD * gates_TK[:, :, None], axis=1), exchange.num_dropped)
+
+
+def buffer_blocks(balanced_copies: int, cfg: MoEConfig, mesh: MeshConfig) -> int:
+    """Blocks for `capacity_factor` times the balanced load, but no more than for all copies of the group.
+
+    One block an expert is added, because the last block of every expert may be half empty.
+    """
+    factor = min(cfg.capacity_factor, mesh.expert)
+    return math.ceil(factor * balanced_copies / cfg.block_rows) + cfg.num_experts // mesh.expert
+
+
+def gathered_experts(
+    weights: Mapping[str, jax.Array],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    cfg: MoEConfig,
+) -> Dispatched:
+    """Streaming: each of a few tokens fetches its own experts, so that no session can change another's bits."""
+    both = jnp.einsum("tD,tkDF->tkF", h_TD, _fused(weights["gate_up"])[experts_TK])
+    gate, up = jnp.split(both, 2, axis=-1)
+    out_TKD = jnp.einsum("tkF,tkFD->tkD", jax.nn.silu(gate) * up, weights["down"][experts_TK])
+    return Dispatched(jnp.sum(out_TKD * gates_TK[:, :, None], axis=1), jnp.int32(0))
+
+
+def streaming_experts(num_tokens: int, cfg: MoEConfig) -> ExpertFunction:
+    """Whichever reads fewer weights: those of every choice, or those of every expert once."""
+    return gathered_experts if num_tokens * cfg.num_experts_per_token < cfg.num_experts else dense_experts
+
+
+def run_blocks(
+    weights: Mapping[str, jax.Array], x_RD: Float[Array, "r D"], expert_of_block: Int32[Array, "C"], cfg: MoEConfig
+) -> Float[Array, "r D"]:
+    """The gated MLP of each block's expert over the block's rows: all that a strategy asks of the matmuls."""
+    num_local, backend = weights["down"].shape[0], MatmulBackend(cfg.backend)
+    if backend is MatmulBackend.BLOCKED:
+        multiply = functools.partial(block_matmul, expert_of_block=expert_of_block)
+    else:
+        # Blocks stand in the order of their experts.
+        owner_CE = jax.nn.one_hot(expert_of_block, num_local, dtype=jnp.int32)
+        group_sizes_E = jnp.sum(owner_CE, axis=0) * (x_RD.shape[0] // expert_of_block.shape[0])
+        multiply = functools.partial(grouped_matmul, group_sizes_E=group_sizes_E, backend=backend)
+    gate, up = jnp.split(multiply(x_RD, _fused(weights["gate_up"])), 2, axis=-1)
+    return multiply(jax.nn.silu(gate) * up, weights["down"])
+
+
+def _fused(gate_up_EDZF: Float[Array, "E D Z F"]) -> Float[Array, "E D f"]:
+    return gate_up_EDZF.reshape(*gate_up_EDZF.shape[:2], -1)

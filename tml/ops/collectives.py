@@ -1,0 +1,104 @@
+"""Communication between the devices of a mesh, inside `jax.shard_map`; an axis of size 1 costs nothing.
+
+Differentiation. The program of one device is differentiated as it stands, with the loss of the
+device's own positions (divided by the devices that share them): the total is the sum over devices,
+and every parameter counts as one copy a device. Then each collective's transpose is that of a
+linear map on all devices together (all-gather and reduce-scatter are each other's, a sum is its
+own), and a parameter's gradient is the sum of those of its copies (`sum_copies`). This is what
+`shard_map` does with `check_vma=False`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from tml.config import MeshConfig
+from tml.mesh import copy_axes, split_axes
+from tml.params import ParamSpec, PyTree, Update, map_specs
+
+
+def gather_params(
+    params: PyTree, specs: PyTree, mesh: MeshConfig, dtype: jnp.dtype, split_experts: bool = False
+) -> PyTree:
+    """Makes parameters whole, except along `tensor`, for the layer that uses them.
+
+    Their gradients leave by reduce-scatter, the transpose of the gather.
+
+    Matrices are gathered in the dtype they are multiplied in, which for bfloat16 halves the bytes
+    of both directions.
+
+    Args:
+        params: this device's parts.
+        specs: the parameters, as they are here (without a scanned layer axis).
+        mesh: sizes of the axes.
+        dtype: the compute dtype.
+        split_experts: whether stacks of experts stay split along `expert`.
+    """
+
+    def gather(spec: ParamSpec, part: jax.Array) -> jax.Array:
+        if spec.update is Update.MATRIX:
+            part = part.astype(dtype)
+        is_stack = split_experts and spec.update is Update.MATRIX
+        for dim, (letter, axes) in enumerate(zip(spec.axes, split_axes(spec, mesh), strict=True)):
+            if axes and axes != ("tensor",) and not (letter == "E" and is_stack):
+                part = jax.lax.all_gather(part, axes, axis=dim, tiled=True)
+        return part
+
+    if mesh.num_devices == 1:
+        return params
+    return map_specs(gather, specs, params)
+
+
+def sum_copies(grads: PyTree, specs: PyTree, mesh: MeshConfig) -> PyTree:
+    """Adds up the gradients of the copies of every parameter; those that are split everywhere are left alone."""
+
+    def add(spec: ParamSpec, grad: jax.Array) -> jax.Array:
+        axes = copy_axes(spec, mesh)
+        return jax.lax.psum(grad, axes) if axes else grad
+
+    return map_specs(add, specs, grads)
+
+
+def sum_over(values: PyTree, axes: Sequence[str], mesh: MeshConfig) -> PyTree:
+    """The sum over the devices along some axes."""
+    present = mesh.present(tuple(axes))
+    return jax.lax.psum(values, present) if present else values
+
+
+def highest_over(values: jax.Array, axis: str, mesh: MeshConfig) -> jax.Array:
+    """The maximum over the devices along an axis; not to be differentiated."""
+    return jax.lax.pmax(values, axis) if mesh.shape[axis] > 1 else values
+
+
+def index_along(axis: str, mesh: MeshConfig) -> jax.Array:
+    """The place of this device along an axis."""
+    return jax.lax.axis_index(axis) if mesh.shape[axis] > 1 else jnp.int32(0)
+
+
+def with_halo(part: jax.Array, num_slots: int, fill: int, mesh: MeshConfig) -> jax.Array:
+    """Puts the `num_slots` slots that precede this device's in front of them; `fill` stands before the row's start.
+
+    Args:
+        part: this device's slots of every row, along axis 1.
+        num_slots: how far back; it may reach over several devices.
+        fill: what stands where no device precedes.
+        mesh: sizes of the axes; slots are split over `context`.
+    """
+    size, local = mesh.context, part.shape[1]
+    index = index_along("context", mesh)
+    pieces, missing, hop = [part], num_slots, 1
+    while missing:
+        count = min(missing, local)
+        piece = part[:, local - count :]
+        if hop < size:
+            piece = jax.lax.ppermute(piece, "context", [(source, source + hop) for source in range(size - hop)])
+        piece = jnp.where(index >= hop, piece, jnp.full_like(piece, fill))
+        pieces.insert(0, piece)
+        missing, hop = missing - count, hop + 1
+    return jnp.concatenate(pieces, axis=1)
+
+
+def swap_split(part: jax.Array, split: int, whole: int) -> jax.Array:
+    """Splits axis `split`, until now whole, over `context`, and makes axis `whole` whole."""
+    return jax.lax.all_to_all(part, "context", split_axis=split, concat_axis=whole, tiled=True)

@@ -1,0 +1,126 @@
+"""The plan of a micro-turn of live sessions: append what came in, then decode so many positions one after another."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tml.config import Boundary, Experiment
+from tml.flops import param_table
+from tml.mesh import make_mesh
+from tml.model import embed, transformer
+from tml.plan.estimate import Estimate, estimate
+from tml.plan.hlo import parse
+from tml.plan.program import Compiled, Memory, compile_decode_step, planned_layout, served_params
+from tml.plan.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodePlan:
+    """A micro-turn of live sessions on a pod.
+
+    Attributes:
+        experiment: whose model streams.
+        topology: where.
+        mesh_shape: devices along each mesh axis.
+        num_sessions: sessions, all of them live.
+        output_positions: positions decoded one after another in a turn.
+        memory: bytes of one chip.
+        param_bytes: parameters on one chip, as they are served.
+        estimated: the time; None when the compiler refused.
+        compile_seconds: tracing and compiling on this machine.
+    """
+
+    experiment: Experiment
+    topology: Topology
+    mesh_shape: dict[str, int]
+    num_sessions: int
+    output_positions: int
+    memory: Memory
+    param_bytes: float
+    estimated: Estimate | None
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits into the chip's memory."""
+        return not self.memory.is_refused and self.memory.total_bytes <= self.topology.chip.hbm_bytes
+
+    def experts_read(self, num_tokens: int) -> float:
+        """Distinct experts that so many tokens read in one layer, if every expert is as likely: E (1 - (1 - k/E)^n)."""
+        moe = self.experiment.model.moe
+        return moe.num_experts * (1 - (1 - moe.num_experts_per_token / moe.num_experts) ** num_tokens)
+
+    def cache_bytes_per_minute(self) -> float:
+        """What a session's global caches grow by in a minute of sound, without pictures or typed text."""
+        model, turn = self.experiment.model, self.experiment.turn
+        layout = planned_layout(self.experiment)
+        positions = int(turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + self.output_positions
+        attention, itemsize = model.attention, embed.compute_dtype(model).itemsize
+        per_position = 2 * attention.num_kv_heads * attention.head_dim * itemsize * len(set(model.global_layers))
+        return per_position * positions * 60_000 / turn.turn_ms
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        whole = param_table(transformer.specs(self.experiment.model), self.experiment.model)[-1]
+        found = self.estimated
+        numbers: dict[str, Any] = {
+            "experiment": self.experiment.name,
+            "step": "decode",
+            "topology": self.topology.name,
+            "slices": self.topology.num_slices,
+            "chips": self.topology.num_chips,
+            "mesh": self.mesh_shape,
+            "sessions": self.num_sessions,
+            "input_positions": planned_layout(self.experiment).max_slots_in,
+            "output_positions": self.output_positions,
+            "max_positions": self.experiment.stream.max_positions,
+            "params_total": whole.total,
+            "params_active": whole.active,
+            "params_multiplied": whole.multiplied,
+            "fits": self.fits,
+            "hbm_bytes_of_chip": self.topology.chip.hbm_bytes,
+            "hbm_bytes_per_chip": self.memory.total_bytes,
+            "argument_bytes_per_chip": self.memory.argument_bytes,
+            "output_bytes_per_chip": self.memory.output_bytes,
+            "temporary_bytes_per_chip": self.memory.temporary_bytes,
+            "param_bytes_per_chip": self.param_bytes,
+            "cache_bytes_per_session_minute": self.cache_bytes_per_minute(),
+            "experts_read_per_layer": self.experts_read(self.num_sessions),
+            "experts_read_per_layer_of_input": self.experts_read(
+                self.num_sessions * planned_layout(self.experiment).max_slots_in
+            ),
+            "compile_seconds": self.compile_seconds,
+            "step_seconds_estimate": found.seconds if found else None,
+            "step_seconds_lower": found.lower_seconds if found else None,
+        }
+        return numbers | ({"lower_limit": found.lower_limit, **found.numbers()} if found else {})
+
+
+def plan_decode_step(
+    experiment: Experiment, topology: Topology, num_sessions: int, output_positions: int
+) -> tuple[DecodePlan, Compiled, Mesh]:
+    """Compiles the engine's step for a pod, and estimates a turn in which so many positions are decoded.
+
+    Raises:
+        ValueError: the mesh of the experiment does not fit the pod.
+    """
+    mesh = make_mesh(experiment.mesh, topology.devices)
+    compiled = compile_decode_step(experiment, mesh, topology, num_sessions)
+    fabric = topology.fabric(list(mesh.devices.flat))
+    params = jax.tree.leaves(served_params(experiment, mesh))
+    shards = [leaf.update(shape=leaf.sharding.shard_shape(leaf.shape)) for leaf in params]
+    plan = DecodePlan(
+        experiment=experiment,
+        topology=topology,
+        mesh_shape=dict(mesh.shape),
+        num_sessions=num_sessions,
+        output_positions=output_positions,
+        memory=compiled.memory,
+        param_bytes=float(sum(leaf.size * leaf.dtype.itemsize for leaf in shards)) * topology.chip.devices_per_chip,
+        # The engine's loop ends when every session is done, so its count is what we say it is.
+        estimated=estimate(parse(compiled.text), fabric, output_positions) if compiled.text else None,
+        compile_seconds=compiled.compile_seconds,
+    )
+    return plan, compiled, mesh

@@ -1,0 +1,172 @@
+"""The real programs of a run, compiled from shapes alone for devices that are not there."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tml.batch import Batch, empty_rows, max_tiles_per_row
+from tml.config import Experiment
+from tml.mesh import param_sharding, replicated
+from tml.microturn import Clock, Layout, SpecialTokens
+from tml.model import embed, transformer
+from tml.params import ParamSpec, PyTree, Update, map_specs
+from tml.plan.topology import Topology
+from tml.stream import engine
+from tml.stream.inputs import TurnInputs
+from tml.train_step import abstract_state, make_train_step
+
+_OVER = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one chip. What is donated counts once: as argument, not as output.
+
+    Attributes:
+        argument_bytes: state and batch.
+        output_bytes: what is not written over an argument.
+        temporary_bytes: at the worst moment, programs of the kernels included.
+        is_refused: whether the compiler gave up for want of memory; then `temporary_bytes` is what it wanted in all.
+    """
+
+    argument_bytes: float
+    output_bytes: float
+    temporary_bytes: float
+    is_refused: bool = False
+
+    @property
+    def total_bytes(self) -> float:
+        """All of it."""
+        return self.argument_bytes + self.output_bytes + self.temporary_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A compiled program.
+
+    Attributes:
+        text: its scheduled HLO; empty when the compiler refused.
+        memory: what it takes on a chip.
+        compile_seconds: tracing and compiling on this machine.
+    """
+
+    text: str
+    memory: Memory
+    compile_seconds: float
+
+
+def planned_layout(experiment: Experiment) -> Layout:
+    """The layout of micro-turns without a tokenizer: which ids the special tokens have changes no cost."""
+    special = SpecialTokens(**{f.name: number for number, f in enumerate(fields(SpecialTokens))})
+    clock = Clock.of(experiment.turn, experiment.model.audio)
+    tiles = experiment.model.video.max_tiles_per_turn
+    return Layout(clock=clock, turn=experiment.turn, special=special, max_tiles_per_turn=tiles)
+
+
+def tiles_per_row(experiment: Experiment) -> int:
+    """Places for image tiles in a row of a batch, as the loader makes it."""
+    return max_tiles_per_row(planned_layout(experiment), experiment.data.row_slots)
+
+
+def abstract_batch(experiment: Experiment) -> Batch:
+    """Shapes and dtypes of a global batch."""
+    row = empty_rows(1, experiment.data.row_slots, tiles_per_row(experiment), experiment.model)
+    rows = experiment.data.rows_per_batch
+    return jax.tree.map(lambda column: jax.ShapeDtypeStruct((rows, *column.shape[1:]), column.dtype), row)
+
+
+def compile_train_step(experiment: Experiment, mesh: Mesh, topology: Topology) -> Compiled:
+    """Compiles the step that `launch.train` would run."""
+
+    def lower() -> jax.stages.Lowered:
+        step = cast(jax.stages.Wrapped, make_train_step(experiment, mesh))
+        return step.lower(abstract_state(experiment, mesh), abstract_batch(experiment))
+
+    return _compile(lower, topology)
+
+
+def compile_decode_step(experiment: Experiment, mesh: Mesh, topology: Topology, num_sessions: int) -> Compiled:
+    """Compiles one micro-turn of `num_sessions` live sessions: the engine's step, its parameters ready to be served."""
+
+    def lower() -> jax.stages.Lowered:
+        layout, model = planned_layout(experiment), experiment.model
+        step = engine.make_step(model, layout, experiment.stream)
+        state = jax.eval_shape(lambda: engine.init_state(model, layout, experiment.stream, num_sessions))
+        state = jax.tree.map(lambda leaf: _on_mesh(leaf, mesh, model.attention.num_kv_heads), state)
+        inputs = jax.tree.map(lambda leaf: _placed(leaf, replicated(mesh)), _abstract_inputs(experiment, num_sessions))
+        return jax.jit(step, donate_argnums=1).lower(served_params(experiment, mesh), state, inputs)
+
+    return _compile(lower, topology)
+
+
+def served_params(experiment: Experiment, mesh: Mesh) -> PyTree:
+    """Parameters as a server keeps them: matrices and vocabulary tables in the compute dtype, the rest in float32."""
+    specs, dtype = transformer.specs(experiment.model), embed.compute_dtype(experiment.model)
+
+    def place(spec: ParamSpec, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        is_large = spec.update is Update.MATRIX or "V" in spec.axes
+        return jax.ShapeDtypeStruct(spec.shape, dtype if is_large else jnp.float32, sharding=sharding)
+
+    return map_specs(place, specs, param_sharding(specs, mesh))
+
+
+def _on_mesh(leaf: Any, mesh: Mesh, num_kv_heads: int) -> jax.ShapeDtypeStruct:
+    """Caches [layers, sessions, slots, heads, width] are split by heads over `tensor`; all else is on every device."""
+    splits = len(leaf.shape) == 5 and leaf.shape[3] == num_kv_heads and num_kv_heads % mesh.shape["tensor"] == 0
+    spec = PartitionSpec(None, None, None, "tensor") if splits else PartitionSpec()
+    return _placed(leaf, NamedSharding(mesh, spec))
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _abstract_inputs(experiment: Experiment, num_sessions: int) -> TurnInputs:
+    layout, model, video = planned_layout(experiment), experiment.model, experiment.model.video
+    slots = (num_sessions, layout.max_slots_in)
+    tile = (video.frames_per_tile, video.tile_px, video.tile_px, 3)
+    return TurnInputs(
+        tokens_BW=jax.ShapeDtypeStruct(slots, jnp.int32),
+        kinds_BW=jax.ShapeDtypeStruct(slots, jnp.uint8),
+        levels_BWM=jax.ShapeDtypeStruct((*slots, model.audio.num_mels), jnp.uint8),
+        tiles_BP=jax.ShapeDtypeStruct((num_sessions, layout.max_tiles_per_turn, *tile), jnp.int16),
+        tile_index_BW=jax.ShapeDtypeStruct(slots, jnp.int32),
+        counts_B=jax.ShapeDtypeStruct((num_sessions,), jnp.int32),
+    )
+
+
+def _compile(lower: Callable[[], jax.stages.Lowered], topology: Topology) -> Compiled:
+    began = time.perf_counter()
+    lowered = lower()
+    try:
+        compiled = lowered.compile(topology.compiler_options)
+    except jax.errors.JaxRuntimeError as error:
+        refused = _refused(str(error), topology)
+        if refused is None:
+            raise
+        return Compiled(text="", memory=refused, compile_seconds=time.perf_counter() - began)
+    found = compiled.memory_analysis()
+    assert found is not None, "the compiler states no memory"
+    each = float(topology.chip.devices_per_chip)
+    memory = Memory(
+        argument_bytes=each * found.argument_size_in_bytes,
+        output_bytes=each * (found.output_size_in_bytes - found.alias_size_in_bytes),
+        temporary_bytes=each * (found.temp_size_in_bytes + found.generated_code_size_in_bytes),
+    )
+    return Compiled(text=compiled.as_text() or "", memory=memory, compile_seconds=time.perf_counter() - began)
+
+
+def _refused(message: str, topology: Topology) -> Memory | None:
+    """The memory that the compiler asked for in vain, where that is why it failed."""
+    found = _OVER.search(message)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        return None
+    wanted = float(found.group(1)) * _UNITS[found.group(2)] * topology.chip.devices_per_chip
+    return Memory(argument_bytes=0.0, output_bytes=0.0, temporary_bytes=wanted, is_refused=True)

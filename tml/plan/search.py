@@ -1,0 +1,90 @@
+"""Tries meshes, recomputation and rows a chip for a pod, and ranks what fits."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from tml.config import Experiment, MeshConfig, Remat
+from tml.mesh import make_mesh
+from tml.plan.topology import Topology
+from tml.plan.train import TrainPlan, bytes_of_state, plan_train_step
+
+ROWS_PER_CHIP = (1, 2, 4, 8)
+VARIED = ("mesh", "remat", "rows")
+
+
+def candidates(experiment: Experiment, topology: Topology, varied: Sequence[str]) -> Iterator[Experiment]:
+    """Every variant that passes the experiment's own checks and whose state alone fits the chips.
+
+    Meshes without `tensor` and `context` come first, then those with few of them.
+
+    Args:
+        experiment: what is varied.
+        topology: the pod.
+        varied: of VARIED; the rest stays as the experiment has it.
+
+    Raises:
+        ValueError: a word that is not in VARIED.
+    """
+    unknown = [word for word in varied if word not in VARIED]
+    if unknown:
+        raise ValueError(f"search cannot vary {unknown[0]!r}; it can vary {', '.join(VARIED)}")
+    num_devices = len(topology.devices)
+    meshes = list(all_meshes(num_devices, topology.num_slices)) if "mesh" in varied else [experiment.mesh]
+    remats = list(Remat) if "remat" in varied else [experiment.model.remat]
+    rows = (
+        [topology.num_chips * each for each in ROWS_PER_CHIP] if "rows" in varied else [experiment.data.rows_per_batch]
+    )
+    for mesh, remat, num_rows in itertools.product(meshes, remats, rows):
+        try:
+            variant = dataclasses.replace(
+                experiment,
+                mesh=mesh,
+                model=dataclasses.replace(experiment.model, remat=remat),
+                data=dataclasses.replace(experiment.data, rows_per_batch=num_rows),
+            )
+            held, _ = bytes_of_state(variant, make_mesh(mesh, topology.devices))
+        except ValueError:
+            continue  # the variant does not divide: that is what the checks are for
+        if held * topology.chip.devices_per_chip <= topology.chip.hbm_bytes:
+            yield variant
+
+
+def all_meshes(num_devices: int, num_slices: int) -> Iterator[MeshConfig]:
+    """Every way to split a slice's devices among the axes, `replica` going over slices only; the plainest first."""
+    inside = num_devices // num_slices
+    for tensor in divisors(inside):
+        for context in divisors(inside // tensor):
+            for expert in divisors(inside // tensor // context):
+                try:
+                    yield MeshConfig(
+                        replica=num_slices,
+                        fsdp=inside // tensor // context // expert,
+                        expert=expert,
+                        context=context,
+                        tensor=tensor,
+                    )
+                except ValueError:
+                    continue  # an axis that the model cannot use
+
+
+def divisors(number: int) -> list[int]:
+    """Every divisor, smallest first."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def search(experiments: Iterator[Experiment], topology: Topology, limit: int) -> Iterator[TrainPlan]:
+    """Compiles and estimates the first `limit` variants, one after another."""
+    for variant in itertools.islice(experiments, limit):
+        yield plan_train_step(variant, topology)[0]
+
+
+def rank(plans: Sequence[TrainPlan]) -> list[TrainPlan]:
+    """Those that fit, by tokens a second; then those that do not, by the memory they want."""
+
+    def order(plan: TrainPlan) -> tuple[bool, float]:
+        if not plan.fits or plan.estimated is None:
+            return True, plan.memory.total_bytes
+        return False, -plan.tokens_per_step / plan.estimated.seconds
+
+    return sorted(plans, key=order)

@@ -1,0 +1,137 @@
+"""The compiler's flags on pods, each with its reason: one table for launching on a machine and for planning it."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class Platform(enum.StrEnum):
+    """What compiles the program: libtpu, which reads LIBTPU_INIT_ARGS, or XLA for CUDA, which reads XLA_FLAGS."""
+
+    TPU = "tpu"
+    CUDA = "cuda"
+
+
+FLAGS_VARIABLE = {Platform.TPU: "LIBTPU_INIT_ARGS", Platform.CUDA: "XLA_FLAGS"}
+"""The environment variable from which each compiler takes its flags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class XlaFlag:
+    """One flag of the compiler.
+
+    Attributes:
+        name: without the dashes.
+        value: as text.
+        reason: what it does for our step, and why it is not left at its default.
+        platform: whose flag it is.
+        needs_slices: it acts on traffic between slices, so it is left out of a single one.
+    """
+
+    name: str
+    value: str
+    reason: str
+    platform: Platform
+    needs_slices: bool = False
+
+
+XLA_FLAGS = (
+    XlaFlag(
+        name="xla_tpu_enable_async_collective_fusion",
+        value="true",
+        reason="Lets a collective run inside the fusion of a matmul that does not need it; else it stands alone.",
+        platform=Platform.TPU,
+    ),
+    XlaFlag(
+        name="xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        value="true",
+        reason="Does so for all-gathers, which bring every layer's weights under fsdp: most of the traffic.",
+        platform=Platform.TPU,
+    ),
+    XlaFlag(
+        name="xla_tpu_enable_async_collective_fusion_multiple_steps",
+        value="true",
+        reason="Spreads one long collective over several fusions; an expert stack outlasts any single matmul.",
+        platform=Platform.TPU,
+    ),
+    XlaFlag(
+        name="xla_tpu_overlap_compute_collective_tc",
+        value="true",
+        reason="Lets the tensor core compute while it drives a collective; without it the fusions above gain nothing.",
+        platform=Platform.TPU,
+    ),
+    XlaFlag(
+        name="xla_enable_async_all_gather",
+        value="true",
+        reason="Splits all-gathers into start and done, so that the scheduler may put work between them.",
+        platform=Platform.TPU,
+    ),
+    XlaFlag(
+        name="xla_tpu_enable_data_parallel_all_reduce_opt",
+        value="true",
+        reason="Sinks the gradients' all-reduce over slices out of the layer scan, to overlap the slow network.",
+        platform=Platform.TPU,
+        needs_slices=True,
+    ),
+    XlaFlag(
+        name="xla_tpu_data_parallel_opt_different_sized_ops",
+        value="true",
+        reason="Does so for gradients of different shapes too; ours are experts, attention and tables.",
+        platform=Platform.TPU,
+        needs_slices=True,
+    ),
+    XlaFlag(
+        name="xla_gpu_enable_latency_hiding_scheduler",
+        value="true",
+        reason="Orders the step so that collectives overlap matmuls; the default order is for the least memory.",
+        platform=Platform.CUDA,
+    ),
+    XlaFlag(
+        name="xla_gpu_enable_pipelined_all_gather",
+        value="true",
+        reason="Gathers the next layer's weights during this layer: the loop over layers hides its own traffic.",
+        platform=Platform.CUDA,
+    ),
+    XlaFlag(
+        name="xla_gpu_enable_pipelined_reduce_scatter",
+        value="true",
+        reason="Sends a layer's gradients off during the layer before it, in the backward loop.",
+        platform=Platform.CUDA,
+    ),
+    XlaFlag(
+        name="xla_gpu_enable_while_loop_double_buffering",
+        value="true",
+        reason="Unrolls the layer loop by two, without which pipelined collectives copy every buffer they carry.",
+        platform=Platform.CUDA,
+    ),
+    XlaFlag(
+        name="xla_gpu_enable_highest_priority_async_stream",
+        value="true",
+        reason="Gives communication kernels the highest priority, so that a full GPU does not delay them.",
+        platform=Platform.CUDA,
+    ),
+    XlaFlag(
+        name="xla_gpu_all_reduce_combine_threshold_bytes",
+        value="134217728",
+        reason="Joins small all-reduces over slices up to 128 MiB: fewer messages on the slow network.",
+        platform=Platform.CUDA,
+        needs_slices=True,
+    ),
+)
+"""Sources: jax docs (xla_flags, gpu_performance_tips), libtpu's own help. libtpu and XLA stop at an unknown flag."""
+
+
+def xla_flags(platform: Platform, num_slices: int) -> tuple[XlaFlag, ...]:
+    """The flags for a machine, in the order of the table."""
+    return tuple(flag for flag in XLA_FLAGS if flag.platform is platform and (num_slices > 1 or not flag.needs_slices))
+
+
+def flags_environment(platform: Platform, num_slices: int) -> Mapping[str, str]:
+    """The environment variable that hands the flags to the compiler.
+
+    Example:
+        >>> flags_environment(Platform.CUDA, num_slices=1)["XLA_FLAGS"].split()[0]
+        '--xla_gpu_enable_latency_hiding_scheduler=true'
+    """
+    text = " ".join(f"--{flag.name}={flag.value}" for flag in xla_flags(platform, num_slices))
+    return {FLAGS_VARIABLE[platform]: text}
