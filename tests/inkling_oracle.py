@@ -12,7 +12,7 @@ from transformers.models.inkling import configuration_inkling, modeling_inkling
 
 from tml.batch import Batch, empty_rows
 from tml.codec.video import CLIP_MEAN, CLIP_STD
-from tml.config import ChainNorm, ModelConfig, VideoConfig
+from tml.config import ModelConfig, VideoConfig
 from tml.export import inkling_layout
 from tml.export.tensor_folder import SINGLE
 from tml.microturn import Kind
@@ -57,9 +57,6 @@ def oracle_config(model: ModelConfig) -> configuration_inkling.InklingConfig:
         n_shared_experts=moe.num_shared_experts,
         route_scale=moe.route_scale,
         logits_mup_width_multiplier=model.mup_width_multiplier,
-        num_mtp_layers=model.mtp.num_blocks or None,
-        mtp_local_layer_ids=list(model.mtp.sliding_blocks) if model.mtp.num_blocks else None,
-        chain_hidden_post_norm=model.mtp.chain_norm is ChainNorm.LEARNED,
     )
     audio = configuration_inkling.InklingAudioConfig(
         n_mel_bins=model.audio.num_mels, mel_vocab_size=model.audio.num_levels

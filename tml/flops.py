@@ -3,9 +3,8 @@
 The convention, stated with every MFU: model FLOPs of one row = 6 * N * S + 12 * heads * head_dim * span
 for every layer, forward and backward; nothing recomputed is counted. N is the parameters that one
 position multiplies: routed experts count by the share that is chosen, tables that are looked up do
-not count, nor does the image tower, which works per tile, nor multi-token prediction. Span is S^2/2
-for global layers and S*w - w^2/2 for sliding ones: the positions of a row count as one segment,
-padding included.
+not count, nor does the image tower, which works per tile. Span is S^2/2 for global layers and
+S*w - w^2/2 for sliding ones: the positions of a row count as one segment, padding included.
 """
 
 import time
@@ -48,7 +47,7 @@ def param_table(specs: PyTree, model: ModelConfig) -> list[ParamGroup]:
     for path, spec in spec_leaves(specs):
         share = model.moe.num_experts_per_token / model.moe.num_experts if is_routed(spec) else 1.0
         active = round(spec.size * share)
-        multiplied = 0 if is_table(spec) or is_per_tile(spec) or path.startswith("mtp/") else active
+        multiplied = 0 if is_table(spec) or is_per_tile(spec) else active
         counts = np.array([spec.size, active, multiplied])
         name = group_name(path)
         groups[name] = groups.get(name, np.zeros(3, np.int64)) + counts

@@ -1,7 +1,5 @@
 """The objective: cross entropy of every stream's targets, weighted in the total and logged by itself."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
@@ -53,29 +51,6 @@ def objective(
         metrics[f"accuracy_{name}"] = _mean_over(is_right_BS, batch, targets)
     # A batch without any target has no weight: its loss is 0, not 0/0.
     return loss_sum / jnp.maximum(weight, 1e-6), jax.lax.stop_gradient(metrics)
-
-
-def objective_ahead(
-    scores: Sequence[Scores],
-    weights: Sequence[Float32[Array, "B S"]],
-    weight: Float32[Array, ""],
-    cfg: LossConfig,
-) -> tuple[Float32[Array, ""], dict[str, Mean]]:
-    """The loss of multi-token prediction: `mtp_weight` times the mean over its blocks, each weighted as `objective`.
-
-    Args:
-        scores: of the predictions of every block, in order.
-        weights: the loss weights of what each block predicts (`mtp.due`).
-        weight: as for `objective`.
-        cfg: the weight of the blocks.
-
-    Returns:
-        The loss to differentiate, and the metric `loss_mtp` (without `mtp_weight`).
-    """
-    loss_sum = sum((jnp.sum(w * s.nll_BS) for s, w in zip(scores, weights, strict=True)), jnp.float32(0.0))
-    count = sum((jnp.sum(w) for w in weights), jnp.float32(0.0))
-    loss = cfg.mtp_weight / len(scores) * loss_sum / jnp.maximum(weight, 1e-6)
-    return loss, jax.lax.stop_gradient({"loss_mtp": Mean(total=loss_sum, count=count)})
 
 
 def _mean_over(values_BS: Float32[Array, "B S"], batch: Batch, targets: tuple[Target, ...]) -> Mean:

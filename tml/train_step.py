@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import DATA_AXES, Experiment, MeshConfig, check_platform
+from tml.config import DATA_AXES, Experiment, check_platform
 from tml.mesh import (
     batch_partition,
     batch_sharding,
@@ -24,9 +24,9 @@ from tml.mesh import (
 )
 from tml.metrics import Mean
 from tml.microturn import Kind
-from tml.model import mtp, transformer
+from tml.model import transformer
 from tml.model.moe import Load
-from tml.objective import objective, objective_ahead, total_weight
+from tml.objective import objective, total_weight
 from tml.ops.collectives import sum_copies, sum_over
 from tml.optim import learning_rate, make_optimizer
 from tml.params import Leaf, PyTree, abstract_params, init_params
@@ -200,9 +200,6 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
                 chunk = experiment.loss.chunk_positions
                 scores = transformer.score(params, found.h_BSD, rows.targets_BS, chunk, model, sizes)
                 loss, metrics = objective(scores, rows, weight, experiment.loss)
-            if model.mtp.num_blocks:
-                loss_ahead, metrics_ahead = _loss_ahead(params, found.normed_BSD, rows, weight, experiment, sizes)
-                loss, metrics = loss + loss_ahead, metrics | metrics_ahead
             # The devices along `tensor` have the same positions: each answers for its share (`tml.ops.collectives`).
             return loss if sizes.tensor == 1 else loss / sizes.tensor, (metrics, found.load)
 
@@ -230,21 +227,6 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
 
     params = param_partition(specs, sizes)
     return _on_every_device(whole, mesh, (params, batch_partition()), (params, P(), P()))
-
-
-def _loss_ahead(
-    params: PyTree, normed_BSD: jax.Array, rows: Batch, weight: jax.Array, experiment: Experiment, sizes: MeshConfig
-) -> tuple[jax.Array, Sums]:
-    """The loss of multi-token prediction."""
-    model, chunk = experiment.model, experiment.loss.chunk_positions
-    blocks = transformer.hidden_ahead(params, normed_BSD, rows, model, sizes)
-    with jax.named_scope("objective"):
-        due = [mtp.due(rows, distance, sizes) for distance in range(1, len(blocks) + 1)]
-        scores = [
-            transformer.score(params, h_BSD, targets_BS, chunk, model, sizes)
-            for h_BSD, (targets_BS, _) in zip(blocks, due, strict=True)
-        ]
-        return objective_ahead(scores, [weights_BS for _, weights_BS in due], weight, experiment.loss)
 
 
 def _on_every_device(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:

@@ -7,7 +7,7 @@ import pytest
 from inkling_oracle import inkling_model, oracle_config
 from transformers.models.inkling.configuration_inkling import InklingConfig
 
-from tml.config import AttentionConfig, ChainNorm, ModelConfig, MtpConfig, VideoConfig
+from tml.config import AttentionConfig, ModelConfig, VideoConfig
 from tml.export import inkling_config
 
 MODEL = inkling_model()
@@ -101,7 +101,6 @@ def changed(config: dict, path: str, value: object) -> dict:
     "model",
     [
         MODEL,
-        inkling_model(mtp=MtpConfig(num_blocks=3, sliding_blocks=(0, 2), chain_norm=ChainNorm.LEARNED)),
         inkling_model(num_dense_layers=0, global_layers=()),
         inkling_model(num_dense_layers=5, global_layers=tuple(range(5))),
         inkling_model(unpadded_vocab_size=0),

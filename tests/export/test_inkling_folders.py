@@ -17,10 +17,10 @@ from transformers import InklingForConditionalGeneration
 
 from tml import checkpoint
 from tml.checkpoint import CheckpointError
-from tml.config import AttentionConfig, ModelConfig, MtpConfig, VideoConfig
+from tml.config import AttentionConfig, ModelConfig, VideoConfig
 from tml.export import inkling_import, inkling_layout
 from tml.export.inkling_export import StoredAs, export_folder
-from tml.export.inkling_import import import_folder
+from tml.export.inkling_import import KEEPSAKE, LEFT_OUT, import_folder
 from tml.export.tensor_folder import INDEX, SINGLE
 from tml.microturn import Kind
 from tml.params import spec_leaves
@@ -74,13 +74,11 @@ def test_what_is_exported_is_what_was_imported(saved: Path, imported: Path, tmp_
     [
         inkling_model(num_dense_layers=0, global_layers=()),
         inkling_model(num_dense_layers=5, global_layers=tuple(range(5))),
-        inkling_model(mtp=MtpConfig(num_blocks=2, sliding_blocks=(1,))),
         inkling_model(unpadded_vocab_size=0, attention=AttentionConfig(log_scaling_rate=0.0), video=VideoConfig()),
     ],
     ids=[
         "sparse and sliding",
         "dense and global",
-        "multi-token prediction",
         "no eyes, no padding, no log-length scaling",
     ],
 )
@@ -89,6 +87,25 @@ def test_other_shapes_come_back_too(model: ModelConfig, tmp_path: Path) -> None:
     import_folder(folder, tmp_path / "run")
     export_folder(tmp_path / "run", tmp_path / "out")
     assert_same_bytes(folder, tmp_path / "out")
+
+
+def test_multi_token_prediction_is_left_out_and_listed(tmp_path: Path) -> None:
+    folder = drawn_folder(MODEL, tmp_path / "in")
+    before = tensors_in(folder)
+    extra = {f"model.mtp.layers.0.{name}.weight": np.ones(4, np.float32) for name in ("hidden_norm", "embed_norm")}
+    safetensors.numpy.save_file(before | extra, folder / SINGLE)
+    with pytest.raises(ValueError, match=r"holds model.mtp.layers.0.embed_norm.weight \(4,\), which its config.json"):
+        import_folder(folder, tmp_path / "refused")
+    config = json.loads((folder / "config.json").read_text())
+    blocks = {"num_nextn_predict_layers": 1, "local_layer_ids": [0], "chain_hidden_post_norm": False}
+    (folder / "config.json").write_text(json.dumps(config | {"mtp_config": blocks}))
+    import_folder(folder, tmp_path / "run")
+    assert (tmp_path / "run" / KEEPSAKE / LEFT_OUT).read_text().split() == sorted(extra)
+    export_folder(tmp_path / "run", tmp_path / "out")
+    after = tensors_in(tmp_path / "out")
+    assert after.keys() == before.keys()
+    assert all(after[name].tobytes() == before[name].tobytes() for name in before)
+    assert "mtp_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_every_tensor_keeps_the_dtype_it_had(tmp_path: Path) -> None:

@@ -37,11 +37,6 @@ class Experiment:
                 f"the nearest valid value is {nearest:g}"
             )
         check_splits(self.mesh, self.splits)
-        if (self.model.mtp.num_blocks > 0) != (self.loss.mtp_weight > 0):
-            raise ValueError(
-                f"model.mtp.num_blocks = {self.model.mtp.num_blocks} and loss.mtp_weight = {self.loss.mtp_weight} do "
-                "not fit: blocks without a weight would decay untrained; set both above 0, or both to 0"
-            )
         if self.optim.warmup_steps >= self.train.num_steps:
             raise ValueError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves nothing of "

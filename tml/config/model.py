@@ -181,31 +181,6 @@ class MoEConfig:
         )
 
 
-class ChainNorm(enum.StrEnum):
-    """What stands after every block of multi-token prediction: nothing, or one norm that all of them share."""
-
-    NONE = "none"
-    LEARNED = "learned"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MtpConfig:
-    """Blocks of multi-token prediction, counted from 0; a block is global unless listed in `sliding_blocks`."""
-
-    num_blocks: int = 0
-    """How many; 0 builds none. `loss.mtp_weight` trains them."""
-    sliding_blocks: tuple[int, ...] = ()
-    chain_norm: ChainNorm = ChainNorm.NONE
-
-    def __post_init__(self) -> None:
-        check_not_negative("model.mtp", num_blocks=self.num_blocks)
-        outside = [number for number in self.sliding_blocks if not 0 <= number < self.num_blocks]
-        if outside:
-            raise ValueError(
-                f"model.mtp.sliding_blocks names blocks {outside}, but model.mtp.num_blocks = {self.num_blocks}"
-            )
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The whole network. Layers are counted from 0; a layer is sliding unless listed in `global_layers`."""
@@ -226,7 +201,6 @@ class ModelConfig:
     remat: Remat = Remat.NONE
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
-    mtp: MtpConfig = field(default_factory=MtpConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
 

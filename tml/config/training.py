@@ -19,8 +19,6 @@ class LossConfig:
     """Weight of logsumexp(logits)^2 (PaLM, section 5)."""
     chunk_positions: int = 0
     """Positions of one device whose logits exist at a time; 0 makes all of them at once."""
-    mtp_weight: float = 0.0
-    """Weight of multi-token prediction: of the mean over its blocks (DeepSeek-V3, section 4.2: 0.3, later 0.1)."""
 
     def __post_init__(self) -> None:
         check_not_negative("loss", **vars(self))

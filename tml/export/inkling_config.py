@@ -8,7 +8,7 @@ Two spellings are read: that of the published checkpoints (`dense_intermediate_s
 from collections.abc import Mapping
 from typing import Any
 
-from tml.config import ChainNorm, ModelConfig, to_mapping
+from tml.config import ModelConfig, to_mapping
 from tml.config.tree import from_mapping
 from tml.export import tile_folds
 
@@ -100,7 +100,7 @@ SPECIAL: dict[str, tuple[str, ...]] = {
     "vision_config": ("n_layers",),
     "mtp_config": ("num_nextn_predict_layers", "local_layer_ids", "chain_hidden_post_norm"),
 }
-"""Keys that are read by a rule of their own."""
+"""Keys that are read by a rule of their own; those of `mtp_config` describe what an import leaves out."""
 
 FREE: dict[str, tuple[str, ...]] = {
     "": (
@@ -203,6 +203,11 @@ def _dense_layers(kinds: list[str]) -> int:
     return first
 
 
+def has_mtp(config: Json) -> bool:
+    """Whether the checkpoint has blocks of multi-token prediction."""
+    return bool(published(config)["mtp_config"].get("num_nextn_predict_layers"))
+
+
 def to_model(config: Json, has_tower: bool, max_tiles_per_turn: int = 1) -> ModelConfig:
     """The model that a config.json describes.
 
@@ -234,13 +239,6 @@ def to_model(config: Json, has_tower: bool, max_tiles_per_turn: int = 1) -> Mode
     model["global_layers"] = _global_layers(text)
     for key, field in (("dmel_min_value", "level_low"), ("dmel_max_value", "level_high")):
         model["audio"][field] = audio.get(key, model["audio"][field])
-    ahead = sections["mtp_config"]
-    if ahead.get("num_nextn_predict_layers"):
-        model["mtp"] = {
-            "num_blocks": ahead["num_nextn_predict_layers"],
-            "sliding_blocks": ahead.get("local_layer_ids") or (),
-            "chain_norm": ChainNorm.LEARNED if ahead.get("chain_hidden_post_norm") else ChainNorm.NONE,
-        }
     if has_tower:
         if vision.get("n_layers") is None:
             raise ValueError("config.json lacks vision_config.n_layers, from which model.video.fold_px follows")
@@ -279,12 +277,6 @@ def from_model(model: ModelConfig, kept: Json) -> dict[str, Any]:
         text["log_scaling_n_floor"] = None
     sections["audio_config"] |= {"dmel_min_value": model.audio.level_low, "dmel_max_value": model.audio.level_high}
     sections["vision_config"]["n_layers"] = len(model.video.fold_px) + 1
-    if model.mtp.num_blocks:
-        sections["mtp_config"] = {
-            "num_nextn_predict_layers": model.mtp.num_blocks,
-            "local_layer_ids": list(model.mtp.sliding_blocks),
-            "chain_hidden_post_norm": model.mtp.chain_norm is ChainNorm.LEARNED,
-        }
     top = sections.pop("")
     return {**top, **{name: section for name, section in sections.items() if section}}
 

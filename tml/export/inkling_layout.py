@@ -9,7 +9,7 @@ rearrangement is one einops pattern, read in both directions. What differs other
 - the routers of routed and of shared experts are one tensor, rows of the former first.
 
 Source: the tensors of thinkingmachines/Inkling-Small as transformers 5.23 reads and writes them
-(`conversion_mapping.py`, "inkling_mm_model" and "MtpModel").
+(`conversion_mapping.py`, "inkling_mm_model").
 """
 
 import math
@@ -21,7 +21,7 @@ from types import EllipsisType
 import einops
 import numpy as np
 
-from tml.config import ChainNorm, ModelConfig
+from tml.config import ModelConfig
 from tml.model import transformer
 from tml.params import ParamSpec, spec_leaves
 
@@ -59,12 +59,6 @@ MIXTURE: Patterns = {
     "mlp.experts.w2_weight": {"mlp/down": "E D F"},
     "mlp.shared_experts.shared_w13_weight": {"mlp/shared_gate_up": "A (F Z) D"},
     "mlp.shared_experts.shared_w2_weight": {"mlp/shared_down": "A D F"},
-}
-
-MTP: Patterns = {
-    "hidden_norm.weight": {"hidden_norm": "D"},
-    "embed_norm.weight": {"embed_norm": "D"},
-    "input_proj.weight": {"input": "D I"},
 }
 
 OUTSIDE: Patterns = {
@@ -159,13 +153,6 @@ def tensors(model: ModelConfig) -> tuple[Tensor, ...]:
                 layer += 1
     if model.video.max_tiles_per_turn:
         found += [_tensor(name, parts, "", ..., specs) for name, parts in _tower(len(model.video.fold_px)).items()]
-    for number in range(model.mtp.num_blocks):
-        prefix, ours = f"model.mtp.layers.{number}.", f"mtp/blocks/{number}/"
-        found += [_tensor(prefix + name, parts, ours, ..., specs) for name, parts in MTP.items()]
-        prefix, ours, table = f"{prefix}transformer_block.", f"{ours}layer/", {**ATTENTION, **MLP, **DENSE}
-        found += [_tensor(prefix + name, parts, ours, ..., specs) for name, parts in table.items()]
-    if model.mtp.chain_norm is ChainNorm.LEARNED and model.mtp.num_blocks:
-        found.append(_tensor("model.mtp.chain_norm.weight", {"mtp/chain_norm": "D"}, "", ..., specs))
     assert_whole(found, specs)
     return tuple(found)
 

@@ -1,7 +1,7 @@
 """The whole network over training rows: embeddings, a stack scanned over its repeating groups of layers, the head."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import MeshConfig, ModelConfig
-from tml.model import block, embed, moe, mtp
+from tml.config import MeshConfig, ModelConfig, Remat
+from tml.model import block, embed, moe
 from tml.model.block import LayerKind
 from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
-from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params
 from tml.ops.cross_entropy import Scores, score_in_chunks
 from tml.ops.cross_entropy import score as score_logits
@@ -34,12 +33,10 @@ class Hidden:
     """What the network computes for a batch, or for this device's part of it, before the unembedding.
 
     Attributes:
-        normed_BSD: the last layer's output, normed.
-        h_BSD: inputs of the unembedding: the same divided by the muP divisor.
+        h_BSD: inputs of the unembedding: normed and divided by the muP divisor.
         load: copies routed to each expert and copies dropped, a row a mixture layer.
     """
 
-    normed_BSD: Leaf
     h_BSD: Leaf
     load: moe.Load
 
@@ -83,8 +80,7 @@ def layer_stages(cfg: ModelConfig) -> tuple[Stage, ...]:
 
 def specs(cfg: ModelConfig) -> dict[str, PyTree]:
     """Every parameter of the network. The layers of a stage are stacked along a leading L axis."""
-    ahead = {"mtp": mtp.specs(cfg)} if cfg.mtp.num_blocks else {}
-    return ahead | {
+    return {
         "embed": embed.specs(cfg),
         "stages": [
             [stack(block.specs(kind, cfg), stage.repeats) for kind in stage.kinds] for stage in layer_stages(cfg)
@@ -123,8 +119,7 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
     x_BSD, _, load = run_layers(params["stages"], x_BSD, None, functions, cfg, mesh)
     with jax.named_scope("head"):
         norm_D = gather_params(params["norm"], head_specs(cfg)["norm"], mesh, x_BSD.dtype)
-        normed_BSD = rms_norm(x_BSD, norm_D, cfg.norm_eps)
-        return Hidden(normed_BSD=normed_BSD, h_BSD=head_input(normed_BSD, cfg), load=load)
+        return Hidden(h_BSD=head_input(norm_D, x_BSD, cfg), load=load)
 
 
 def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outputs:
@@ -132,14 +127,6 @@ def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outpu
     found = hidden(params, batch, cfg, MeshConfig())
     with jax.named_scope("head"):
         return Outputs(logits_BSV=unembed(params["unembed"], found.h_BSD, cfg), expert_load_LE=found.load.copies_E)
-
-
-def hidden_ahead(
-    params: Mapping[str, PyTree], normed_BSD: Float[Array, "B S D"], batch: Batch, cfg: ModelConfig, mesh: MeshConfig
-) -> list[Float[Array, "B S D"]]:
-    """What every block of multi-token prediction hands to the unembedding, from `Hidden.normed_BSD`."""
-    blocks = mtp.apply(params["mtp"], params["embed"]["tokens"]["table"], normed_BSD, batch, cfg, mesh)
-    return [head_input(h_BSD, cfg) for h_BSD in blocks]
 
 
 def run_layers(
@@ -212,12 +199,26 @@ def _layer(
             params = gather_params(params, block.specs(kind, cfg), mesh, embed.compute_dtype(cfg), split_experts)
         return block.apply(params, x, state, kind, functions, cfg)
 
-    return recomputed(run, cfg, mesh)(params, x)
+    if cfg.remat is Remat.LAYER:
+        return jax.checkpoint(run)(params, x)
+    return run(params, x) if mesh.num_devices == 1 else jax.checkpoint(run, policy=is_no_weight)(params, x)
 
 
-def head_input(normed_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float[Array, "B S D"]:
-    """The muP divisor between the norm and the unembedding."""
-    return normed_BSD / cfg.mup_width_multiplier
+def is_no_weight(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass keeps without remat on a mesh: all but gathered weights and views, which are made anew.
+
+    Kept, the gathered weights of a layer would be kept of every layer: the whole model on every device.
+    """
+    return primitive.name not in MADE_ANEW
+
+
+MADE_ANEW = ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim")
+"""Operations on the way from a stored parameter to a matmul."""
+
+
+def head_input(norm_D: Float[Array, "D"], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float[Array, "B S D"]:
+    """The norm and the muP divisor before the unembedding."""
+    return rms_norm(x_BSD, norm_D, cfg.norm_eps) / cfg.mup_width_multiplier
 
 
 def unembed(unembed_DV: Float[Array, "D V"], h_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S v"]:
@@ -228,8 +229,7 @@ def unembed(unembed_DV: Float[Array, "D V"], h_BSD: Float[Array, "B S D"], cfg: 
 
 def logits(params: Mapping[str, PyTree], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S V"]:
     """The head: norm, muP divisor, unembedding, cut to the unpadded vocabulary."""
-    normed_BSD = rms_norm(x_BSD, params["norm"], cfg.norm_eps)
-    return unembed(params["unembed"], head_input(normed_BSD, cfg), cfg)
+    return unembed(params["unembed"], head_input(params["norm"], x_BSD, cfg), cfg)
 
 
 def score(
