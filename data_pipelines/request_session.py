@@ -26,8 +26,6 @@ class RequestTaskConfig:
     Attributes:
         delay_s: the answer is emitted at the first multiple of `turn_ms` this long after the request, or later.
         turn_ms: the micro-turn for which answers are placed.
-        late_probability: that an answer comes one micro-turn later than it could. Who learns from such answers alone
-            that came at once never answers what he has let pass.
         pause_probability: that a request of several words has a pause in it.
         second_pause_probability: that a request with a pause has another one, if it has words enough.
         pause_range_s: length of a pause, from audible end to audible start.
@@ -41,7 +39,6 @@ class RequestTaskConfig:
 
     delay_s: float = 0.3
     turn_ms: int = 200
-    late_probability: float = 0.0
     pause_probability: float = 0.5
     second_pause_probability: float = 0.0
     pause_range_s: tuple[float, float] = (0.4, 1.2)
@@ -56,7 +53,6 @@ class RequestTaskConfig:
 PACES = {
     "calm": RequestTaskConfig(),
     "brisk": RequestTaskConfig(
-        late_probability=0.15,
         pause_probability=0.9,
         second_pause_probability=0.35,
         pause_range_s=(0.4, 0.8),
@@ -142,7 +138,11 @@ def compose(
     if channel is not None:
         track = channel(track, rng)
     track = mixing.to_level(track, surroundings.peak_db)
-    answers = tuple(_answer(turn, config, rng) for turn in turns if turn.answer)
+    answers = tuple(
+        answer_event(turn.answer, turn.end, delay_s=config.delay_s, turn_ms=config.turn_ms)
+        for turn in turns
+        if turn.answer
+    )
     return Session(
         session_id=session_id,
         sample_rate_hz=SAMPLE_RATE_HZ,
@@ -159,12 +159,6 @@ def compose(
             "user_words": words_json([word for turn in turns for word in turn.words]),
         },
     )
-
-
-def _answer(turn: Turn, config: RequestTaskConfig, rng: np.random.Generator) -> TextEvent:
-    late = config.late_probability > 0 and rng.random() < config.late_probability
-    delay_s = config.delay_s + late * config.turn_ms / 1000
-    return answer_event(turn.answer, turn.end, delay_s=delay_s, turn_ms=config.turn_ms)
 
 
 def answer_event(answer: str, request_end: int, *, delay_s: float = 0.3, turn_ms: int = 200) -> TextEvent:

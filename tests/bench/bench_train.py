@@ -37,11 +37,8 @@ def experiment_of(path: Path) -> Experiment:
     return from_config_dict(module.get_config())
 
 
-def main() -> None:
-    """Compiles the step, times it, and prints one line."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "experiments" / "quickstart.py"
-    experiment = experiment_of(path)
-    prepare_jax()
+def measure(experiment: Experiment) -> None:
+    """Compiles the step, times it, and prints what it reached."""
     mesh = make_mesh(experiment.mesh)
     began = time.perf_counter()
     state, step = init_state(jax.random.key(0), experiment, mesh), make_train_step(experiment, mesh)
@@ -64,10 +61,17 @@ def main() -> None:
         print(
             f"train {experiment.name}, {name} of {NUM_STEPS} steps: {tokens / seconds:,.0f} tokens/s, "
             f"{seconds:.3f} s a step of {data.rows_per_batch} x {data.row_slots}, "
+            f"{flops / tokens / 1e6:.1f} MFLOP a token, "
             f"{flops / seconds / 1e9:.1f} GFLOP/s = {flops / seconds / rate / mesh.size:.1%} "
             f"of the measured {rate / 1e9:.0f} GFLOP/s"
         )
-    print(f"first step after {first_s:.1f} s (initialisation and compilation, or the compile cache)")
+    print(f"first step after {first_s:.1f} s (initialisation and compilation, or the compile cache)", flush=True)
+
+
+def main() -> None:
+    """Measures the experiment that is named, or the quickstart."""
+    prepare_jax()
+    measure(experiment_of(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "experiments" / "quickstart.py"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,18 +117,6 @@ def test_brisk_requests_pause_up_to_twice_and_sessions_are_as_long_as_a_row():
         for answer in of_kind(session, ExpectationKind.ANSWER):
             counts[sum(answer.start < item.start and item.end < answer.end for item in pauses)] += 1
     assert set(counts) == {0, 1, 2}
-
-
-def test_some_answers_of_brisk_sessions_come_a_turn_late():
-    task, is_late = RequestTask(seed=3, config=replace(PACES["brisk"], late_probability=0.5)), []
-    for i in range(8):
-        session = task.session("train", i)
-        answers, events = of_kind(session, ExpectationKind.ANSWER), session.texts_of(Stream.OWN_TEXT)
-        for item, event in zip(answers, events, strict=True):
-            delay_s = (event.start - item.end) / RATE
-            assert 0.3 <= delay_s < 0.7
-            is_late.append(delay_s >= 0.5)
-    assert 0.2 < np.mean(is_late) < 0.8
 
 
 def test_a_request_ends_where_its_sound_ends():

@@ -162,11 +162,10 @@ class MoEConfig:
             "model.moe",
             num_experts=self.num_experts,
             num_experts_per_token=self.num_experts_per_token,
-            num_shared_experts=self.num_shared_experts,
             expert_dim=self.expert_dim,
             block_rows=self.block_rows,
         )
-        check_not_negative("model.moe", balance_rate=self.balance_rate)
+        check_not_negative("model.moe", balance_rate=self.balance_rate, num_shared_experts=self.num_shared_experts)
         check_at_most("1", 1, "model.moe.capacity_factor", self.capacity_factor)
         if self.backend == MatmulBackend.DENSE and self.dispatch != ExpertDispatch.GATHERED_WEIGHTS:
             raise ValueError(

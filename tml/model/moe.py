@@ -38,16 +38,19 @@ def moe_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     """The parameters of a mixture-of-experts sub-layer."""
     moe = cfg.moe
     sizes = {"D": cfg.d_model, "F": moe.expert_dim, "Z": 2, "E": moe.num_experts, "A": moe.num_shared_experts}
-    return {
+    routed = {
         "router": param("D E", sizes, fan_in="D", update=Update.EMBEDDING),
-        "shared_router": param("D A", sizes, fan_in="D", update=Update.EMBEDDING),
         "router_bias": param("E", sizes, init=Init.ZEROS, update=Update.BALANCE),
         "scale": scale("", sizes),
         "gate_up": param("E D Z F", sizes, fan_in="D"),
         "down": param("E F D", sizes, fan_in="F"),
+    }
+    shared = {
+        "shared_router": param("D A", sizes, fan_in="D", update=Update.EMBEDDING),
         "shared_gate_up": param("A D Z F", sizes, fan_in="D"),
         "shared_down": param("A F D", sizes, fan_in="F"),
     }
+    return {**routed, **shared} if moe.num_shared_experts else routed
 
 
 def apply_dense(
@@ -73,12 +76,13 @@ def route(
     """
     h_f32 = h_TD.astype(jnp.float32)
     z_TE = jnp.einsum("tD,DE->tE", h_f32, params["router"], precision="highest")
-    z_TA = jnp.einsum("tD,DA->tA", h_f32, params["shared_router"], precision="highest")
     preference_TE = jax.lax.stop_gradient(jax.nn.sigmoid(z_TE) + params["router_bias"][None])
     _, experts_TK = jax.lax.top_k(preference_TE, cfg.num_experts_per_token)
     chosen_TK = jnp.take_along_axis(z_TE, experts_TK, axis=1)
-    log_gates = jax.nn.log_sigmoid(jnp.concatenate([chosen_TK, z_TA], axis=1))
-    gates = jax.nn.softmax(log_gates, axis=-1) * cfg.route_scale * params["scale"]
+    if cfg.num_shared_experts:
+        z_TA = jnp.einsum("tD,DA->tA", h_f32, params["shared_router"], precision="highest")
+        chosen_TK = jnp.concatenate([chosen_TK, z_TA], axis=1)
+    gates = jax.nn.softmax(jax.nn.log_sigmoid(chosen_TK), axis=-1) * cfg.route_scale * params["scale"]
     return experts_TK, gates[:, : cfg.num_experts_per_token], gates[:, cfg.num_experts_per_token :]
 
 
@@ -100,13 +104,20 @@ def apply_moe(
     with jax.named_scope("experts"):
         weights = {name: params[name].astype(dtype) for name in ("gate_up", "down")}
         out_TD, num_dropped = experts(weights, h_TD, gates_TK.astype(dtype), experts_TK, cfg)
-    with jax.named_scope("shared_experts"):
-        both = jnp.einsum("tD,ADZF->tAZF", h_TD, params["shared_gate_up"].astype(dtype))
-        hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1] * shared_gates_TA.astype(dtype)[:, :, None]
-        down_AFD = params["shared_down"].astype(dtype)
-        shared = jnp.einsum("tAF,AFD->tD", hidden, down_AFD, preferred_element_type=jnp.float32)
-        out_TD = add_shards(out_TD + shared.astype(dtype))
-    return out_TD.reshape(h_BSD.shape), Load(load_E, num_dropped)
+    if cfg.num_shared_experts:
+        with jax.named_scope("shared_experts"):
+            out_TD = out_TD + _shared_experts(params, h_TD, shared_gates_TA)
+    return add_shards(out_TD).reshape(h_BSD.shape), Load(load_E, num_dropped)
+
+
+def _shared_experts(
+    params: Mapping[str, PyTree], h_TD: Float[Array, "t D"], gates_TA: Float32[Array, "t A"]
+) -> Float[Array, "t D"]:
+    dtype = h_TD.dtype
+    both = jnp.einsum("tD,ADZF->tAZF", h_TD, params["shared_gate_up"].astype(dtype))
+    hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1] * gates_TA.astype(dtype)[:, :, None]
+    down_AFD = params["shared_down"].astype(dtype)
+    return jnp.einsum("tAF,AFD->tD", hidden, down_AFD, preferred_element_type=jnp.float32).astype(dtype)
 
 
 def balanced_bias(
