@@ -36,10 +36,8 @@ def main(argv: list[str]) -> int:
     model = import_folder(Path(_HF_DIR.value), workdir, _MAX_TILES_PER_TURN.value).model
     print(param_table_text(param_table(transformer.specs(model), model)))
     names = workdir / KEEPSAKE / LEFT_OUT
-    if num_left_out := len(names.read_text().split()):
-        print(
-            f"left out: {num_left_out} tensors of multi-token prediction, which this network has not; listed in {names}"
-        )
+    if left_out := names.read_text().split():
+        print(f"left out: {len(left_out)} tensors of multi-token prediction, which this network lacks; see {names}")
     print(f"{workdir}: imported; a run starts from it with --config.train.init_from={workdir}")
     return 0
 

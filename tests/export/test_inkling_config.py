@@ -7,7 +7,7 @@ import pytest
 from inkling_oracle import inkling_model, oracle_config
 from transformers.models.inkling.configuration_inkling import InklingConfig
 
-from tml.config import AttentionConfig, ModelConfig, VideoConfig
+from tml.config import AttentionConfig, ModelConfig, MoEConfig, VideoConfig
 from tml.export import inkling_config
 
 MODEL = inkling_model()
@@ -107,7 +107,7 @@ def changed(config: dict, path: str, value: object) -> dict:
         inkling_model(attention=AttentionConfig(log_scaling_rate=0.0)),
         inkling_model(video=VideoConfig(tile_px=40, fold_px=(5, 2, 4), fold_dims=(128, 320, 4_800))),
     ],
-    ids=["all", "multi-token prediction", "sparse", "dense", "no padding", "no log-length scaling", "no eyes"],
+    ids=["all", "sparse", "dense", "no padding", "no log-length scaling", "no eyes"],
 )
 def test_transformers_config_comes_back(model: ModelConfig) -> None:
     has_tower = bool(model.video.max_tiles_per_turn)
@@ -171,6 +171,7 @@ def test_what_is_not_ours_is_refused_with_both_values(path: str, value: object, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"moe": MoEConfig(num_shared_experts=0)}, "model.moe.num_shared_experts = 0 is no Inkling"),
         ({"norm_eps": 1e-5}, "model.norm_eps = 1e-05 cannot be exported"),
         (
             {"video": VideoConfig(tile_px=4, fold_px=(2, 2), fold_dims=(6, 10), max_tiles_per_turn=2)},

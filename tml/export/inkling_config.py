@@ -246,7 +246,9 @@ def to_model(config: Json, has_tower: bool, max_tiles_per_turn: int = 1) -> Mode
         folds = tile_folds.plan(video["tile_px"], video["frames_per_tile"], vision["n_layers"])
         video["fold_px"], video["fold_dims"] = folds
         video["max_tiles_per_turn"] = max_tiles_per_turn
-    return from_mapping(ModelConfig, model, "model")
+    found = from_mapping(ModelConfig, model, "model")
+    _refuse_foreign(found)
+    return found
 
 
 def from_model(model: ModelConfig, kept: Json) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def from_model(model: ModelConfig, kept: Json) -> dict[str, Any]:
             are taken over; may be empty.
 
     Raises:
-        ValueError: the model is no Inkling: another eps, or folds that no Inkling tower has.
+        ValueError: the model is no Inkling: no shared expert, another eps, or folds that no Inkling tower has.
     """
     _refuse_foreign(model)
     ours = to_mapping(model)
@@ -310,6 +312,8 @@ def _refuse_unknown(sections: Mapping[str, Json]) -> None:
 
 def _refuse_foreign(model: ModelConfig) -> None:
     """Raises ValueError if no config.json can describe the model."""
+    if not model.moe.num_shared_experts:
+        raise ValueError("model.moe.num_shared_experts = 0 is no Inkling: its mixtures have at least 1 shared expert")
     if model.norm_eps != NORM_EPS:
         raise ValueError(f"model.norm_eps = {model.norm_eps} cannot be exported: Inkling's towers have {NORM_EPS} only")
     video = model.video
