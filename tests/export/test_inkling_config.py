@@ -178,7 +178,7 @@ def test_what_is_not_ours_is_refused_with_both_values(path: str, value: object, 
             r"fold_dims = \(6, 10\) cannot be exported: an Inkling tower of as many layers has .* \(64, 64\)",
         ),
     ],
-    ids=["eps", "folds"],
+    ids=["shared", "eps", "folds"],
 )
 def test_what_no_inkling_is_cannot_be_exported(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
