@@ -21,6 +21,7 @@ TEST = [
     "librosa>=0.11",
     "mypy>=1.15",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "torch==2.13.0",
     "transformers>=5.23",
