@@ -19,11 +19,11 @@ from tml import checkpoint
 from tml.checkpoint import CheckpointError
 from tml.config import AttentionConfig, ModelConfig, VideoConfig
 from tml.export import inkling_import, inkling_layout
+from tml.export.bundle import by_path
 from tml.export.inkling_export import StoredAs, export_folder
 from tml.export.inkling_import import KEEPSAKE, LEFT_OUT, import_folder
 from tml.export.tensor_folder import INDEX, SINGLE
 from tml.microturn import Kind
-from tml.params import spec_leaves
 
 MODEL = inkling_model()
 
@@ -142,7 +142,7 @@ def test_text_files_beside_the_weights_are_carried_along(tmp_path: Path) -> None
 def test_an_import_is_a_checkpoint_like_any_other(saved: Path, imported: Path) -> None:
     experiment, params = checkpoint.restore(imported)
     assert replace(experiment.model, moe=MODEL.moe) == MODEL
-    found = dict(spec_leaves(params))
+    found = by_path(params, experiment)
     theirs = tensors_in(saved)["model.llm.layers.2.mlp.experts.w2_weight"]
     np.testing.assert_array_equal(found["stages/1/1/mlp/down"][0], theirs.swapaxes(1, 2))
 
@@ -190,7 +190,7 @@ def indexed(folder: Path, file: str) -> None:
         (lambda d: added(d, "model.llm.norm.weight", np.ones(3, np.float32)), r"shape \(3,\), .* asks for \(16,\)"),
         (lambda d: added(d, "lm_head.weight", np.ones(3, np.float32)), r"holds lm_head.weight \(3,\), which its"),
         (lambda d: added(d, "model.llm.norm.weight", np.ones(16, np.uint8)), "norm.weight is stored in U8, can be"),
-        (lambda d: (d / SINGLE).rename(d / "pytorch_model.bin"), "only config.json, pytorch_model.bin; .* pickles"),
+        (lambda d: (d / SINGLE).rename(d / "pytorch_model.bin"), "only config.json, pytorch_model.bin; .*pickles"),
         (lambda d: (d / SINGLE).write_bytes(b"{}"), "model.safetensors is damaged"),
         (lambda d: indexed(d, "../secret.safetensors"), "names '../secret.safetensors', which is no safetensors file"),
         (lambda d: indexed(d, "gone.safetensors"), "gone.safetensors is missing, but .* names it"),
