@@ -36,6 +36,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8",
+        "einops>=0.8",
         "flatbuffers>=24",  # jax.export serialises with it and does not say so
         "flax>=0.10",
         "grain>=0.2.18",

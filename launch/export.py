@@ -1,10 +1,12 @@
-"""Exports the newest checkpoint of a run: as a bundle that streams here, or as portable programs that run anywhere.
+"""Exports the newest checkpoint of a run: to stream here, as portable programs, or in Inkling's published layout.
 
     python -m launch.export --workdir=runs/quickstart --out=exports/quickstart
     python -m launch.export --workdir=runs/quickstart --format=stablehlo --out=exports/portable
+    python -m launch.export --workdir=runs/inkling --format=hf --out=exports/inkling
 
 bundle: parameters, config and tokenizer in one folder, for launch.stream and launch.evaluate.
 stablehlo: programs for CPU, CUDA and TPU, which jax alone runs; portable.json lists their arguments.
+hf: the Hugging Face layout of the published Inkling checkpoints, which transformers, SGLang and vLLM read.
 """
 
 import enum
@@ -21,12 +23,19 @@ class Format(enum.StrEnum):
 
     BUNDLE = "bundle"
     STABLEHLO = "stablehlo"
+    HF = "hf"
 
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder, or a bundle.")
 _OUT = flags.DEFINE_string("out", "", "Folder of the export; an older one there is replaced.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; the newest by default.")
 _FORMAT = flags.DEFINE_enum_class("format", Format.BUNDLE, Format, "What is written.")
+_STORED_AS = flags.DEFINE_enum(
+    "stored_as",
+    "as_imported",
+    ["as_imported", "float32", "bfloat16"],
+    "With --format=hf: the dtype of the tensors; as_imported is that of the folder they came from, or float32.",
+)
 
 
 def main(argv: list[str]) -> int:
@@ -58,9 +67,18 @@ def _write_stablehlo(workdir: Path, step: int | None, out: Path) -> str:
     return f"{model.experiment.name} for {', '.join(portable.PLATFORMS)} and {portable.BUCKETS} sessions"
 
 
+def _write_hf(workdir: Path, step: int | None, out: Path) -> str:
+    """Reads and writes a tensor at a time; what was read is checked before the folder gets its name."""
+    from tml.export.inkling_export import StoredAs, export_folder
+
+    reader = export_folder(workdir, out, step, StoredAs(_STORED_AS.value))
+    return f"{reader.experiment.name} at step {reader.step} in the layout of Inkling"
+
+
 WRITERS: Mapping[Format, Callable[[Path, int | None, Path], str]] = {
     Format.BUNDLE: _write_bundle,
     Format.STABLEHLO: _write_stablehlo,
+    Format.HF: _write_hf,
 }
 """For every format: (run folder, step, folder to write) to what was written."""
 

@@ -211,7 +211,18 @@ def check_data(sources: Mapping[str, SourceConfig], workdir: Path) -> dict[str, 
 
 
 def claim_workdir(experiment: Experiment, tokenizer: "Tokenizer", described: Mapping[str, Any], workdir: Path) -> None:
-    """Writes config.json, data.json and the tokenizer, each whole or not at all."""
+    """Writes config.json, data.json and the tokenizer, each whole or not at all.
+
+    What an import kept for the way back comes along from the run folder that the parameters come from.
+    """
+    from tml.export.inkling_import import KEEPSAKE
+
+    kept = Path(experiment.train.init_from) / KEEPSAKE
+    if experiment.train.init_from and kept.is_dir() and not (workdir / KEEPSAKE).exists():
+        staging = workdir / f".{KEEPSAKE}.new"
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(kept, staging)
+        staging.rename(workdir / KEEPSAKE)
     if not (workdir / TOKENIZER).exists():
         staging = workdir / f".{TOKENIZER}.new"
         shutil.rmtree(staging, ignore_errors=True)

@@ -167,10 +167,10 @@ def test_damage_to_any_one_file_is_noticed_or_changes_nothing(first: TrainState,
 
 def test_a_checksum_guards_what_the_file_format_does_not(first: TrainState, run_folder: Path):
     with Checkpoints(run_folder) as checkpoints:
-        manifest = checkpoints._manifest(2)
+        manifest = checkpoints.manifest(2)
         name = next(name for name in manifest["checksums"] if name.startswith("params."))
         manifest["checksums"][name] ^= 1
-        checkpoints._manifest = lambda step: manifest
+        checkpoints.manifest = lambda step: manifest
         with pytest.raises(CheckpointError, match=f"the checksum of {name} is wrong"):
             checkpoints.restore(EXPERIMENT, make_mesh(EXPERIMENT.mesh, jax.devices()[:1]))
 

@@ -18,17 +18,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from tml.config import Experiment, config_hash, difference, to_mapping
 from tml.config.tree import from_mapping
 from tml.model import transformer
-from tml.params import PyTree, abstract_params
+from tml.params import PyTree, abstract_params, spec_leaves
 from tml.train_step import TrainState, abstract_state
 
 FORMAT = 1
 FOLDER = "checkpoints"
+CHUNK_BYTES = 64 * 2**20
+"""Arrays above this are stored in chunks of about this."""
+SUM_WORDS = 2**22
+"""Words of an array that are summed at a time."""
 
 
 class CheckpointError(ValueError):
@@ -80,17 +85,11 @@ class Checkpoints:
         """
         step = int(state.step)
         params, optimizer = _items(state)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "config": to_mapping(experiment),
-            "config_hash": config_hash(experiment),
-            "checksums": _checksums({"params": params, "optimizer": optimizer}),
-        }
+        checksums = _checksums({"params": params, "optimizer": optimizer})
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
+            params=ocp.args.StandardSave(params, save_args={path: _save_args(leaf) for path, leaf in params.items()}),
             optimizer=ocp.args.StandardSave(optimizer),
-            manifest=ocp.args.JsonSave(manifest),
+            manifest=ocp.args.JsonSave(manifest_of(experiment, step, checksums)),
         )
         self._surfaced(f"saving step {step}", lambda: self._manager.save(step, args=items))
 
@@ -138,8 +137,13 @@ class Checkpoints:
         Raises:
             CheckpointError: there is none, it belongs to another model, or it is damaged.
         """
-        step = self._chosen(step)
-        manifest = self._manifest(step)
+        step = self.chosen(step)
+        manifest = self.manifest(step)
+        if "step" not in manifest["checksums"]:
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(step)} was imported and holds parameters alone: a run can start from "
+                f"it in another --workdir, with --config.train.init_from={self._folder.parent}, but not go on in it"
+            )
         changed = difference(_fixed_part(manifest["config"]), _fixed_part(to_mapping(experiment)))
         if changed:
             raise CheckpointError(
@@ -160,24 +164,54 @@ class Checkpoints:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        step = self._chosen(step)
-        manifest = self._manifest(step)
-        try:
-            experiment = from_mapping(Experiment, manifest["config"], "config")
-        except ValueError as error:
-            raise CheckpointError(
-                f"checkpoint {self._folder / str(step)} was written by another version of tml: {error}; train it anew"
-            ) from error
-        abstract = abstract_params(transformer.specs(experiment.model))
+        step = self.chosen(step)
+        manifest = self.manifest(step)
+        experiment = self.experiment(step, manifest)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        flat = {
-            f"params.{path}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-            for path, leaf in _named_leaves(abstract)
-        }
-        restored = self._read(step, manifest, {"params": flat})["params"]
-        return experiment, jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in flat])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            abstract_params(transformer.specs(experiment.model)),
+        )
+        return experiment, self._read_params(step, manifest, abstract)
 
-    def _chosen(self, step: int | None) -> int:
+    def first_params(self, experiment: Experiment, mesh: Mesh) -> tuple[int, PyTree]:
+        """Reads the newest checkpoint's parameters onto the shardings of `mesh`, for another run to begin with.
+
+        Its config may differ from that of the run in all but the parameters' shapes.
+
+        Returns:
+            The step they were trained to, and the parameters.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or a parameter has another shape.
+        """
+        step = self.chosen(None)
+        manifest = self.manifest(step)
+        theirs = self.experiment(step, manifest)
+        found = {path: spec.shape for path, spec in spec_leaves(transformer.specs(theirs.model))}
+        wanted = {path: spec.shape for path, spec in spec_leaves(transformer.specs(experiment.model))}
+        wrong = next((path for path in {**wanted, **found} if found.get(path) != wanted.get(path)), None)
+        if wrong is not None:
+            changed = difference(to_mapping(theirs.model), to_mapping(experiment.model))
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(step)} cannot begin this run: {wrong} has shape "
+                f"{found.get(wrong, 'none')} there and {wanted.get(wrong, 'none')} here; model.{describe(changed)}; "
+                "change config.model, or name another config.train.init_from"
+            )
+        return step, self._read_params(step, manifest, abstract_state(experiment, mesh).params)
+
+    def _read_params(self, step: int, manifest: Mapping[str, Any], abstract: PyTree) -> PyTree:
+        """The parameters, placed as `abstract` says."""
+        flat = {f"params.{path}": leaf for path, leaf in _named_leaves(abstract)}
+        restored = self._read(step, manifest, {"params": flat})["params"]
+        return jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in flat])
+
+    def chosen(self, step: int | None) -> int:
+        """The given step, or the newest if None.
+
+        Raises:
+            CheckpointError: there is none.
+        """
         steps = self.steps()
         if not steps:
             raise CheckpointError(f"{self._folder} holds no checkpoint; train first, or name another --workdir")
@@ -185,7 +219,12 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder} holds steps {steps}, not step {step}")
         return steps[-1] if step is None else step
 
-    def _manifest(self, step: int) -> dict[str, Any]:
+    def manifest(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself: its config, and the checksum of every array by path.
+
+        Raises:
+            CheckpointError: it is damaged, or of another format.
+        """
         items = ocp.args.Composite(manifest=ocp.args.JsonRestore())
         manifest = self._guarded(step, lambda: self._manager.restore(step, args=items)["manifest"])
         if manifest.get("format") != FORMAT:
@@ -193,6 +232,19 @@ class Checkpoints:
                 f"checkpoint {self._folder / str(step)} has format {manifest.get('format')}, this tml reads {FORMAT}"
             )
         return manifest
+
+    def experiment(self, step: int, manifest: Mapping[str, Any]) -> Experiment:
+        """The config that a checkpoint was written with, from its manifest.
+
+        Raises:
+            CheckpointError: it is no config of this version.
+        """
+        try:
+            return from_mapping(Experiment, manifest["config"], "config")
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(step)} was written by another version of tml: {error}; train it anew"
+            ) from error
 
     def _read(
         self, step: int, manifest: Mapping[str, Any], abstract: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
@@ -211,16 +263,17 @@ class Checkpoints:
         found = _checksums(restored)
         wrong = [path for path in found if found[path] != manifest["checksums"][path]]
         if wrong:
-            raise self._damaged(step, f"the checksum of {wrong[0]} is wrong")
+            raise self.damaged(step, f"the checksum of {wrong[0]} is wrong")
         return restored
 
     def _guarded(self, step: int, read: Callable[[], Any]) -> Any:
         try:
             return read()
         except Exception as error:
-            raise self._damaged(step, _first_line(error)) from error
+            raise self.damaged(step, _first_line(error)) from error
 
-    def _damaged(self, step: int, reason: str) -> CheckpointError:
+    def damaged(self, step: int, reason: str) -> CheckpointError:
+        """The error of a checkpoint that is not what was written, with the way out."""
         older = [other for other in self.steps() if other < step]
         folder = self._folder / str(step)
         way_out = (
@@ -237,10 +290,19 @@ def restore(workdir: Path, step: int | None = None) -> tuple[Experiment, PyTree]
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
     """
-    if not (workdir / FOLDER).is_dir():
-        raise CheckpointError(f"{workdir} has no {FOLDER} folder; train first, or name another --workdir")
-    with Checkpoints(workdir, is_read_only=True) as checkpoints:
+    with opened(workdir) as checkpoints:
         return checkpoints.restore_params(step)
+
+
+def opened(workdir: Path) -> Checkpoints:
+    """The checkpoints of a run folder, to be read only.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    if not (workdir / FOLDER).is_dir():
+        raise CheckpointError(f"{workdir} has no {FOLDER} folder; train or import first, or name another run folder")
+    return Checkpoints(workdir, is_read_only=True)
 
 
 def _fixed_part(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,6 +320,22 @@ def describe(changed: list[tuple[str, Any, Any]], most: int = 5) -> str:
 def state_hash(state: PyTree) -> str:
     """A short hash of every bit of a state: equal states, equal hash."""
     return config_hash(_checksums({"state": dict(_named_leaves(state))}))
+
+
+def manifest_of(experiment: Experiment, step: int, checksums: Mapping[str, int]) -> dict[str, Any]:
+    """What a checkpoint says of itself (see `Checkpoints.manifest`)."""
+    return {
+        "format": FORMAT,
+        "step": step,
+        "config": to_mapping(experiment),
+        "config_hash": config_hash(experiment),
+        "checksums": dict(checksums),
+    }
+
+
+def _save_args(leaf: jax.Array) -> ocp.SaveArgs:
+    """Stores large parameters in chunks, layer by layer, so that one layer can be read alone."""
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)) if leaf.nbytes > CHUNK_BYTES else ocp.SaveArgs()
 
 
 def _items(state: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -291,6 +369,20 @@ def _bit_sum(values: jax.Array) -> jax.Array:
         places += stride * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         stride *= words.shape[axis]
     return jnp.sum(words * places, dtype=jnp.uint32)
+
+
+def bit_sum_of_part(values: np.ndarray, first: int) -> int:
+    """What neighbouring float32 values add to the checksum of an array, in which `first` others stand before them.
+
+    The parts' sums add up to the array's, modulo 2^32.
+    """
+    words = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
+    total = 0
+    for start in range(0, len(words), SUM_WORDS):
+        block = words[start : start + SUM_WORDS]
+        places = np.arange(len(block), dtype=np.uint32) * np.uint32(2) + np.uint32((2 * (first + start) + 1) % 2**32)
+        total += int(np.sum(block * places, dtype=np.uint32))
+    return total % 2**32
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,14 +16,23 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tml.batch import Batch
-from tml.checkpoint import Checkpoints, state_hash
+from tml.checkpoint import Checkpoints, opened, state_hash
 from tml.config import Experiment, SourceConfig, config_hash
 from tml.flops import measure_matmul_rate, param_table, param_table_text, row_flops, token_flops
 from tml.mesh import make_mesh
 from tml.metrics import Sink, Window, duration, format_scalars, open_sinks, short_number
 from tml.model import transformer
 from tml.params import PyTree
-from tml.train_step import EvalStep, Metrics, TrainState, init_state, make_eval_step, make_train_step, to_devices
+from tml.train_step import (
+    EvalStep,
+    Metrics,
+    TrainState,
+    first_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    to_devices,
+)
 
 EXIT_INTERRUPTED = 75
 """Exit code after SIGTERM or Ctrl-C: the state is saved, the same command continues (EX_TEMPFAIL of sysexits.h)."""
@@ -111,11 +120,16 @@ def show(text: str) -> None:
 
 
 def start(experiment: Experiment, mesh: Mesh, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """The newest checkpoint, or a fresh state; also the number of steps it has made."""
-    latest = checkpoints.latest_step()
-    if latest is None:
+    """The newest checkpoint, or a first state, drawn or from another run; also the number of steps it has made."""
+    latest, origin = checkpoints.latest_step(), experiment.train.init_from
+    if latest is not None:
+        return latest, checkpoints.restore(experiment, mesh, latest)
+    if not origin:
         return 0, init_state(jax.random.key(experiment.seed), experiment, mesh)
-    return latest, checkpoints.restore(experiment, mesh, latest)
+    with opened(Path(origin)) as others:
+        trained, params = others.first_params(experiment, mesh)
+    print(f"beginning with the parameters of {origin} at step {trained}", flush=True)
+    return 0, first_state(params, experiment, mesh)
 
 
 def evaluate(eval_step: EvalStep, params: PyTree, batches: Iterable[Batch], mesh: Mesh) -> dict[str, float]:
@@ -290,7 +304,8 @@ def first_screen(experiment: Experiment, mesh: Mesh, workdir: Path, peak_flops_p
     device = mesh.devices.flat[0]
     origin = "stated" if cfg.peak_flops_per_s else "measured float32 matmuls"
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    resumed = f"resuming from {workdir / 'checkpoints' / str(first)}" if first else f"new, seed {experiment.seed}"
+    new = f"new, parameters of {cfg.init_from}" if cfg.init_from else f"new, seed {experiment.seed}"
+    resumed = f"resuming from {workdir / 'checkpoints' / str(first)}" if first else new
     lines = [
         param_table_text(param_table(specs, model)),
         f"flops    {short_number(flops_per_token)} per token (forward and backward, active experts, "

@@ -95,9 +95,13 @@ def shardings_of(abstract: PyTree) -> PyTree:
 def init_state(key: jax.Array, experiment: Experiment, mesh: Mesh) -> TrainState:
     """Draws the first state; every array is born on the devices where it will live."""
     specs = transformer.specs(experiment.model)
-    optimizer = make_optimizer(experiment.optim, experiment.train.num_steps, specs)
+    return first_state(init_params(specs, key, param_sharding(specs, mesh)), experiment, mesh)
+
+
+def first_state(params: PyTree, experiment: Experiment, mesh: Mesh) -> TrainState:
+    """The state of a run that begins with these parameters: a new optimizer, no step made."""
+    optimizer = make_optimizer(experiment.optim, experiment.train.num_steps, transformer.specs(experiment.model))
     shardings = shardings_of(abstract_state(experiment, mesh))
-    params = init_params(specs, key, shardings.params)
     return TrainState(
         step=jax.device_put(jnp.int32(0), shardings.step),
         params=params,

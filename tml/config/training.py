@@ -82,6 +82,8 @@ class TrainConfig:
     """The loop: how long, how often it logs, evaluates and saves."""
 
     num_steps: int = 1_000
+    init_from: str = ""
+    """Run folder, trained or imported, whose newest parameters a new run begins with; empty draws them."""
     grad_accum_steps: int = 1
     log_every: int = 10
     eval_every: int = 200

@@ -1,0 +1,93 @@
+"""A run that begins with parameters from elsewhere: an imported checkpoint, or another run's."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from made_up import made_up_batches, made_up_experiment
+
+from tml.checkpoint import CheckpointError, Checkpoints, state_hash
+from tml.config import Experiment, MeshConfig
+from tml.export import inkling_config, inkling_layout
+from tml.export.inkling_import import import_folder
+from tml.export.tensor_folder import Planned, write_shards
+from tml.mesh import make_mesh
+from tml.train import start, train
+
+MODEL = made_up_experiment().model
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the published layout, imported."""
+    folder = tmp_path_factory.mktemp("imported")
+    rng = np.random.default_rng(0)
+    (folder / "in").mkdir()
+
+    def drawn(tensor: inkling_layout.Tensor) -> Planned:
+        values = rng.standard_normal(tensor.shape).astype(np.float32)
+        return Planned(tensor.name, values.nbytes, lambda: values)
+
+    write_shards(folder / "in", map(drawn, inkling_layout.tensors(MODEL)), 10**6)
+    (folder / "in" / "config.json").write_text(json.dumps(inkling_config.from_model(MODEL, {})))
+    import_folder(folder / "in", folder / "run")
+    return folder / "run"
+
+
+def begun(experiment: Experiment, workdir: Path) -> tuple[int, object]:
+    mesh = make_mesh(experiment.mesh, jax.devices()[: experiment.mesh.fsdp])
+    with Checkpoints(workdir) as checkpoints:
+        return start(experiment, mesh, checkpoints)
+
+
+def beginning(origin: Path, **changes) -> Experiment:
+    experiment = made_up_experiment(**changes)
+    return replace(experiment, train=replace(experiment.train, init_from=str(origin)))
+
+
+def test_parameters_are_taken_over_and_all_else_is_new(imported: Path, tmp_path: Path) -> None:
+    mesh = MeshConfig(fsdp=8)
+    step, state = begun(beginning(imported, mesh=mesh), tmp_path / "run")
+    _, drawn = begun(made_up_experiment(mesh=mesh), tmp_path / "drawn")
+    with Checkpoints(imported, is_read_only=True) as checkpoints:
+        _, params = checkpoints.restore_params()
+    assert (step, int(state.step), int(state.num_skipped)) == (0, 0, 0)
+    assert state_hash(state.params) == state_hash(params) != state_hash(drawn.params)
+    assert state_hash(state.opt_state) == state_hash(drawn.opt_state)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(drawn), strict=True):
+        assert ours.sharding == theirs.sharding
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_from_there_and_then_from_its_own(imported: Path, tmp_path: Path) -> None:
+    experiment = beginning(imported, mesh=MeshConfig(fsdp=8))
+    first = train(experiment, tmp_path, lambda step: made_up_batches(experiment, step), list)
+    assert first.scalars["train/loss"] > 0
+    step, state = begun(experiment, tmp_path)
+    assert step == experiment.train.num_steps
+    assert state_hash(state) == state_hash(first.state)
+
+
+def test_another_shape_is_refused_with_both(imported: Path, tmp_path: Path) -> None:
+    wider = beginning(imported, model=replace(MODEL, dense_dim=32, d_model=32))
+    shapes = (
+        r"cannot begin this run: embed/audio/norm has shape \(16,\) there and \(32,\) here; .*d_model was 16, is 32"
+    )
+    with pytest.raises(CheckpointError, match=shapes):
+        begun(wider, tmp_path)
+    deeper = beginning(imported, model=replace(MODEL, num_layers=2, global_layers=(1,)))
+    with pytest.raises(CheckpointError, match=r"stages/.* has shape none there and \(.*\) here; model.global_layers"):
+        begun(deeper, tmp_path)
+
+
+def test_where_there_is_nothing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing has no checkpoints folder; train or import first"):
+        begun(beginning(tmp_path / "nothing"), tmp_path / "run")
+
+
+def test_a_run_cannot_go_on_inside_an_import(imported: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds parameters alone: .* --config.train.init_from=.*/run, but not"):
+        begun(made_up_experiment(), imported)

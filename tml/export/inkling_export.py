@@ -1,0 +1,104 @@
+"""Writes a checkpoint of ours in Inkling's published layout, one shard at a time, for transformers, SGLang and vLLM."""
+
+import enum
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from tml.checkpoint_pieces import ParamsReader
+from tml.export import inkling_config, inkling_layout
+from tml.export.inkling_import import CONFIG, KEEPSAKE, SIDE_FILES, STORED, origin, read_config, rows_at_a_time
+from tml.export.inkling_layout import FLOAT32_NAMES, Part, Tensor
+from tml.export.staging import whole_folder
+from tml.export.tensor_folder import DTYPES, INDEX, Planned, write_shards
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""What a shard may hold; a larger tensor has one of its own."""
+
+
+class StoredAs(enum.StrEnum):
+    """What the exported tensors are stored in."""
+
+    AS_IMPORTED = "as_imported"
+    """Each as it was in the folder it came from; float32 if it came from none."""
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    """All but those that engines keep in float32."""
+
+
+def export_folder(
+    workdir: Path,
+    folder: Path,
+    step: int | None = None,
+    stored_as: StoredAs = StoredAs.AS_IMPORTED,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ParamsReader:
+    """Exports a checkpoint; returns what it was read with.
+
+    Args:
+        workdir: the run folder.
+        folder: what is written; an older export there is replaced when the new one is whole.
+        step: the checkpoint, the newest if None.
+        stored_as: the dtypes.
+        max_shard_bytes: the size of a shard.
+
+    Raises:
+        ValueError: the model cannot be described by a config.json, or the folder holds something else.
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    reader = ParamsReader(workdir, step)
+    keepsake, model = workdir / KEEPSAKE, reader.experiment.model
+    kept = read_config(keepsake) if keepsake.is_dir() else {}
+    before = json.loads((keepsake / STORED).read_text())["dtypes"] if keepsake.is_dir() else {}
+    config = inkling_config.from_model(model, kept)
+    layout = inkling_layout.tensors(model)
+    dtypes = {tensor.name: dtype_of(tensor.name, stored_as, before) for tensor in layout}
+    config["dtype"] = max(dtypes.values(), key=list(dtypes.values()).count).name
+    planned = [
+        Planned(
+            tensor.name,
+            math.prod(tensor.shape) * dtypes[tensor.name].itemsize,
+            partial(_made, tensor, dtypes[tensor.name], reader),
+        )
+        for tensor in layout
+    ]
+    with whole_folder(folder, INDEX, ValueError) as staging:
+        write_shards(staging, planned, max_shard_bytes)
+        reader.check()
+        for name in SIDE_FILES:
+            if (keepsake / name).is_file():
+                shutil.copyfile(keepsake / name, staging / name)
+        (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return reader
+
+
+def dtype_of(name: str, stored_as: StoredAs, before: Mapping[str, str]) -> np.dtype:
+    """What a tensor is stored in; `before` has the dtypes of the folder it came from, if it came from one."""
+    if stored_as is StoredAs.AS_IMPORTED:
+        return DTYPES[before.get(name, "F32")]
+    if stored_as is StoredAs.FLOAT32 or FLOAT32_NAMES.fullmatch(name):
+        return DTYPES["F32"]
+    return DTYPES["BF16"]
+
+
+def _made(tensor: Tensor, dtype: np.dtype, reader: ParamsReader) -> np.ndarray:
+    """Reads and rearranges a tensor."""
+    values = np.empty(tensor.shape, dtype)
+    for part in tensor.parts:
+        place, step = tensor.rows(part), rows_at_a_time(part)
+        for start in range(place.start, place.stop, step):
+            stop = min(start + step, place.stop)
+            values[start:stop] = part.to_theirs(_read(part, start - place.start, stop - start, reader))
+    return values
+
+
+def _read(part: Part, first: int, num_rows: int, reader: ParamsReader) -> np.ndarray:
+    """The rows of ours that become some rows of theirs, or the whole part where they change places."""
+    if not part.spec.shape:
+        return reader.read(part.path, origin(part, 0), 1).reshape(())
+    return reader.read(part.path, origin(part, first), num_rows if part.leads_alike else part.spec.shape[0])

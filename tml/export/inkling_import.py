@@ -1,0 +1,199 @@
+"""Brings a folder of Inkling's published layout in as a checkpoint of ours, a few rows of a tensor at a time.
+
+The run folder gets, in this order: what is needed for the way back (`inkling/`), with the names of the tensors
+that are left out because this network has no multi-token prediction (`inkling/left_out.txt`), the tokenizer if there
+is one, the resolved config, and last the checkpoint, whose being there says that the import is whole.
+"""
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+
+from tml.checkpoint import CheckpointError, describe
+from tml.checkpoint_pieces import STEP, ParamsReader, Piece, PiecewiseArray, committed_steps, write_params
+from tml.config import Experiment, ModelConfig, TextConfig, difference, to_json, to_mapping
+from tml.export import inkling_config, inkling_layout
+from tml.export.inkling_layout import Part, Tensor
+from tml.export.tensor_folder import TensorFolder
+from tml.model import transformer
+from tml.params import spec_leaves
+
+PIECE_BYTES = 64 * 2**20
+"""Rows that can be rearranged alone are taken so many at a time."""
+
+MTP = "model.mtp."
+"""Names of the blocks of multi-token prediction begin so; this network has none, so imports leave them out."""
+
+KEEPSAKE = "inkling"
+"""Folder of a run folder with what the network does not need and an export gives back."""
+CONFIG, STORED, LEFT_OUT = "config.json", "stored.json", "left_out.txt"
+TOKENIZER = "tokenizer.json"
+SIDE_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""Text files beside the weights that engines read; they are carried along as they are."""
+
+Source = tuple[Tensor, Part]
+
+
+def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int = 1) -> Experiment:
+    """Imports a checkpoint. What is whole already is not done again.
+
+    Args:
+        folder: config.json and safetensors, in one file or in shards.
+        workdir: the run folder that is made.
+        max_tiles_per_turn: image tiles one micro-turn may hold, if the checkpoint has an image tower.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: something that this import does not know, or that does not fit together.
+        CheckpointError: the run folder holds another checkpoint already.
+    """
+    source = TensorFolder(folder)
+    config = read_config(folder)
+    has_tower = any(name.startswith("model.visual.") for name in source.tensors)
+    model = inkling_config.to_model(config, has_tower, max_tiles_per_turn)
+    layout = inkling_layout.tensors(model)
+    left_out = names_left_out(source, config)
+    check_tensors(layout, source, left_out)
+    tokenizer = workdir / "tokenizer" / TOKENIZER if (folder / TOKENIZER).is_file() else None
+    text = TextConfig(tokenizer=str(tokenizer or ""))
+    experiment = Experiment(name=folder.resolve().name, model=model, text=text)
+    if committed_steps(workdir):
+        _refuse_another(source, workdir, experiment)
+        return experiment
+    _keep(source, workdir / KEEPSAKE)
+    (workdir / KEEPSAKE / LEFT_OUT).write_text("".join(f"{name}\n" for name in left_out))
+    if tokenizer:
+        tokenizer.parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / TOKENIZER, tokenizer)
+    (workdir / CONFIG).write_text(to_json(experiment) + "\n")
+    write_params(workdir, experiment, piecewise(layout, model, source))
+    return experiment
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no group of keys.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; a checkpoint has one beside its weights")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}; download it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds {type(config).__name__}, not a group of keys")
+    return config
+
+
+def names_left_out(source: TensorFolder, config: Mapping[str, Any]) -> list[str]:
+    """The tensors that are not imported: blocks of multi-token prediction, if config.json has them."""
+    return sorted(name for name in source.tensors if name.startswith(MTP)) if inkling_config.has_mtp(config) else []
+
+
+def check_tensors(layout: Sequence[Tensor], source: TensorFolder, left_out: Sequence[str]) -> None:
+    """Compares names and shapes with what config.json asks for, but for what is left out.
+
+    Raises:
+        ValueError: a tensor too many, too few, or of another shape.
+    """
+    wanted = {tensor.name: tensor.shape for tensor in layout}
+    found = {name: stored.shape for name, stored in source.tensors.items() if name not in left_out}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) == found.get(name):
+            continue
+        if name not in wanted:
+            raise ValueError(f"{source.folder} holds {name} {found[name]}, which its config.json does not ask for")
+        raise ValueError(
+            f"{source.folder}: {name} has shape {found.get(name, 'none: it is missing')}, "
+            f"its config.json asks for {wanted[name]}"
+        )
+
+
+def piecewise(layout: Sequence[Tensor], model: ModelConfig, source: TensorFolder) -> dict[str, PiecewiseArray]:
+    """Every parameter of ours, read from the source when its turn comes."""
+    sources: dict[str, list[Source]] = defaultdict(list)
+    for tensor in layout:
+        for part in tensor.parts:
+            sources[part.path].append((tensor, part))
+    return {
+        path: PiecewiseArray(spec.shape, _chunk(sources[path][0][1]), partial(_pieces, sources[path], source))
+        for path, spec in spec_leaves(transformer.specs(model))
+    }
+
+
+def rows_at_a_time(part: Part) -> int:
+    """How many rows of theirs are rearranged at a time: all, where the leading axes change places."""
+    if not part.leads_alike:
+        return part.shape[0]
+    return min(part.shape[0], max(1, PIECE_BYTES * part.shape[0] // (4 * part.spec.size)))
+
+
+def origin(part: Part, first: int) -> tuple[int, ...]:
+    """Where the rows of a part from `first` on stand in our parameter."""
+    layer = () if isinstance(part.index, EllipsisType) else (part.index,)
+    return (*layer, first) if part.spec.shape else layer
+
+
+def _chunk(part: Part) -> tuple[int, ...]:
+    layer = () if isinstance(part.index, EllipsisType) else (1,)
+    first, rest = part.spec.shape[:1], part.spec.shape[1:]
+    return (*layer, *((rows_at_a_time(part),) if part.leads_alike else first), *rest)
+
+
+def _pieces(sources: Sequence[Source], source: TensorFolder) -> Iterator[Piece]:
+    for tensor, part in sources:
+        place, step = tensor.rows(part), rows_at_a_time(part)
+        for start in range(place.start, place.stop, step):
+            values = part.to_ours(source.read(tensor.name, slice(start, min(start + step, place.stop))))
+            place_of_ours = origin(part, start - place.start)
+            yield Piece(place_of_ours, np.atleast_1d(values) if place_of_ours else values)
+
+
+def _described(source: TensorFolder) -> dict[str, Any]:
+    """How each tensor is stored, and in which files of what size and date."""
+    stats = {name: (source.folder / name).stat() for name in {stored.file for stored in source.tensors.values()}}
+    return {
+        "dtypes": {name: stored.dtype for name, stored in source.tensors.items()},
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+
+
+def _keep(source: TensorFolder, keepsake: Path) -> None:
+    """Puts aside what an export gives back: how every tensor was stored, config.json and its neighbours."""
+    keepsake.mkdir(parents=True, exist_ok=True)
+    (keepsake / STORED).write_text(json.dumps(_described(source), indent=1, sort_keys=True) + "\n")
+    for name in (CONFIG, *SIDE_FILES):
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, keepsake / name)
+
+
+def _refuse_another(source: TensorFolder, workdir: Path, experiment: Experiment) -> None:
+    """Raises CheckpointError unless the run folder holds this very import, whole."""
+    steps, stored = committed_steps(workdir), workdir / KEEPSAKE / STORED
+    is_import = steps == [STEP] and stored.is_file()
+    if not is_import or json.loads(stored.read_text()) != _described(source):
+        raise CheckpointError(f"{workdir} holds a checkpoint of step {steps[-1]} already; name another --workdir")
+    changed = difference(to_mapping(ParamsReader(workdir).experiment), to_mapping(experiment))
+    if changed:
+        raise CheckpointError(
+            f"{workdir} holds this import with another config: {describe(changed)}; name another --workdir"
+        )
