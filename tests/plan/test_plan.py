@@ -16,6 +16,7 @@ from tml.params import count_params
 from tml.plan.decode import plan_decode_step
 from tml.plan.estimate import estimate
 from tml.plan.hlo import parse
+from tml.plan.program import Compiled
 from tml.plan.report import decode_table, search_line, train_table
 from tml.plan.search import all_meshes, candidates, rank
 from tml.plan.topology import Topology, open_topology
