@@ -16,7 +16,7 @@ from tml.params import count_params
 from tml.plan.decode import plan_decode_step
 from tml.plan.estimate import estimate
 from tml.plan.hlo import parse
-from tml.plan.program import Compiled
+from tml.plan.program import Compiled, refused_memory
 from tml.plan.report import decode_table, search_line, train_table
 from tml.plan.search import all_meshes, candidates, rank
 from tml.plan.topology import Topology, open_topology
@@ -85,6 +85,25 @@ def test_what_the_compiler_refuses_does_not_fit(plan: TrainPlan):
     assert "DOES NOT FIT" in train_table(numbers)
     assert "does not fit" in search_line(numbers)
     assert rank([refused, plan]) == [plan, refused]
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (104.18G) "
+            "exceeds available HBM (95.74G).",
+            104.18 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 512.5M of 95.74G hbm.", 512.5 * 2**20),
+    ],
+)
+def test_a_refusal_for_want_of_memory_says_how_much_was_wanted(message: str, wanted: float, topology: Topology):
+    memory = refused_memory(message, topology)
+    assert memory is not None
+    assert memory.is_refused
+    assert memory.temporary_bytes == pytest.approx(wanted)
+    assert refused_memory(message.replace("RESOURCE_EXHAUSTED", "INTERNAL"), topology) is None
 
 
 def test_a_micro_turn_is_compiled_and_estimated(topology: Topology):

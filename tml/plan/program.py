@@ -21,7 +21,7 @@ from tml.stream import engine
 from tml.stream.inputs import TurnInputs
 from tml.train_step import abstract_state, make_train_step
 
-_OVER = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_OVER = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -148,7 +148,7 @@ def _compile(lower: Callable[[], jax.stages.Lowered], topology: Topology) -> Com
     try:
         compiled = lowered.compile(topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
-        refused = _refused(str(error), topology)
+        refused = refused_memory(str(error), topology)
         if refused is None:
             raise
         return Compiled(text="", memory=refused, compile_seconds=time.perf_counter() - began)
@@ -163,8 +163,8 @@ def _compile(lower: Callable[[], jax.stages.Lowered], topology: Topology) -> Com
     return Compiled(text=compiled.as_text() or "", memory=memory, compile_seconds=time.perf_counter() - began)
 
 
-def _refused(message: str, topology: Topology) -> Memory | None:
-    """The memory that the compiler asked for in vain, where that is why it failed."""
+def refused_memory(message: str, topology: Topology) -> Memory | None:
+    """The memory that the compiler asked for in vain, where that is why it failed; libtpu says so in two ways."""
     found = _OVER.search(message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None
