@@ -113,7 +113,7 @@ def test_another_optimizer_is_refused(run_folder: Path):
 def test_nothing_there(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"holds no checkpoint"):
         restored(tmp_path)
-    with pytest.raises(CheckpointError, match=r"train first"):
+    with pytest.raises(CheckpointError, match=r"train or import first"):
         restore(tmp_path / "elsewhere")
 
 
