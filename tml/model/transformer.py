@@ -155,12 +155,12 @@ def run_layers(
     for index, stage in enumerate(layer_stages(cfg)):
         stage_states = None if states is None else states[index]
 
-        def group(x: jax.Array, layers: PyTree, stage: Stage = stage) -> tuple[jax.Array, PyTree]:
+        def group(x: jax.Array, layers: PyTree, kinds: tuple[LayerKind, ...] = stage.kinds) -> tuple[jax.Array, PyTree]:
             group_params, group_states = layers
             after, group_loads = [], []
-            for place, kind in enumerate(stage.kinds):
+            for place, kind in enumerate(kinds):
                 state = None if group_states is None else group_states[place]
-                x, state, load = _layer(group_params[place], x, state, kind, functions, cfg, mesh, stage.repeats > 1)
+                x, state, load = _layer(group_params[place], x, state, kind, functions, cfg, mesh)
                 after.append(state)
                 group_loads += [] if load is None else [load]
             return x, (None if group_states is None else after, group_loads)
@@ -192,7 +192,6 @@ def _layer(
     functions: LayerFunctions,
     cfg: ModelConfig,
     mesh: MeshConfig,
-    is_scanned: bool,
 ) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
     def run(params: PyTree, x: jax.Array) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
         with jax.named_scope("gather"):
@@ -200,12 +199,9 @@ def _layer(
             params = gather_params(params, block.specs(kind, cfg), mesh, embed.compute_dtype(cfg), split_experts)
         return block.apply(params, x, state, kind, functions, cfg)
 
-    if cfg.remat is Remat.NONE and mesh.num_devices == 1:
-        return run(params, x)
-    policy = None if cfg.remat is Remat.LAYER else is_no_weight
-    # Forward and backward pass are different loops, which no compiler merges; a barrier in the backward loop would
-    # make a layer's gathers wait for the gradient of the layer above.
-    return jax.checkpoint(run, policy=policy, prevent_cse=not is_scanned)(params, x)
+    if cfg.remat is Remat.LAYER:
+        return jax.checkpoint(run)(params, x)
+    return run(params, x) if mesh.num_devices == 1 else jax.checkpoint(run, policy=is_no_weight)(params, x)
 
 
 def is_no_weight(primitive: Any, *_: Any, **__: Any) -> bool:
