@@ -125,7 +125,7 @@ def test_a_micro_turn_is_compiled_and_estimated(topology: Topology):
 
 
 def test_meshes_of_a_search_use_every_device():
-    meshes = list(all_meshes(16, num_slices=2))
+    meshes = all_meshes(16, num_slices=2)
     assert len(set(meshes)) == len(meshes)
     assert all(mesh.replica == 2 for mesh in meshes)
     assert {mesh.fsdp * mesh.expert * mesh.context * mesh.tensor for mesh in meshes} == {8}

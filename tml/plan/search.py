@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from tml.config import Experiment, MeshConfig, Remat
+from tml.config.mesh import fits, meshes_of
 from tml.mesh import make_mesh
 from tml.plan.topology import Topology
 from tml.plan.train import TrainPlan, bytes_of_state, plan_train_step
@@ -14,7 +15,7 @@ VARIED = ("mesh", "remat", "rows")
 
 
 def candidates(experiment: Experiment, topology: Topology, varied: Sequence[str]) -> Iterator[Experiment]:
-    """Every variant that passes the experiment's own checks and whose state alone fits the chips.
+    """Every variant whose dimensions the mesh divides and whose state alone fits the chips.
 
     Meshes without `tensor` and `context` come first, then those with few of them.
 
@@ -30,47 +31,27 @@ def candidates(experiment: Experiment, topology: Topology, varied: Sequence[str]
     if unknown:
         raise ValueError(f"search cannot vary {unknown[0]!r}; it can vary {', '.join(VARIED)}")
     num_devices = len(topology.devices)
-    meshes = list(all_meshes(num_devices, topology.num_slices)) if "mesh" in varied else [experiment.mesh]
+    meshes = all_meshes(num_devices, topology.num_slices) if "mesh" in varied else [experiment.mesh]
     remats = list(Remat) if "remat" in varied else [experiment.model.remat]
     rows = (
         [topology.num_chips * each for each in ROWS_PER_CHIP] if "rows" in varied else [experiment.data.rows_per_batch]
     )
     for mesh, remat, num_rows in itertools.product(meshes, remats, rows):
-        try:
-            variant = dataclasses.replace(
-                experiment,
-                mesh=mesh,
-                model=dataclasses.replace(experiment.model, remat=remat),
-                data=dataclasses.replace(experiment.data, rows_per_batch=num_rows),
-            )
-            held, _ = bytes_of_state(variant, make_mesh(mesh, topology.devices))
-        except ValueError:
-            continue  # the variant does not divide: that is what the checks are for
+        varied_model = dataclasses.replace(experiment.model, remat=remat)
+        varied_data = dataclasses.replace(experiment.data, rows_per_batch=num_rows)
+        plain = dataclasses.replace(experiment, mesh=MeshConfig(), model=varied_model, data=varied_data)
+        if not fits(mesh, plain.splits):
+            continue
+        variant = dataclasses.replace(plain, mesh=mesh)
+        held, _ = bytes_of_state(variant, make_mesh(mesh, topology.devices))
         if held * topology.chip.devices_per_chip <= topology.chip.hbm_bytes:
             yield variant
 
 
-def all_meshes(num_devices: int, num_slices: int) -> Iterator[MeshConfig]:
+def all_meshes(num_devices: int, num_slices: int) -> list[MeshConfig]:
     """Every way to split a slice's devices among the axes, `replica` going over slices only; the plainest first."""
-    inside = num_devices // num_slices
-    for tensor in divisors(inside):
-        for context in divisors(inside // tensor):
-            for expert in divisors(inside // tensor // context):
-                try:
-                    yield MeshConfig(
-                        replica=num_slices,
-                        fsdp=inside // tensor // context // expert,
-                        expert=expert,
-                        context=context,
-                        tensor=tensor,
-                    )
-                except ValueError:
-                    continue  # an axis that the model cannot use
-
-
-def divisors(number: int) -> list[int]:
-    """Every divisor, smallest first."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    meshes = [mesh for mesh in meshes_of(num_devices) if mesh.replica == num_slices]
+    return sorted(meshes, key=lambda mesh: (mesh.tensor, mesh.context, mesh.expert))
 
 
 def search(experiments: Iterator[Experiment], topology: Topology, limit: int) -> Iterator[TrainPlan]:
