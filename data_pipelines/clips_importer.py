@@ -23,7 +23,6 @@ import soundfile
 
 from data_pipelines.forced_alignment import AlignmentError, ForcedAligner, spread, tokens
 from data_pipelines.importing import Failure, files_under
-from data_pipelines.request_session import words_json
 from data_pipelines.speech import SAMPLE_RATE_HZ
 from tml.codec.waveform import encode_clip, read_audio
 from tml.session import Session, Stream, TextEvent
@@ -125,7 +124,6 @@ def read_clip(clip: Clip, aligner: ForcedAligner, *, role: Role = Role.USER, lic
         "alignment": alignment,
         "alignment_fault": reason,
         "licence": licence,
-        "user_words": words_json(words) if role is Role.USER else "",
     }
     return Session(
         session_id=clip.clip_id,
@@ -134,6 +132,7 @@ def read_clip(clip: Clip, aligner: ForcedAligner, *, role: Role = Role.USER, lic
         streams=(sound, *((Stream.OWN_TEXT,) if own else ())),
         audio={sound: encode_clip(samples, SAMPLE_RATE_HZ)},
         texts=tuple(TextEvent(stream=Stream.OWN_TEXT, start=w.start, end=w.end, text=w.text) for w in own),
+        user_words=() if role is Role.OWN else tuple(words),
         meta={key: value for key, value in meta.items() if value},
     )
 

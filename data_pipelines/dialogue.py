@@ -13,11 +13,11 @@ import numpy as np
 from data_pipelines import espeak, mixing
 from data_pipelines.dialogue_script import NODS, Exchange, draw_exchange
 from data_pipelines.mixing import seconds
-from data_pipelines.request_session import SPLITS, Channel, words_json
-from data_pipelines.speech import SAMPLE_RATE_HZ, Speaker, Utterance, Word, utter
+from data_pipelines.request_session import SPLITS, Channel
+from data_pipelines.speech import SAMPLE_RATE_HZ, Speaker, Utterance, utter
 from data_pipelines.voices import DEFAULT_CACHE, draw_speaker
 from tml.codec.waveform import encode_clip
-from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent
+from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent, Word
 
 OWN_VOICE = espeak.Voice(accent="en-us", variant="f3", pitch=50, rate=175)
 """The model's own voice."""
@@ -105,6 +105,7 @@ class DialogueTask:
                 TextEvent(stream=Stream.OWN_TEXT, start=word.start, end=word.end, text=word.text)
                 for word in sorted(tracks.own_words, key=lambda word: word.start)
             ),
+            user_words=tuple(sorted(tracks.user_words, key=lambda word: word.start)),
             expectations=tuple(sorted(tracks.expectations, key=lambda item: item.start)),
             meta={
                 "maker": speaker.maker,
@@ -113,7 +114,6 @@ class DialogueTask:
                 "noise": surroundings.noise_kind or "none",
                 "snr_db": f"{surroundings.snr_db:.1f}" if surroundings.noise_kind else "",
                 "peak_db": f"{surroundings.peak_db:.1f}",
-                "user_words": words_json(sorted(tracks.user_words, key=lambda word: word.start)),
             },
         )
 

@@ -20,7 +20,7 @@ from tml.config import ModelConfig
 from tml.microturn import EncodedSession, EncodedText
 from tml.session import Stream
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 QUARANTINE_NAME = "quarantine.jsonl"
 _STREAMS = tuple(Stream)
 _STREAM_NUMBER = {stream: number for number, stream in enumerate(_STREAMS)}

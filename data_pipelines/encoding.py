@@ -150,11 +150,13 @@ def texts_of(source: Path | str) -> Iterator[str]:
             if records.manifest.kind is RecordKind.DOCUMENTS:
                 yield read_document(records, index).text
                 continue
-            events = read_session(records, index).texts
+            session = read_session(records, index)
         except RecordError:
             continue
-        for event in events:
+        for event in session.texts:
             yield f" {event.text.strip()}" if event.stream is Stream.OWN_TEXT else event.text
+        for word in session.user_words:
+            yield f" {word.text.strip().lower()}"
 
 
 def is_complete(directory: Path) -> bool:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.speech import SAMPLE_RATE_HZ, Speech, Word, speech_of, to_clock
+from data_pipelines.speech import SAMPLE_RATE_HZ, Speech, speech_of, to_clock
+from tml.session import Word
 
 ACCENTS = ("en", "en-us", "en-029", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc")
 """The English accents; `en` is British."""

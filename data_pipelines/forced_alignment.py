@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from data_pipelines import espeak
-from data_pipelines.speech import SAMPLE_RATE_HZ, Word, audible_span
+from data_pipelines.speech import SAMPLE_RATE_HZ, audible_span
+from tml.session import Word
 
 _FRAME_SAMPLES = SAMPLE_RATE_HZ // 100
 # Wider than the library's own beams. Of 60 espeak voices 15 fail with those, 9 with these and none without;

@@ -65,7 +65,7 @@ class ImportSummary:
         self.records += 1
         self.audio_s += session.duration_s
         self.own_words += len(session.texts_of(Stream.OWN_TEXT))
-        self.user_words += len(json.loads(session.meta.get("user_words", "[]")))
+        self.user_words += len(session.user_words)
         if "alignment" in session.meta:
             self.alignments.update([session.meta["alignment"]])
 

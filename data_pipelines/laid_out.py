@@ -17,12 +17,13 @@ from typing import BinaryIO
 import numpy as np
 
 from data_pipelines.encoded import EncodedDocument, EncodedSource, Quarantined, check_fraction
+from data_pipelines.heard_words import with_heard_words
 from data_pipelines.records import RecordError
 from tml.config import config_hash
 from tml.microturn import EncodedSession, Kind, Layout, Segment, cut_at_turns
 from tml.session import SessionError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # [document] and [end of text], which every piece of a document has.
 DOCUMENT_MARKERS = 2
 _FIELDS: dict[str, type] = {
@@ -83,7 +84,7 @@ def segments_of(encoded: EncodedSession | EncodedDocument, layout: Layout, row_s
         SessionError: the session holds more text or tiles than the layout.
     """
     if isinstance(encoded, EncodedSession):
-        return [layout.lay_out(layout.contents(encoded))]
+        return [with_heard_words(layout.lay_out(layout.contents(encoded)), encoded, layout.clock)]
     piece, tokens = row_slots - DOCUMENT_MARKERS, encoded.tokens.tolist()
     return [layout.lay_out_document(tokens[a : a + piece]) for a in range(0, max(len(tokens), 1), piece)]
 

@@ -1,6 +1,5 @@
 """Puts utterances of a user into a session, with the answers that are due and where silence is due."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,9 +8,9 @@ from jaxtyping import Float32
 
 from data_pipelines import mixing
 from data_pipelines.mixing import Surroundings, seconds
-from data_pipelines.speech import SAMPLE_RATE_HZ, Utterance, Word
+from data_pipelines.speech import SAMPLE_RATE_HZ, Utterance
 from tml.codec.waveform import encode_clip
-from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent
+from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent, Word
 
 SPLITS = ("train", "heldout")
 
@@ -150,13 +149,13 @@ def compose(
         streams=(Stream.USER_AUDIO, Stream.OWN_TEXT) if answers else (Stream.USER_AUDIO,),
         audio={Stream.USER_AUDIO: encode_clip(track, SAMPLE_RATE_HZ)},
         texts=answers,
+        user_words=tuple(word for turn in turns for word in turn.words),
         expectations=expectations(turns, num_samples, config.response_window_s),
         meta={
             **meta,
             "noise": surroundings.noise_kind or "none",
             "snr_db": f"{surroundings.snr_db:.1f}" if surroundings.noise_kind else "",
             "peak_db": f"{surroundings.peak_db:.1f}",
-            "user_words": words_json([word for turn in turns for word in turn.words]),
         },
     )
 
@@ -192,8 +191,3 @@ def expectations(turns: Sequence[Turn], num_samples: int, response_window_s: flo
             Expectation(kind=ExpectationKind.ANSWER, start=turn.start, end=turn.end, text=turn.answer, tag=turn.tag)
         )
     return tuple(found)
-
-
-def words_json(words: Sequence[Word]) -> str:
-    """Words with their times as JSON, for a session's meta: [[text, start, end], …]."""
-    return json.dumps([[word.text, word.start, word.end] for word in words], ensure_ascii=False)

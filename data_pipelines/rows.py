@@ -11,13 +11,14 @@ from tml.microturn import Kind, Layout, Target
 
 
 def loss_weight_table(loss: LossConfig) -> np.ndarray:
-    """The loss weight of each `Target` (float32 [6])."""
+    """The loss weight of each `Target` (float32 [7])."""
     table = np.zeros(len(Target), np.float32)
     table[Target.LISTEN] = loss.listen_weight
     table[Target.SPEAK] = loss.speak_weight
     table[Target.TEXT] = loss.text_weight
     table[Target.ACTION] = loss.action_weight
     table[Target.DOCUMENT] = loss.document_weight
+    table[Target.HEARD] = loss.heard_weight
     return table
 
 

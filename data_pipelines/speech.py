@@ -8,6 +8,8 @@ import numpy as np
 import soxr
 from jaxtyping import Float32, Int16
 
+from tml.session import Word
+
 SAMPLE_RATE_HZ = 16_000
 """The clock of every synthesised or recorded clip of this package."""
 
@@ -16,15 +18,6 @@ FRAME_S = 0.01
 
 AUDIBLE_DB = -40.0
 """A frame this far below the loudest one is silence; steady vowels of speech lie within 25 dB of each other."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Word:
-    """A word (or several that the synthesiser runs together) and the samples it takes, [start, end)."""
-
-    text: str
-    start: int
-    end: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

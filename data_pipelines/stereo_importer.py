@@ -19,10 +19,9 @@ from typing import Any
 import soundfile
 
 from data_pipelines.importing import Failure, files_under, sample_at
-from data_pipelines.request_session import words_json
-from data_pipelines.speech import SAMPLE_RATE_HZ, Word
+from data_pipelines.speech import SAMPLE_RATE_HZ
 from tml.codec.waveform import encode_clip, read_audio
-from tml.session import Session, Stream, TextEvent
+from tml.session import Session, Stream, TextEvent, Word
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
 """The label of the model's own words."""
@@ -115,12 +114,12 @@ def read_recording(
             Stream.OWN_AUDIO: encode_clip(channels[own], SAMPLE_RATE_HZ),
         },
         texts=texts,
+        user_words=tuple(user_words),
         meta={
             "maker": "stereo recording",
             "source_file": recording.path.name,
             "source_rate_hz": str(soundfile.info(recording.path).samplerate),
             "speakers": json.dumps(speakers, ensure_ascii=False),
-            "user_words": words_json(user_words),
             **({"licence": licence} if licence else {}),
         },
     )

@@ -17,6 +17,7 @@ from tml.session import (
     Stream,
     TextEvent,
     VideoFrame,
+    Word,
     decode_session,
     encode_session,
 )
@@ -47,6 +48,7 @@ WHOLE = Session(
         event(Stream.OWN_TEXT, NUM_SAMPLES - 1, NUM_SAMPLES),
     ),
     frames=(VideoFrame(sample=0, data=b"\x89PNG"), VideoFrame(sample=NUM_SAMPLES - 1, data=b"")),
+    user_words=(Word(text="say", start=0, end=9), Word(text="sept", start=9, end=NUM_SAMPLES)),
     expectations=(
         Expectation(kind=ExpectationKind.ANSWER, start=0, end=NUM_SAMPLES, text="seven", tag="digit"),
         Expectation(kind=ExpectationKind.SILENCE, start=3, end=3),
@@ -96,6 +98,10 @@ def sessions():
             },
             "texts": tuple(sorted(texts, key=lambda item: item.start)),
             "frames": tuple(frames),
+            "user_words": tuple(
+                Word(text=draw(st.text(max_size=3)), start=start, end=draw(st.integers(start, num_samples)))
+                for start in (sorted(draw(st.lists(inside, max_size=3))) if Stream.USER_AUDIO in streams else [])
+            ),
             "meta": draw(st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2)),
         }
 
@@ -116,6 +122,7 @@ def test_a_promise_that_is_not_kept_is_an_error_both_ways(stream):
         audio={key: value for key, value in WHOLE.audio.items() if key is not stream},
         texts=tuple(item for item in WHOLE.texts if item.stream is not stream),
         frames=() if stream is Stream.VIDEO else WHOLE.frames,
+        user_words=() if stream is Stream.USER_AUDIO else WHOLE.user_words,
     )
     with pytest.raises(SessionError, match=rf"session a/1 promises \['{stream.value}'\]"):
         encode_session(lacking)
@@ -143,6 +150,12 @@ def test_a_stream_that_is_not_promised_is_an_error(stream):
         ({"frames": (VideoFrame(sample=NUM_SAMPLES, data=b""),)}, "video frame at sample 16000"),
         ({"frames": (VideoFrame(sample=2, data=b""), VideoFrame(sample=1, data=b""))}, "frames are not ordered"),
         ({"texts": (event(Stream.VIDEO, 0, 0),)}, "video is not a stream of text"),
+        ({"user_words": (Word(text="a", start=5, end=4),)}, r"the user's 'a' at \[5, 4\) lies outside"),
+        (
+            {"user_words": (Word(text="a", start=5, end=6), Word(text="b", start=4, end=6))},
+            "words of the user are not o",
+        ),
+        ({"audio": {Stream.OWN_AUDIO: clip()}}, "has words of the user, but no user_audio"),
         ({"audio": {Stream.SYSTEM: clip()}}, "system is not a stream of sound"),
         ({"expectations": (Expectation(kind=ExpectationKind.SILENCE, start=0, end=NUM_SAMPLES + 1),)}, "expectation"),
         ({"num_samples": 0}, "0 samples at 16000 Hz"),
@@ -163,7 +176,7 @@ def test_what_does_not_fit_together_is_an_error(change, message):
 
 def test_another_version_says_so():
     body = msgpack.unpackb(encode_session(WHOLE))
-    with pytest.raises(SessionError, match="schema 7, this code reads 1; prepare the data again"):
+    with pytest.raises(SessionError, match="schema 7, this code reads 2; prepare the data again"):
         decode_session(msgpack.packb({**body, "schema": 7}))
     with pytest.raises(SessionError, match="no schema version"):
         decode_session(msgpack.packb({"session_id": "x"}))
@@ -203,6 +216,7 @@ def test_bytes_after_the_record_are_an_error():
         (("texts", 0, "text"), b"bytes"),
         (("frames", 0, "sample"), [0]),
         (("expectations", 0, "kind"), 1),
+        (("user_words", 0, "start"), "0"),
         (("meta",), ["speaker"]),
         (("meta", "speaker"), 1),
     ],
@@ -213,7 +227,7 @@ def test_a_value_of_the_wrong_kind_is_an_error(path, value):
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    with pytest.raises(SessionError, match="does not hold a session of schema 1"):
+    with pytest.raises(SessionError, match="does not hold a session of schema 2"):
         decode_session(msgpack.packb(body))
 
 
@@ -232,6 +246,7 @@ SMALL = encode_session(
         audio={stream: clip(4) for stream in AUDIO_STREAMS},
         texts=(*(event(stream, 0, 4) for stream in TEXT_STREAMS),),
         frames=(VideoFrame(sample=1, data=b"\x89PNG"),),
+        user_words=(Word(text="say", start=0, end=4),),
         expectations=(),
     )
 )

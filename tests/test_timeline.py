@@ -1,6 +1,5 @@
 import io
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from tml import timeline
 from tml.codec.waveform import encode_clip
 from tml.config import AudioConfig, MicroTurnConfig
 from tml.microturn import Clock
-from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent, VideoFrame
+from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent, VideoFrame, Word
 from tml.timeline import draw_timeline, timeline_text
 
 CLOCK = Clock.of(MicroTurnConfig(), AudioConfig())
@@ -41,9 +40,12 @@ def session(seconds: float = 3.0, rate: int = 16_000, **changes) -> Session:
             Expectation(kind=ExpectationKind.SILENCE, start=rate, end=rate + 8_000 * rate // 16_000, tag="pause"),
             Expectation(kind=ExpectationKind.ANSWER, start=0, end=int(1.7 * rate), text="seven", tag="digit"),
         ),
+        "user_words": (
+            Word(text="say", start=rate // 4, end=rate // 2),
+            Word(text="seven", start=rate, end=2 * rate),
+        ),
         "meta": {
             "voice": "en+f3",
-            "user_words": json.dumps([["say", rate // 4, rate // 2], ["seven", rate, 2 * rate]]),
         },
     }
     result = Session(**{**fields, **changes})
@@ -81,7 +83,9 @@ def test_picture_grows_with_the_session_and_shows_what_is_in_it(tmp_path):
     assert short.shape[1] == long.shape[1] == 1_540
     assert long.shape[0] > 2 * short.shape[0]
     assert (short == (200, 30, 30)).all(axis=-1).sum() > 1_000, "the first frame is shown"
-    silent = session(3.0, audio={}, streams=(Stream.VIDEO, Stream.USER_TEXT, Stream.OWN_TEXT, Stream.ACTION))
+    silent = session(
+        3.0, audio={}, user_words=(), streams=(Stream.VIDEO, Stream.USER_TEXT, Stream.OWN_TEXT, Stream.ACTION)
+    )
     draw_timeline(silent, tmp_path / "silent.png", CLOCK)
     assert dark_blues(short) > 10_000 > dark_blues(pixels_of(tmp_path / "silent.png"))
 
@@ -111,8 +115,3 @@ def test_labels_never_overlap(words):
     assert sum(map(len, spans.values())) == len(marks)
     for line in spans.values():
         assert all(end <= start + 1e-9 for (_, end), (start, _) in itertools.pairwise(line))
-
-
-def test_user_words_that_are_no_words_are_an_error():
-    with pytest.raises(ValueError, match="no list of words"):
-        timeline_text(session(meta={"user_words": "[1]"}), CLOCK)

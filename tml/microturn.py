@@ -11,7 +11,7 @@ One turn, in row order (`||` divides what comes in from what goes out):
 | position                  | input embedding     | target                    | emitted           |
 |---------------------------|---------------------|---------------------------|-------------------|
 | [tick] (if boundary)      | token               | none                      |                   |
-| audio 0 .. n-1            | dMel levels         | none                      |                   |
+| audio 0 .. n-1            | dMel levels         | none (1)                  |                   |
 | tile                      | 2 x 40 x 40 pixels  | none                      |                   |
 | marker, text in           | token               | none                      |                   |
 | last of the above         |                     | first output token        | control or action |
@@ -21,6 +21,8 @@ One turn, in row order (`||` divides what comes in from what goes out):
 | [speak]                   | token               | first own token           | text              |
 | own text                  | token               | next own, [end of text]   | text              |
 | [end of text]             | token               | none: the turn is over    |                   |
+
+(1) In training, the user's word that has ended, where it is known (`data_pipelines.heard_words`); never in the last.
 
 With `Control.IMPLICIT` there is no [listen] or [speak]: a listening turn is [end of text] alone.
 """
@@ -55,6 +57,7 @@ class Target(enum.IntEnum):
     TEXT = 3
     ACTION = 4
     DOCUMENT = 5
+    HEARD = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +137,7 @@ class EncodedSession:
         num_samples: length on the sample clock.
         levels_TM: dMel levels, one row a hop: those that cover `num_samples`, then those that still hear its end;
             digital silence follows.
-        texts: every text event, ordered by start.
+        texts: every text event, ordered by start; words of `user_audio`, at their ends, come first.
         tiles_P: image tiles (int16 pixels, -1 is padding; frames x height x width x 3), ordered by time.
         tile_samples_P: the sample at which each tile is complete.
     """

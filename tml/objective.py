@@ -17,6 +17,7 @@ ACCURACIES: dict[str, tuple[Target, ...]] = {
     "control": (Target.LISTEN, Target.SPEAK),
     "speak": (Target.SPEAK,),
     "text": (Target.TEXT,),
+    "heard": (Target.HEARD,),
 }
 """Groups of targets whose accuracy is logged. [listen] is nearly always right, so [speak] stands by itself too."""
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import msgpack
 
-SCHEMA_VERSION = 1
-Part = TypeVar("Part", "AudioClip", "TextEvent", "VideoFrame", "Expectation")
+SCHEMA_VERSION = 2
+Part = TypeVar("Part", "AudioClip", "TextEvent", "Word", "VideoFrame", "Expectation")
 
 
 class Stream(enum.StrEnum):
@@ -75,6 +75,15 @@ class TextEvent:
     text: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Word:
+    """A word that is heard (or several that run together), and the samples it takes, [start, end)."""
+
+    text: str
+    start: int
+    end: int
+
+
 class ExpectationKind(enum.StrEnum):
     """What the evaluation expects in a span of a session."""
 
@@ -108,6 +117,7 @@ class Session:
         audio: sound by stream (`user_audio`, `own_audio`).
         texts: text events, ordered by start.
         frames: video frames, ordered by sample.
+        user_words: what is said on `user_audio`, as far as it is known, ordered by start; never an input.
         expectations: what evaluation checks.
         meta: strings about origin: speaker, licence, generator, seed.
     """
@@ -119,6 +129,7 @@ class Session:
     audio: Mapping[Stream, AudioClip] = field(default_factory=dict)
     texts: tuple[TextEvent, ...] = ()
     frames: tuple[VideoFrame, ...] = ()
+    user_words: tuple[Word, ...] = ()
     expectations: tuple[Expectation, ...] = ()
     meta: Mapping[str, str] = field(default_factory=dict)
 
@@ -164,12 +175,20 @@ class Session:
         for frame in self.frames:
             if not 0 <= frame.sample < length:
                 raise SessionError(f"{name}: a video frame at sample {frame.sample} lies outside [0, {length})")
+        if self.user_words and Stream.USER_AUDIO not in self.audio:
+            raise SessionError(f"{name} has words of the user, but no {Stream.USER_AUDIO.value} in which to hear them")
+        for word in self.user_words:
+            if not 0 <= word.start <= word.end <= length:
+                raise SessionError(
+                    f"{name}: the user's {word.text!r} at [{word.start}, {word.end}) lies outside [0, {length})"
+                )
         for item in self.expectations:
             if not 0 <= item.start <= item.end <= length:
                 raise SessionError(f"{name}: an expectation at [{item.start}, {item.end}) lies outside [0, {length})")
         for what, times in (
             ("texts", [event.start for event in self.texts]),
             ("frames", [frame.sample for frame in self.frames]),
+            ("words of the user", [word.start for word in self.user_words]),
         ):
             if times != sorted(times):
                 raise SessionError(f"{name}: its {what} are not ordered by time")
@@ -206,6 +225,7 @@ def decode_session(data: bytes) -> Session:
             audio={Stream(name): _build(AudioClip, clip) for name, clip in body["audio"].items()},
             texts=tuple(_build(TextEvent, event) for event in body["texts"]),
             frames=tuple(_build(VideoFrame, frame) for frame in body["frames"]),
+            user_words=tuple(_build(Word, word) for word in body["user_words"]),
             expectations=tuple(_build(Expectation, item) for item in body["expectations"]),
             meta={_checked(key, str): _checked(value, str) for key, value in body["meta"].items()},
         )
@@ -216,7 +236,7 @@ def decode_session(data: bytes) -> Session:
 
 
 _FIELD_TYPES: dict[type, dict[str, Any]] = {
-    kind: {f.name: f.type for f in fields(kind)} for kind in (AudioClip, TextEvent, VideoFrame, Expectation)
+    kind: {f.name: f.type for f in fields(kind)} for kind in (AudioClip, TextEvent, Word, VideoFrame, Expectation)
 }
 
 

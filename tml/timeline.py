@@ -5,7 +5,6 @@ words that would overlap move to another line.
 """
 
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +20,6 @@ from tml.session import ExpectationKind, Session, SessionError, Stream, TextEven
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-USER_WORDS_KEY = "user_words"
-"""The key of `Session.meta` that may hold what the user says: JSON [[word, first sample, end sample], ...]."""
 
 _WIDTH_IN, _LEFT_IN, _RIGHT_IN = 14.0, 1.25, 0.25
 _TITLE_IN, _AXIS_IN, _LINE_IN, _WAVE_IN, _GAP_IN = 0.45, 0.42, 0.2, 0.5, 0.12
@@ -74,23 +70,6 @@ class _Lane:
     pictures: tuple[tuple[float, bytes], ...] = field(default=(), repr=False)
 
 
-def user_words(session: Session) -> list[tuple[str, int, int]]:
-    """What the user says, where the session's meta tells: word, first sample, end sample.
-
-    Raises:
-        ValueError: the meta holds something else under that key.
-    """
-    text = session.meta.get(USER_WORDS_KEY, "")
-    if not text:
-        return []
-    try:
-        return [(str(word), int(start), int(end)) for word, start, end in json.loads(text)]
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"session {session.session_id}: meta[{USER_WORDS_KEY!r}] is no list of words: {error}"
-        ) from error
-
-
 def timeline_text(session: Session, clock: Clock) -> str:
     """The session as text: a line about it, then one line for every tick in which something begins.
 
@@ -106,8 +85,8 @@ def timeline_text(session: Session, clock: Clock) -> str:
         tick = sample * clock.sample_rate_hz // rate // clock.turn_samples
         said.setdefault(tick, {}).setdefault(name, []).append(text)
 
-    for word, start, _ in user_words(session):
-        add(start, _NAMES[Stream.USER_AUDIO], word)
+    for word in session.user_words:
+        add(word.start, _NAMES[Stream.USER_AUDIO], word.text)
     for frame in session.frames:
         add(frame.sample, _NAMES[Stream.VIDEO], "frame")
     for event in session.texts:
@@ -187,7 +166,7 @@ class _Panel:
 
 
 def _title(session: Session) -> str:
-    facts = [f"{key} {value}" for key, value in session.meta.items() if key != USER_WORDS_KEY and value]
+    facts = [f"{key} {value}" for key, value in session.meta.items() if value]
     text = "  ·  ".join([session.session_id, f"{session.duration_s:.1f} s", *facts])
     return text if len(text) < 170 else text[:169] + "…"
 
@@ -203,7 +182,8 @@ def _lanes(session: Session) -> list[_Lane]:
 
     lanes: list[_Lane] = []
     for stream in Stream:
-        marks = seconds(user_words(session), _COLOURS[stream]) if stream is Stream.USER_AUDIO else texts(stream)
+        heard = ((word.text, word.start, word.end) for word in session.user_words)
+        marks = seconds(heard, _COLOURS[stream]) if stream is Stream.USER_AUDIO else texts(stream)
         clip = session.audio.get(stream)
         pictures = tuple((f.sample / rate, f.data) for f in session.frames) if stream is Stream.VIDEO else ()
         if marks or clip or pictures:

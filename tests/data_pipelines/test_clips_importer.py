@@ -121,7 +121,7 @@ def test_a_folder_becomes_sessions_and_counts_what_was_spread(tmp_path, aligner)
     session = sessions["deep/1"]
     assert session.streams == (Stream.USER_AUDIO,)
     assert session.meta["alignment"] == "forced"
-    assert [word for word, _, _ in json.loads(session.meta["user_words"])] == SENTENCES[1].split()
+    assert [word.text for word in session.user_words] == SENTENCES[1].split()
     assert sessions["strange"].meta["alignment"] == "spread"
     assert "Latin" in sessions["strange"].meta["alignment_fault"]
 
@@ -133,7 +133,7 @@ def test_own_speech_has_own_words(tmp_path, aligner):
     session = read_clip(clip, aligner, role=Role.OWN, licence="CC0")
     assert session.streams == (Stream.OWN_AUDIO, Stream.OWN_TEXT)
     assert [event.text for event in session.texts] == SENTENCES[0].split()
-    assert "user_words" not in session.meta
+    assert not session.user_words
     assert session.meta["source_channels"] == "2"
     assert session.meta["licence"] == "CC0"
 

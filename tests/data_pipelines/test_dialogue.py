@@ -1,7 +1,6 @@
 """Conversations of two: words where they sound, replies after requests, interruptions that stop the reply."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -61,9 +60,9 @@ def test_user_words_are_heard_where_they_stand():
         quiet += 1
         user = track(session, Stream.USER_AUDIO)
         inside = np.zeros(len(user), bool)
-        for text, start, end in json.loads(session.meta["user_words"]):
-            inside[start - 800 : end + 1600] = True
-            assert np.square(user[start:end]).mean() > 1e-4 * np.square(user).max(), text
+        for word in session.user_words:
+            inside[word.start - 800 : word.end + 1600] = True
+            assert np.square(user[word.start : word.end]).mean() > 1e-4 * np.square(user).max(), word
         assert not user[~inside].any()
     assert quiet >= 3
 
@@ -97,14 +96,13 @@ def test_an_interruption_overlaps_the_reply_and_stops_it_soon():
     found = 0
     for index in range(10):
         session = task.session("train", index)
-        user = json.loads(session.meta["user_words"])
         for item in session.expectations:
             if item.tag == "interruption":
                 found += 1
                 last = max(e.end for e in session.texts_of(Stream.OWN_TEXT) if e.end <= item.start)
                 assert item.start - last < 0.1 * RATE
                 begun = min(a.start for a in session.expectations if a.end == item.end and a.tag != "interruption")
-                assert any(abs(start - begun) < 0.1 * RATE for _, start, _ in user)
+                assert any(abs(word.start - begun) < 0.1 * RATE for word in session.user_words)
                 assert 0.1 * RATE < item.start - begun < 1.2 * RATE
     assert found > 10
 
@@ -116,9 +114,7 @@ def test_nods_come_on_both_sides():
         session = task.session("train", index)
         words = {e.text for e in session.texts_of(Stream.OWN_TEXT)}
         own += bool(words & {*NODS, "see"})
-        user += any(
-            text in ("right", "okay", "sure", "yes", "see") for text, _, _ in json.loads(session.meta["user_words"])
-        )
+        user += any(word.text in ("right", "okay", "sure", "yes", "see") for word in session.user_words)
     assert own >= 3
     assert user >= 5
 

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import re
 from collections import Counter
 
@@ -145,11 +144,11 @@ def test_the_noise_has_the_stated_ratio():
         samples = sound(session).astype(np.float64)
         spans = [(item.start, item.end) for item in session.expectations if item.kind is ExpectationKind.ANSWER]
         spans += [
-            (word[1], word[2])
+            (word.start, word.end)
             for item in session.expectations
             if item.tag in ("statement", "foreign")
-            for word in json.loads(session.meta["user_words"])
-            if item.start <= word[1] < item.end
+            for word in session.user_words
+            if item.start <= word.start < item.end
         ]
         inside = np.zeros(len(samples), bool)
         for start, end in spans:

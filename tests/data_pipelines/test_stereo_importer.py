@@ -29,8 +29,8 @@ def test_a_talk_keeps_its_channels_words_and_times(tmp_path):
         (word.text, word.start, word.end) for word in own.words
     ]
     shift = len(own.samples)
-    expected = [[word.text, word.start + shift, word.end + shift] for word in user.words]
-    assert json.loads(session.meta["user_words"]) == expected
+    expected = [(word.text, word.start + shift, word.end + shift) for word in user.words]
+    assert [(word.text, word.start, word.end) for word in session.user_words] == expected
     wav = soundfile.read(tmp_path / "a" / "talk.wav", dtype="float32")[0]
     for stream, channel in ((Stream.OWN_AUDIO, 0), (Stream.USER_AUDIO, 1)):
         np.testing.assert_array_equal(decode_clip(session.audio[stream], SAMPLE_RATE_HZ), wav[:, channel])
@@ -42,7 +42,7 @@ def test_channel_and_speaker_can_be_the_other_ones(tmp_path):
     turned = read_only(tmp_path, own_channel=Channel.RIGHT, main_speaker="SPEAKER_1")
     assert turned.audio[Stream.OWN_AUDIO] == straight.audio[Stream.USER_AUDIO]
     assert [event.text for event in turned.texts] == [word.text for word in user.words]
-    assert len(json.loads(turned.meta["user_words"])) == len(own.words)
+    assert len(turned.user_words) == len(own.words)
 
 
 def test_another_rate_keeps_the_seconds(tmp_path):

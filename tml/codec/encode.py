@@ -25,7 +25,7 @@ def encode_session(session: Session, model: ModelConfig, tokenizer: Tokenizer) -
     try:
         levels_TM = _levels(session, num_samples, model.audio)
         tiles_P, tile_samples_P = _tiles(session, num_samples, rate_hz, model.video)
-        texts = tuple(
+        texts = _user_words(session, rate_hz, tokenizer) + tuple(
             EncodedText(
                 stream=event.stream,
                 start=_moved(event.start, session, rate_hz),
@@ -42,6 +42,18 @@ def encode_session(session: Session, model: ModelConfig, tokenizer: Tokenizer) -
         texts=texts,
         tiles_P=tiles_P,
         tile_samples_P=tile_samples_P,
+    )
+
+
+def _user_words(session: Session, rate_hz: int, tokenizer: Tokenizer) -> tuple[EncodedText, ...]:
+    """The words of `user_audio`, each at the sample where it ends, as it would be said: in lower case."""
+    return tuple(
+        EncodedText(
+            stream=Stream.USER_AUDIO,
+            start=_moved(word.end, session, rate_hz),
+            tokens=tuple(tokenizer.encode_word(word.text.lower())),
+        )
+        for word in session.user_words
     )
 
 

@@ -36,6 +36,11 @@ class Experiment:
                 f"(model.audio.hop_samples = {audio.hop_samples} at {audio.sample_rate_hz} Hz); "
                 f"the nearest valid value is {nearest:g}"
             )
+        if self.loss.heard_weight and self.turn.turn_ms == hop_ms:
+            raise ValueError(
+                f"loss.heard_weight = {self.loss.heard_weight} needs an audio position without an output, but "
+                f"turn.turn_ms = {self.turn.turn_ms} is one hop of {hop_ms:g} ms; set it to 0, or take longer turns"
+            )
         check_splits(self.mesh, self.splits)
         if self.optim.warmup_steps >= self.train.num_steps:
             raise ValueError(

@@ -15,6 +15,8 @@ class LossConfig:
     text_weight: float = 8.0
     action_weight: float = 8.0
     document_weight: float = 1.0
+    heard_weight: float = 0.0
+    """Of the words of the user, predicted where they end, in sessions that know them."""
     z_loss_weight: float = 0.0
     """Weight of logsumexp(logits)^2 (PaLM, section 5)."""
     chunk_positions: int = 0
