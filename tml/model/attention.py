@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from tml.config import ModelConfig
 from tml.model.layer_functions import LayerFunctions, LayerState, log_length_scale
 from tml.ops.norm import rms_norm
+from tml.ops.projection import project
 from tml.params import ParamSpec, PyTree, Update, param, scale, taps
 
 
@@ -48,12 +49,11 @@ def apply(
 ) -> tuple[Float[Array, "B S D"], LayerState | None]:
     """Attends; logits are q.k / head_dim + bias, because q and k are normed per head (so 1/d, not 1/sqrt(d))."""
     dtype, eps, head_dim = h_BSD.dtype, cfg.norm_eps, cfg.attention.head_dim
-    q_BSNH = jnp.einsum("BSD,DNH->BSNH", h_BSD, params["q"].astype(dtype))
-    r_BSNJ = jnp.einsum("BSD,DNJ->BSNJ", h_BSD, params["r"].astype(dtype))
+    q_BSNH, r_BSNJ = (project(h_BSD, params[name].astype(dtype)) for name in ("q", "r"))
     kv_shape = (*h_BSD.shape[:2], *params["k"].shape[1:])
     convolved = {}
     for name in ("k", "v"):
-        flat = h_BSD @ params[name].astype(dtype).reshape(h_BSD.shape[-1], -1)
+        flat = project(h_BSD, params[name].astype(dtype).reshape(h_BSD.shape[-1], -1))
         taps_YD = params[f"{name}_conv"].reshape(cfg.conv_taps, -1)
         flat, state = functions.conv(name, flat, taps_YD, state)
         convolved[name] = flat.reshape(kv_shape)
@@ -66,4 +66,4 @@ def apply(
     bias = r_BSNJ, params["profiles"].astype(dtype)
     with jax.named_scope("attend"):
         out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias, state)
-    return functions.add_shards(jnp.einsum("BSNH,NHD->BSD", out_BSNH, params["o"].astype(dtype))), state
+    return functions.add_shards(project(out_BSNH, params["o"].astype(dtype), num_summed=2)), state

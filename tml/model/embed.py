@@ -11,6 +11,7 @@ from tml.config import AudioConfig, ComputeDtype, MeshConfig, ModelConfig, Video
 from tml.microturn import Kind
 from tml.ops.collectives import index_along, sum_over
 from tml.ops.norm import rms_norm
+from tml.ops.projection import project
 from tml.params import PyTree, Update, param, scale
 
 
@@ -86,8 +87,7 @@ def embed_audio(
     The sum is a matmul with one-hot levels: a gather of M rows a position is eight times slower here.
     """
     one_hot = jax.nn.one_hot(levels_BSM, audio.num_levels, dtype=dtype)
-    table_D = params["table"].astype(dtype).reshape(-1, params["table"].shape[-1])
-    return rms_norm(one_hot.reshape(*levels_BSM.shape[:2], -1) @ table_D, params["norm"], eps)
+    return rms_norm(project(one_hot, params["table"].astype(dtype), num_summed=2), params["norm"], eps)
 
 
 def embed_tiles(

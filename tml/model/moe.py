@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from tml.config import ModelConfig, MoEConfig
 from tml.model.expert_dispatch import ExpertFunction
+from tml.ops.projection import project
 from tml.params import Init, ParamSpec, PyTree, Update, param, scale
 
 
@@ -58,9 +59,9 @@ def apply_dense(
 ) -> Float[Array, "B S D"]:
     """(silu(gate) * up) down, times a learned scalar; `add_shards` sums over the devices that split F."""
     dtype = h_BSD.dtype
-    both = jnp.einsum("BSD,DZF->BSZF", h_BSD, params["gate_up"].astype(dtype))
+    both = project(h_BSD, params["gate_up"].astype(dtype))
     hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
-    return add_shards(hidden @ params["down"].astype(dtype)) * params["scale"].astype(dtype)
+    return add_shards(project(hidden, params["down"].astype(dtype))) * params["scale"].astype(dtype)
 
 
 def route(

@@ -18,6 +18,7 @@ from tml.ops.collectives import gather_params
 from tml.ops.cross_entropy import Scores, score_in_chunks
 from tml.ops.cross_entropy import score as score_logits
 from tml.ops.norm import rms_norm
+from tml.ops.projection import project
 from tml.params import Leaf, ParamSpec, PyTree, Update, param, scale, stack
 
 
@@ -224,7 +225,7 @@ def head_input(norm_D: Float[Array, "D"], x_BSD: Float[Array, "B S D"], cfg: Mod
 def unembed(unembed_DV: Float[Array, "D V"], h_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S v"]:
     """The logits, cut to the unpadded vocabulary."""
     unembed_DV = unembed_DV.astype(h_BSD.dtype)[:, : cfg.num_logits]
-    return jnp.einsum("BSD,DV->BSV", h_BSD, unembed_DV, preferred_element_type=jnp.float32)
+    return project(h_BSD, unembed_DV, out_dtype=jnp.float32)
 
 
 def logits(params: Mapping[str, PyTree], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S V"]:
