@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
                 global_layers=(3,),
                 d_model=128,
                 dense_dim=256,
-                vocab_size=512,
+                vocab_size=768,
                 attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window=16, global_extent=128),
                 moe=MoEConfig(
                     num_experts=8,
@@ -55,16 +55,16 @@ def get_config() -> ConfigDict:
                 ),
             ),
             turn=MicroTurnConfig(boundary=Boundary.NONE, max_text_in_per_turn=2, max_action_per_turn=2),
-            text=TextConfig(tokenizer="data/quickstart/tokenizer", train_vocab_size=512),
+            text=TextConfig(tokenizer="data/quickstart/tokenizer", train_vocab_size=768),
             data=DataConfig(
                 sources={"requests": SourceConfig(path="data/quickstart/train")},
                 eval_sources={"requests": SourceConfig(path="data/quickstart/heldout")},
                 row_slots=320,
                 rows_per_batch=6,
             ),
-            loss=LossConfig(speak_weight=5.0),
+            loss=LossConfig(speak_weight=8.0, heard_weight=3.0),
             optim=OptimConfig(peak_lr=6e-3, muon_momentum=0.8, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(num_steps=1_950, log_every=50, eval_every=650, eval_batches=32, checkpoint_every=650),
+            train=TrainConfig(num_steps=1_800, log_every=50, eval_every=600, eval_batches=32, checkpoint_every=600),
             evaluation=EvaluationConfig(sessions="data/quickstart/heldout"),
         )
     )

@@ -25,7 +25,7 @@ _DATA = flags.DEFINE_string("data", "data/quickstart", "Folder of the data sets.
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Run folder.")
 _CONFIG = flags.DEFINE_string("experiment", "experiments/quickstart.py", "The experiment.")
 _STEPS = flags.DEFINE_integer("num_steps", 0, "Train so many steps; the experiment's own number by default.")
-_SESSIONS = flags.DEFINE_integer("num_sessions", 4_000, "Training sessions to synthesise.", lower_bound=1)
+_SESSIONS = flags.DEFINE_integer("num_sessions", 5_500, "Training sessions to synthesise.", lower_bound=1)
 _HUMAN = flags.DEFINE_bool("human", True, "Also test on human digits, from a Debian package of telephone prompts.")
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
