@@ -12,7 +12,7 @@ from transformers.models.inkling import configuration_inkling, modeling_inkling
 
 from tml.batch import Batch, empty_rows
 from tml.codec.video import CLIP_MEAN, CLIP_STD
-from tml.config import ModelConfig, VideoConfig
+from tml.config import ModelConfig, MtpChain, VideoConfig
 from tml.export import inkling_layout
 from tml.export.tensor_folder import SINGLE
 from tml.microturn import Kind
@@ -30,7 +30,7 @@ def inkling_model(**changes) -> ModelConfig:
 
 def oracle_config(model: ModelConfig) -> configuration_inkling.InklingConfig:
     """The config of the same network by `transformers`."""
-    attention, moe = model.attention, model.moe
+    attention, moe, mtp = model.attention, model.moe, model.mtp
     text = configuration_inkling.InklingTextConfig(
         vocab_size=model.vocab_size,
         unpadded_vocab_size=model.unpadded_vocab_size or None,
@@ -57,6 +57,9 @@ def oracle_config(model: ModelConfig) -> configuration_inkling.InklingConfig:
         n_shared_experts=moe.num_shared_experts,
         route_scale=moe.route_scale,
         logits_mup_width_multiplier=model.mup_width_multiplier,
+        num_mtp_layers=mtp.num_blocks or None,
+        mtp_local_layer_ids=[block for block in range(mtp.num_blocks) if block not in mtp.global_blocks] or None,
+        chain_hidden_post_norm=bool(mtp.num_blocks) and mtp.chain is MtpChain.NORMED,
     )
     audio = configuration_inkling.InklingAudioConfig(
         n_mel_bins=model.audio.num_mels, mel_vocab_size=model.audio.num_levels

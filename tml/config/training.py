@@ -15,6 +15,8 @@ class LossConfig:
     text_weight: float = 8.0
     action_weight: float = 8.0
     document_weight: float = 1.0
+    mtp_weight: float = 0.1
+    """Weight of multi-token prediction, the mean over its blocks, beside the rest (DeepSeek-V3, equation 25)."""
     z_loss_weight: float = 0.0
     """Weight of logsumexp(logits)^2 (PaLM, section 5)."""
     chunk_positions: int = 0
