@@ -4,6 +4,7 @@ import math
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import safetensors.numpy
 import torch
@@ -16,6 +17,8 @@ from tml.config import ModelConfig, MtpChain, VideoConfig
 from tml.export import inkling_layout
 from tml.export.tensor_folder import SINGLE
 from tml.microturn import Kind
+from tml.model import transformer
+from tml.params import map_specs, spec_leaves
 
 NUM_SLOTS, NUM_TILES = 40, 3
 AUDIO_TOKEN, IMAGE_TOKEN = 38, 39
@@ -115,6 +118,18 @@ def tensors_of(oracle: modeling_inkling.InklingForConditionalGeneration) -> dict
     with tempfile.TemporaryDirectory() as folder:
         oracle.save_pretrained(folder)
         return safetensors.numpy.load_file(f"{folder}/model.safetensors")
+
+
+def tree_of(tensors: dict[str, np.ndarray], model: ModelConfig) -> dict:
+    """All of our parameters; every step is linear, so that it maps gradients as it maps weights."""
+    specs = transformer.specs(model)
+    ours = {path: np.full(spec.shape, np.nan, np.float32) for path, spec in spec_leaves(specs)}
+    layout = inkling_layout.tensors(model)
+    assert {tensor.name: tensor.shape for tensor in layout} == {name: x.shape for name, x in tensors.items()}
+    for tensor in layout:
+        for part in tensor.parts:
+            ours[part.path][part.index] = part.to_ours(tensors[tensor.name][tensor.rows(part)])
+    return jax.tree.unflatten(jax.tree.structure(map_specs(lambda spec: 0, specs)), ours.values())
 
 
 def inputs_of(model: ModelConfig, kinds: tuple[Kind, ...]) -> Batch:
