@@ -350,6 +350,8 @@ def _blocks_ahead(mtp: Json) -> dict[str, Any]:
     """The fields of `model.mtp` that config.json states; by default every block is global (transformers)."""
     num_blocks, sliding = mtp.get("num_nextn_predict_layers") or 0, mtp.get("local_layer_ids") or []
     is_normed = mtp.get("chain_hidden_post_norm", False)
+    if not isinstance(num_blocks, int):
+        raise ValueError(f"config.json: mtp_config.num_nextn_predict_layers = {num_blocks!r} must be a whole number")
     if not isinstance(is_normed, bool):
         raise ValueError(f"config.json has mtp_config.chain_hidden_post_norm = {is_normed!r}, but it must be a bool")
     outside = [block for block in sliding if block not in range(num_blocks)]

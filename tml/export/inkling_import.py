@@ -27,6 +27,10 @@ from tml.params import spec_leaves
 PIECE_BYTES = 64 * 2**20
 """Rows that can be rearranged alone are taken so many at a time."""
 
+MTP = "model.mtp."
+"""Names of the blocks of multi-token prediction begin so."""
+WITHOUT_MTP = "; a checkpoint without these blocks, as transformers saves them, needs num_nextn_predict_layers = 0"
+
 KEEPSAKE = "inkling"
 """Folder of a run folder with what the network does not need and an export gives back."""
 CONFIG, STORED = "config.json", "stored.json"
@@ -113,7 +117,7 @@ def check_tensors(layout: Sequence[Tensor], source: TensorFolder) -> None:
             raise ValueError(f"{source.folder} holds {name} {found[name]}, which its config.json does not ask for")
         raise ValueError(
             f"{source.folder}: {name} has shape {found.get(name, 'none: it is missing')}, "
-            f"its config.json asks for {wanted[name]}"
+            f"its config.json asks for {wanted[name]}{WITHOUT_MTP if name.startswith(MTP) else ''}"
         )
 
 

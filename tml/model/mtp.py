@@ -88,15 +88,18 @@ def apply(
         def run(
             block_params: PyTree,
             h_BSD: jax.Array,
-            told_BSD: jax.Array,
+            told_BTD: jax.Array,
             kind: LayerKind = kind,
             ahead: LayerFunctions = ahead,
+            distance: int = distance,
         ) -> jax.Array:
             with jax.named_scope("gather"):
                 block_params = gather_params(block_params, block_specs(kind, cfg), mesh, dtype)
+            told_BSD = told_BTD[:, distance : distance + num_slots]
             return apply_block(block_params, h_BSD, told_BSD, kind, ahead, cfg)
 
-        h_BSD = recomputed(run)(params["blocks"][number], h_BSD, told_BTD[:, distance : distance + num_slots])
+        # All blocks get the whole, so that one copy of it is kept for the backward pass.
+        h_BSD = recomputed(run)(params["blocks"][number], h_BSD, told_BTD)
         if cfg.mtp.chain is MtpChain.NORMED:
             h_BSD = rms_norm(h_BSD, shared["chain_norm"], cfg.norm_eps)
         found.append(h_BSD / cfg.mup_width_multiplier)
