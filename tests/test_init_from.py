@@ -82,7 +82,7 @@ def test_another_shape_is_refused_with_both(imported: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"stages/.* has shape none there and \(.*\) here; model.global_layers"):
         begun(deeper, tmp_path)
     blocks = beginning(imported, model=replace(MODEL, mtp=MtpConfig(num_blocks=1)))
-    with pytest.raises(CheckpointError, match=r"mtp/.* has shape none there and .*; model.mtp.num_blocks was 0, is 1"):
+    with pytest.raises(CheckpointError, match=r"mtp/.* has shape none there and .*mtp.num_blocks was 0, is 1"):
         begun(blocks, tmp_path / "run")
 
 
