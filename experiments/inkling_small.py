@@ -2,7 +2,10 @@
 
 Question: none of its own. It is the shape that published weights have, for importing them, continuing from them,
 and comparing with the engines that serve them. Its stack begins with six single layers (two of them dense), then
-six groups of five sliding layers and a global one.
+six groups of five sliding layers and a global one. Published weights have 8 blocks of multi-token prediction besides,
+265.96 B in all; a run that begins with them needs these values too:
+
+    --config.model.mtp.num_blocks=8 --config.model.mtp.global_blocks='(1, 3)' --config.model.mtp.chain=raw
 
 Cost: 1.2 million steps of 8.4 million positions; `launch.plan` says how long a step takes.
 Expected: no loss has been measured yet.

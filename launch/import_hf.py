@@ -4,8 +4,8 @@
     python -m launch.train --config=experiments/mine.py --config.train.init_from=runs/inkling_small
 
 Reads config.json and safetensors, a few rows of a tensor at a time; no pickle, and no code of the
-folder's own. What the backbone cannot be is refused; blocks of
-multi-token prediction are left out, and listed. Killed in the middle, the same command begins anew.
+folder's own. Blocks of multi-token prediction come along (`config.model.mtp`). What the backbone cannot be is refused.
+Killed in the middle, the same command begins anew.
 """
 
 from pathlib import Path
@@ -28,16 +28,13 @@ def main(argv: list[str]) -> int:
     if _MAX_TILES_PER_TURN.value < 1:
         raise app.UsageError(f"--max_tiles_per_turn = {_MAX_TILES_PER_TURN.value} must be at least 1")
     prepare_jax()
-    from tml.export.inkling_import import KEEPSAKE, LEFT_OUT, import_folder
+    from tml.export.inkling_import import import_folder
     from tml.flops import param_table, param_table_text
     from tml.model import transformer
 
     workdir = Path(_WORKDIR.value)
     model = import_folder(Path(_HF_DIR.value), workdir, _MAX_TILES_PER_TURN.value).model
     print(param_table_text(param_table(transformer.specs(model), model)))
-    names = workdir / KEEPSAKE / LEFT_OUT
-    if left_out := names.read_text().split():
-        print(f"left out: {len(left_out)} tensors of multi-token prediction, which this network lacks; see {names}")
     print(f"{workdir}: imported; a run starts from it with --config.train.init_from={workdir}")
     return 0
 

@@ -4,6 +4,7 @@ import math
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import safetensors.numpy
 import torch
@@ -12,10 +13,12 @@ from transformers.models.inkling import configuration_inkling, modeling_inkling
 
 from tml.batch import Batch, empty_rows
 from tml.codec.video import CLIP_MEAN, CLIP_STD
-from tml.config import ModelConfig, VideoConfig
+from tml.config import ModelConfig, MtpChain, VideoConfig
 from tml.export import inkling_layout
 from tml.export.tensor_folder import SINGLE
 from tml.microturn import Kind
+from tml.model import transformer
+from tml.params import map_specs, spec_leaves
 
 NUM_SLOTS, NUM_TILES = 40, 3
 AUDIO_TOKEN, IMAGE_TOKEN = 38, 39
@@ -30,7 +33,7 @@ def inkling_model(**changes) -> ModelConfig:
 
 def oracle_config(model: ModelConfig) -> configuration_inkling.InklingConfig:
     """The config of the same network by `transformers`."""
-    attention, moe = model.attention, model.moe
+    attention, moe, mtp = model.attention, model.moe, model.mtp
     text = configuration_inkling.InklingTextConfig(
         vocab_size=model.vocab_size,
         unpadded_vocab_size=model.unpadded_vocab_size or None,
@@ -57,6 +60,9 @@ def oracle_config(model: ModelConfig) -> configuration_inkling.InklingConfig:
         n_shared_experts=moe.num_shared_experts,
         route_scale=moe.route_scale,
         logits_mup_width_multiplier=model.mup_width_multiplier,
+        num_mtp_layers=mtp.num_blocks or None,
+        mtp_local_layer_ids=[block for block in range(mtp.num_blocks) if block not in mtp.global_blocks] or None,
+        chain_hidden_post_norm=bool(mtp.num_blocks) and mtp.chain is MtpChain.NORMED,
     )
     audio = configuration_inkling.InklingAudioConfig(
         n_mel_bins=model.audio.num_mels, mel_vocab_size=model.audio.num_levels
@@ -112,6 +118,18 @@ def tensors_of(oracle: modeling_inkling.InklingForConditionalGeneration) -> dict
     with tempfile.TemporaryDirectory() as folder:
         oracle.save_pretrained(folder)
         return safetensors.numpy.load_file(f"{folder}/model.safetensors")
+
+
+def tree_of(tensors: dict[str, np.ndarray], model: ModelConfig) -> dict:
+    """All of our parameters; every step is linear, so that it maps gradients as it maps weights."""
+    specs = transformer.specs(model)
+    ours = {path: np.full(spec.shape, np.nan, np.float32) for path, spec in spec_leaves(specs)}
+    layout = inkling_layout.tensors(model)
+    assert {tensor.name: tensor.shape for tensor in layout} == {name: x.shape for name, x in tensors.items()}
+    for tensor in layout:
+        for part in tensor.parts:
+            ours[part.path][part.index] = part.to_ours(tensors[tensor.name][tensor.rows(part)])
+    return jax.tree.unflatten(jax.tree.structure(map_specs(lambda spec: 0, specs)), ours.values())
 
 
 def inputs_of(model: ModelConfig, kinds: tuple[Kind, ...]) -> Batch:

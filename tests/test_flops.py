@@ -1,9 +1,11 @@
 """Counts against independent formulas, and the published sizes."""
 
+import dataclasses
+
 import jax
 import pytest
 
-from tml.config import AttentionConfig, AudioConfig, ModelConfig, MoEConfig, VideoConfig
+from tml.config import AttentionConfig, AudioConfig, ModelConfig, MoEConfig, MtpConfig, VideoConfig
 from tml.flops import attention_span, measure_matmul_rate, param_table, param_table_text, row_flops, tile_flops
 from tml.model import transformer
 from tml.params import count_params
@@ -77,6 +79,18 @@ def test_flops_of_a_row_follow_the_convention():
     multiplied = by_hand(SMALL, experts_counted=2) + 2 * SMALL.d_model
     expected = 6 * multiplied * slots + 12 * heads * spans
     assert row_flops(transformer.specs(SMALL), SMALL, slots) == pytest.approx(expected, rel=1e-9)
+
+
+def test_blocks_ahead_are_layers_with_the_head_once_more_each():
+    cfg = dataclasses.replace(SMALL, mtp=MtpConfig(num_blocks=3, global_blocks=(1,)))
+    slots, d, heads = 100, cfg.d_model, 4 * 8
+    plain, with_blocks = (row_flops(transformer.specs(each), each, slots) for each in (SMALL, cfg))
+    # Three dense layers on top of the three of SMALL differ from none by what they multiply and see.
+    layers = dataclasses.replace(SMALL, num_layers=3, num_dense_layers=3, global_layers=(1,))
+    multiplied = by_hand(layers, 0) - (d * cfg.vocab_size + d)  # without head and last norm
+    multiplied += 3 * (2 * d + 2 * d * d + d * cfg.vocab_size) + d
+    spans = 100**2 / 2 + 2 * (100 * 16 - 16**2 / 2)
+    assert with_blocks - plain == pytest.approx(6 * multiplied * slots + 12 * heads * spans, rel=1e-9)
 
 
 def test_span_counts_pairs():

@@ -10,7 +10,7 @@ import pytest
 from made_up import made_up_batches, made_up_experiment
 
 from tml.checkpoint import CheckpointError, Checkpoints, state_hash
-from tml.config import Experiment, MeshConfig
+from tml.config import Experiment, MeshConfig, MtpConfig
 from tml.export import inkling_config, inkling_layout
 from tml.export.inkling_import import import_folder
 from tml.export.tensor_folder import Planned, write_shards
@@ -81,6 +81,9 @@ def test_another_shape_is_refused_with_both(imported: Path, tmp_path: Path) -> N
     deeper = beginning(imported, model=replace(MODEL, num_layers=2, global_layers=(1,)))
     with pytest.raises(CheckpointError, match=r"stages/.* has shape none there and \(.*\) here; model.global_layers"):
         begun(deeper, tmp_path)
+    blocks = beginning(imported, model=replace(MODEL, mtp=MtpConfig(num_blocks=1)))
+    with pytest.raises(CheckpointError, match=r"mtp/.* has shape none there and .*mtp.num_blocks was 0, is 1"):
+        begun(blocks, tmp_path / "run")
 
 
 def test_where_there_is_nothing_is_said(tmp_path: Path) -> None:

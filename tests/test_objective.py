@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tml.batch import Batch, empty_rows
-from tml.config import LossConfig, ModelConfig
+from tml.config import LossConfig, MeshConfig, ModelConfig
 from tml.microturn import Target
-from tml.objective import ACCURACIES, STREAMS, objective, total_weight
+from tml.objective import ACCURACIES, STREAMS, objective, objective_ahead, targets_ahead, total_weight
 from tml.ops.cross_entropy import score
 
 NUM_ROWS, NUM_SLOTS, NUM_TOKENS = 4, 24, 17
@@ -114,3 +114,56 @@ def test_a_batch_without_targets_has_loss_and_gradient_zero():
     loss, gradient = jax.value_and_grad(loss_alone)(jnp.asarray(logits))
     assert float(loss) == 0.0
     assert not np.any(gradient)
+
+
+def segmented() -> Batch:
+    """Rows of several segments, one of them a single position, and padding after all but the last row."""
+    _, batch = made_up()
+    segments = np.zeros((NUM_ROWS, NUM_SLOTS), np.int32)
+    for row, lengths in enumerate([(9, 1, 7), (20,), (2, 3, 11, 4), (NUM_SLOTS,)]):
+        segments[row, : sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    return batch.replace(
+        segment_ids_BS=jnp.asarray(segments), loss_weights_BS=jnp.where(segments > 0, batch.loss_weights_BS, 0.0)
+    )
+
+
+def ahead_by_hand(batch: Batch, distance: int) -> list[tuple[int, int, int, float]]:
+    """Row, position, target and weight of everything that lies so far ahead in the same segment."""
+    batch = jax.tree.map(np.asarray, batch)
+    return [
+        (row, slot, batch.targets_BS[row, slot + distance], batch.loss_weights_BS[row, slot + distance])
+        for row in range(NUM_ROWS)
+        for slot in range(NUM_SLOTS - distance)
+        if batch.segment_ids_BS[row, slot] == batch.segment_ids_BS[row, slot + distance]
+        and batch.loss_weights_BS[row, slot + distance] > 0
+    ]
+
+
+def test_targets_ahead_never_cross_a_border():
+    batch, num_blocks = segmented(), 3
+    ahead = jax.tree.map(np.asarray, targets_ahead(batch, num_blocks, MeshConfig()))
+    for block in range(num_blocks):
+        rows = slice(block * NUM_ROWS, (block + 1) * NUM_ROWS)
+        targets, weights = ahead.targets_BS[rows], ahead.weights_BS[rows]
+        found = [(row, slot, targets[row, slot], weights[row, slot]) for row, slot in np.argwhere(weights)]
+        assert found == ahead_by_hand(batch, block + 1)
+        assert 0 < len(found) < np.count_nonzero(batch.loss_weights_BS)
+
+
+def test_the_loss_ahead_equals_the_float64_reference():
+    batch, num_blocks = segmented(), 3
+    cfg = LossConfig(z_loss_weight=1e-3, mtp_weight=0.3)
+    logits = np.random.default_rng(3).normal(size=(num_blocks * NUM_ROWS, NUM_SLOTS, NUM_TOKENS)) * 3
+    ahead = targets_ahead(batch, num_blocks, MeshConfig())
+    scores = score(jnp.asarray(logits.astype(np.float32)), ahead.targets_BS)
+    loss, metrics = objective_ahead(scores, ahead, num_blocks, total_weight(batch), cfg)
+    total, plain = 0.0, []
+    for block in range(num_blocks):
+        for row, slot, target, weight in ahead_by_hand(batch, block + 1):
+            z = logits[block * NUM_ROWS + row, slot]
+            log_norm = np.log(np.sum(np.exp(z)))
+            plain.append(log_norm - z[target])
+            total += float(weight) * (plain[-1] + 1e-3 * log_norm**2)
+    np.testing.assert_allclose(loss, 0.3 * total / 3 / np.sum(batch.loss_weights_BS), rtol=2e-6)
+    assert metrics.keys() == {"loss_mtp"}
+    np.testing.assert_allclose(divided(metrics)["loss_mtp"], np.mean(plain), rtol=2e-6)

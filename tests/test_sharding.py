@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from made_up import made_up_batch, made_up_experiment
 from tiny import randomised
 
@@ -18,6 +19,7 @@ from tml.config import (
     LossConfig,
     MatmulBackend,
     MeshConfig,
+    MtpConfig,
     OptimConfig,
     Optimizer,
     Remat,
@@ -26,6 +28,7 @@ from tml.config import (
 from tml.mesh import batch_sharding, copy_axes, make_mesh, param_sharding, split_axes
 from tml.microturn import Kind
 from tml.model import transformer
+from tml.ops.collectives import with_next
 from tml.params import PyTree, init_params, spec_leaves
 from tml.train_step import abstract_state, make_gradients, make_train_step, to_devices
 
@@ -33,7 +36,7 @@ GATHERED, RING, RAGGED = ExpertDispatch.GATHERED_WEIGHTS, ExpertDispatch.RING, E
 
 
 def an_experiment(mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: int = 0, **moe) -> Experiment:
-    """A sliding dense and a global mixture layer, with eyes; the vocabulary has padding."""
+    """A sliding dense and a global mixture layer, with eyes and blocks ahead; the vocabulary has padding."""
     plain = made_up_experiment()
     model = dataclasses.replace(
         plain.model,
@@ -45,10 +48,11 @@ def an_experiment(mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: 
         mup_width_multiplier=2.0,
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=13, global_extent=20, rel_rank=2),
         moe=dataclasses.replace(plain.model.moe, dispatch=dispatch, capacity_factor=8.0, **moe),
+        mtp=MtpConfig(num_blocks=2, global_blocks=(1,)),
         video=VideoConfig(tile_px=4, fold_px=(2, 2), fold_dims=(8, 12), max_tiles_per_turn=1),
     )
     return dataclasses.replace(
-        plain, model=model, mesh=mesh, loss=LossConfig(z_loss_weight=1e-2, chunk_positions=chunk)
+        plain, model=model, mesh=mesh, loss=LossConfig(z_loss_weight=1e-2, mtp_weight=0.7, chunk_positions=chunk)
     )
 
 
@@ -77,6 +81,23 @@ def gradients_of(experiment: Experiment) -> tuple[PyTree, dict[str, float], np.n
     grads, sums, load = jax.device_get(found)
     means = {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in sums.items()}
     return grads, means, load.copies_E, int(load.num_dropped.sum())
+
+
+def test_what_follows_a_device_is_what_follows_in_the_row() -> None:
+    rows = np.random.default_rng(0).standard_normal((2, 8, 3)).astype(np.float32)
+    for context in (1, 2, 4):
+        for num_slots in (1, 3, 5):
+            sizes = MeshConfig(context=context)
+            mesh = make_mesh(sizes, jax.devices()[:context])
+            split = PartitionSpec(None, "context")
+            longer = jax.shard_map(
+                functools.partial(with_next, num_slots=num_slots, fill=7, mesh=sizes),
+                mesh=mesh, in_specs=split, out_specs=split, check_vma=False,
+            )  # fmt: skip
+            padded = np.pad(rows, ((0, 0), (0, num_slots), (0, 0)), constant_values=7)
+            local = 8 // context
+            parts = [padded[:, start : start + local + num_slots] for start in range(0, 8, local)]
+            np.testing.assert_array_equal(jax.jit(longer)(rows), np.concatenate(parts, axis=1))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 from made_up import made_up_batch, made_up_experiment
 
-from tml.config import Experiment, MeshConfig, OptimConfig, TrainConfig
+from tml.config import Experiment, MeshConfig, MtpConfig, OptimConfig, TrainConfig
 from tml.mesh import make_mesh
 from tml.metrics import Mean
 from tml.model import transformer
@@ -160,6 +160,24 @@ def test_router_bias_moves_by_the_rule_and_by_nothing_else(plain):
 def test_loss_falls_on_what_can_be_learnt():
     _, reports = run([step % 4 for step in range(40)])
     assert reports[-1]["loss"] < 0.7 * reports[0]["loss"]
+
+
+def test_blocks_ahead_learn_and_leave_the_loss_to_compare_alone():
+    experiment, _ = step_of(1)
+    model = dataclasses.replace(experiment.model, mtp=MtpConfig(num_blocks=2))
+    loss = dataclasses.replace(experiment.loss, mtp_weight=1.0)
+    experiment = dataclasses.replace(experiment, model=model, loss=loss)
+    mesh = mesh_of(experiment)
+    step, state, reports = make_train_step(experiment, mesh), first_state(experiment), []
+    for index in range(40):
+        state, metrics = step(state, to_devices(made_up_batch(experiment, index % 4), mesh))
+        reports.append({name: value_of(metric) for name, metric in jax.device_get(metrics).items()})
+    _, plain = run([0])
+    # The same key draws the same parameters, with blocks or without.
+    assert reports[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
+    assert reports[0].keys() - plain[0].keys() == {"loss_mtp"}
+    assert abs(reports[0]["loss_mtp"] - math.log(experiment.model.vocab_size)) < 1.0
+    assert reports[-1]["loss_mtp"] < 0.7 * reports[0]["loss_mtp"]
 
 
 def test_evaluation_gives_the_metrics_of_the_objective(plain):

@@ -28,7 +28,7 @@ DIMS: dict[str, str] = {
     "J": "rank of the relative-position projection",
     "X": "extent: distances the relative bias covers",
     "P": "image tiles in a row",
-    "I": "input width of a fold",
+    "I": "input width of a fold or of a projection",
     "O": "output width of a fold",
     "Y": "taps of a short convolution",
 }

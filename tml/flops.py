@@ -4,7 +4,8 @@ The convention, stated with every MFU: model FLOPs of one row = 6 * N * S + 12 *
 for every layer, forward and backward; nothing recomputed is counted. N is the parameters that one
 position multiplies: routed experts count by the share that is chosen, tables that are looked up do
 not count, nor does the image tower, which works per tile. Span is S^2/2 for global layers and
-S*w - w^2/2 for sliding ones: the positions of a row count as one segment, padding included.
+S*w - w^2/2 for sliding ones: the positions of a row count as one segment, padding included. A block of
+multi-token prediction counts as a layer, and multiplies by the unembedding once more.
 """
 
 import time
@@ -106,8 +107,9 @@ def row_flops(specs: PyTree, model: ModelConfig, row_slots: int, tiles_per_row: 
         tiles_per_row: image tiles of the row, each through the image tower.
     """
     multiplied = param_table(specs, model)[-1].multiplied
-    num_global = len(set(model.global_layers))
-    num_sliding = model.num_layers - num_global
+    multiplied += model.mtp.num_blocks * model.d_model * model.vocab_size
+    num_global = len(set(model.global_layers)) + len(set(model.mtp.global_blocks))
+    num_sliding = model.num_layers + model.mtp.num_blocks - num_global
     attention = model.attention
     span = num_global * attention_span(row_slots, None)
     span += num_sliding * attention_span(row_slots, attention.window)

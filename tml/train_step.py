@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import DATA_AXES, Experiment, check_platform
+from tml.config import DATA_AXES, Experiment, MeshConfig, check_platform
 from tml.mesh import (
     batch_partition,
     batch_sharding,
@@ -26,7 +26,7 @@ from tml.metrics import Mean
 from tml.microturn import Kind
 from tml.model import transformer
 from tml.model.moe import Load
-from tml.objective import objective, total_weight
+from tml.objective import objective, objective_ahead, targets_ahead, total_weight
 from tml.ops.collectives import sum_copies, sum_over
 from tml.optim import learning_rate, make_optimizer
 from tml.params import Leaf, PyTree, abstract_params, init_params
@@ -119,8 +119,8 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
     Returns:
         The jitted step. Its metrics: `loss`, `loss_STREAM`, `accuracy_GROUP`, `tokens` (positions
         that are not padding), `fill` (their share), `grad_norm` (before clipping), `lr`,
-        `num_skipped`, and with experts `load_cv`, `load_max_over_mean` and `dropped_fraction` (of all copies,
-        padding's included).
+        `num_skipped`, with multi-token prediction `loss_mtp`, and with experts `load_cv`,
+        `load_max_over_mean` and `dropped_fraction` (of all copies, padding's included).
 
     Raises:
         ValueError: the model's kernels are for another platform than the mesh's.
@@ -170,15 +170,13 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
 
 def make_eval_step(experiment: Experiment, mesh: Mesh) -> EvalStep:
     """Builds the evaluation of one batch: the metrics of the objective, without any update."""
-    model, sizes = experiment.model, mesh_config(mesh)
+    sizes = mesh_config(mesh)
 
     def evaluate(params: PyTree, rows: Batch) -> Sums:
-        found = transformer.hidden(params, rows, model, sizes)
-        scores = transformer.score(params, found.h_BSD, rows.targets_BS, experiment.loss.chunk_positions, model, sizes)
-        _, metrics = objective(scores, rows, total_weight(rows), experiment.loss)
+        _, (metrics, _) = _loss(params, rows, total_weight(rows), experiment, sizes)
         return sum_over(metrics, DATA_AXES, sizes)
 
-    specs = transformer.specs(model)
+    specs = transformer.specs(experiment.model)
     on_every_device = _on_every_device(evaluate, mesh, (param_partition(specs, sizes), batch_partition()), P())
     in_shardings = (param_sharding(specs, mesh), batch_sharding(mesh))
     return jax.jit(on_every_device, in_shardings=in_shardings, out_shardings=replicated(mesh))
@@ -190,18 +188,14 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
     Rows are taken in `grad_accum_steps` parts. On a mesh it is one program of all devices (`shard_map`), in
     which every collective is written out: nothing is left to a partitioner.
     """
-    model, sizes, num_parts = experiment.model, mesh_config(mesh), experiment.train.grad_accum_steps
-    specs = transformer.specs(model)
+    sizes, num_parts = mesh_config(mesh), experiment.train.grad_accum_steps
+    specs = transformer.specs(experiment.model)
 
     def part(params: PyTree, rows: Batch, weight: jax.Array) -> tuple[PyTree, Sums, Load]:
         def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Sums, Load]]:
-            found = transformer.hidden(params, rows, model, sizes)
-            with jax.named_scope("objective"):
-                chunk = experiment.loss.chunk_positions
-                scores = transformer.score(params, found.h_BSD, rows.targets_BS, chunk, model, sizes)
-                loss, metrics = objective(scores, rows, weight, experiment.loss)
+            loss, aux = _loss(params, rows, weight, experiment, sizes)
             # The devices along `tensor` have the same positions: each answers for its share (`tml.ops.collectives`).
-            return loss if sizes.tensor == 1 else loss / sizes.tensor, (metrics, found.load)
+            return loss if sizes.tensor == 1 else loss / sizes.tensor, aux
 
         grads, (metrics, load) = jax.grad(loss_of, has_aux=True)(params)
         return grads, metrics, load
@@ -227,6 +221,25 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
 
     params = param_partition(specs, sizes)
     return _on_every_device(whole, mesh, (params, batch_partition()), (params, P(), P()))
+
+
+def _loss(
+    params: PyTree, rows: Batch, weight: jax.Array, experiment: Experiment, sizes: MeshConfig
+) -> tuple[jax.Array, tuple[Sums, Load]]:
+    """The loss of some rows, with its metrics and the load of their experts."""
+    model, cfg = experiment.model, experiment.loss
+    found = transformer.hidden(params, rows, model, sizes)
+    with jax.named_scope("objective"):
+        scores = transformer.score(params, found.h_BSD, rows.targets_BS, cfg.chunk_positions, model, sizes)
+        loss, metrics = objective(scores, rows, weight, cfg)
+    if not found.ahead:
+        return loss, (metrics, found.load)
+    with jax.named_scope("mtp_objective"):
+        ahead = targets_ahead(rows, len(found.ahead), sizes)
+        h_BSD = jnp.concatenate(found.ahead)
+        scores = transformer.score(params, h_BSD, ahead.targets_BS, cfg.chunk_positions, model, sizes)
+        loss_ahead, metrics_ahead = objective_ahead(scores, ahead, len(found.ahead), weight, cfg)
+    return loss + loss_ahead, ({**metrics, **metrics_ahead}, found.load)
 
 
 def _on_every_device(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:

@@ -1,11 +1,12 @@
 """The presets, counted from their specs and, exactly, by a formula that shares nothing with the code."""
 
+import dataclasses
 import importlib
 from typing import NamedTuple
 
 import pytest
 
-from tml.config import ComputeDtype, Experiment, Optimizer, Remat, from_config_dict
+from tml.config import ComputeDtype, Experiment, MtpChain, MtpConfig, Optimizer, Remat, from_config_dict
 from tml.flops import param_table
 from tml.model import transformer
 from tml.params import count_params
@@ -85,6 +86,24 @@ def test_counts_are_exact(name: str):
     assert whole.multiplied == used
     assert whole.total / 1e9 == pytest.approx(size.published, rel=2e-3)
     assert whole.active / 1e9 == pytest.approx(size.published_active, rel=2e-3)
+
+
+def test_published_blocks_ahead_are_counted():
+    """265.96 B with 8 blocks, of which 1 and 3 are global (backbone.md); presets have none."""
+    assert all(experiment_of(name).model.mtp.num_blocks == 0 for name in SIZES)
+    size, preset = SIZES["inkling_small"], experiment_of("inkling_small").model
+    model = dataclasses.replace(preset, mtp=MtpConfig(num_blocks=8, global_blocks=(1, 3), chain=MtpChain.RAW))
+    d = size.width
+    # A layer of the kind that is dense, with the extent of its attention; two norms, and the projection of both halves.
+    as_layers = size._replace(global_layers=(1, 3), dense_layers=8)
+    blocks = sum(layer_count(as_layers, block, 0) for block in range(8)) + 8 * (2 * d + 2 * d * d)
+    before, after = (param_table(transformer.specs(each), each)[-1] for each in (preset, model))
+    assert (after.total - before.total, after.active - before.active) == (blocks, blocks)
+    assert after.multiplied - before.multiplied == blocks
+    assert after.total == 263_724_526_634 + blocks
+    assert after.total / 1e9 == pytest.approx(265.96, abs=5e-3)
+    normed = dataclasses.replace(model, mtp=dataclasses.replace(model.mtp, chain=MtpChain.NORMED))
+    assert count_params(transformer.specs(normed)) == after.total + d
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -15,8 +15,12 @@ import pytest
 import safetensors.numpy
 from small_model import small_model
 
+from tml.checkpoint_pieces import Piece, PiecewiseArray, write_params
+from tml.config import MtpConfig
 from tml.export import bundle
 from tml.export.bundle import BundleError, Model
+from tml.model import transformer
+from tml.params import init_params
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,26 @@ def test_everything_comes_back_bit_for_bit(model: Model, folder: Path) -> None:
         for left, right in zip(jax.tree.leaves(found.params), jax.tree.leaves(model.params), strict=True):
             assert left.dtype == right.dtype == np.float32
             np.testing.assert_array_equal(left, right)
+
+
+def test_blocks_of_multi_token_prediction_stay_in_the_run(model: Model, tmp_path: Path) -> None:
+    trained = replace(
+        model.experiment, model=replace(model.experiment.model, mtp=MtpConfig(num_blocks=2, global_blocks=(1,)))
+    )
+    params = init_params(transformer.specs(trained.model), jax.random.key(0))
+    assert params.keys() - model.params.keys() == {"mtp"}
+    sources = {
+        path: PiecewiseArray(leaf.shape, leaf.shape, lambda leaf=leaf: iter([Piece((0,) if leaf.ndim else (), leaf)]))
+        for path, leaf in bundle.by_path(params, trained).items()
+    }
+    write_params(tmp_path / "run", trained, sources)
+    model.tokenizer.save(tmp_path / "run" / "tokenizer")
+    opened = bundle.open_model(tmp_path / "run")
+    assert opened.experiment == model.experiment
+    assert jax.tree.structure(opened.params) == jax.tree.structure(model.params)
+    np.testing.assert_array_equal(opened.params["unembed"], params["unembed"])
+    bundle.save(opened, tmp_path / "bundle")
+    assert bundle.load(tmp_path / "bundle").experiment.model.mtp.num_blocks == 0
 
 
 def test_a_newer_bundle_takes_the_place_of_an_older_one(model: Model, folder: Path) -> None:

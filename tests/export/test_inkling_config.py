@@ -7,7 +7,7 @@ import pytest
 from inkling_oracle import inkling_model, oracle_config
 from transformers.models.inkling.configuration_inkling import InklingConfig
 
-from tml.config import AttentionConfig, ModelConfig, MoEConfig, VideoConfig
+from tml.config import AttentionConfig, ModelConfig, MoEConfig, MtpChain, MtpConfig, VideoConfig
 from tml.export import inkling_config
 
 MODEL = inkling_model()
@@ -75,6 +75,11 @@ PUBLISHED = {
         "n_layers": 4,
         "use_vision_norm": True,
     },
+    "mtp_config": {
+        "num_nextn_predict_layers": 8,
+        "local_layer_ids": [0, 2, 4, 5, 6, 7],
+        "chain_hidden_post_norm": False,
+    },
 }
 """Inkling-Small's, as published."""
 
@@ -106,8 +111,10 @@ def changed(config: dict, path: str, value: object) -> dict:
         inkling_model(unpadded_vocab_size=0),
         inkling_model(attention=AttentionConfig(log_scaling_rate=0.0)),
         inkling_model(video=VideoConfig(tile_px=40, fold_px=(5, 2, 4), fold_dims=(128, 320, 4_800))),
+        inkling_model(mtp=MtpConfig(num_blocks=3, global_blocks=(1,))),
+        inkling_model(mtp=MtpConfig(num_blocks=2, global_blocks=(0, 1), chain=MtpChain.RAW)),
     ],
-    ids=["all", "sparse", "dense", "no padding", "no log-length scaling", "no eyes"],
+    ids=["all", "sparse", "dense", "no padding", "no log-length scaling", "no eyes", "blocks ahead", "global ahead"],
 )
 def test_transformers_config_comes_back(model: ModelConfig) -> None:
     has_tower = bool(model.video.max_tiles_per_turn)
@@ -136,8 +143,10 @@ def test_the_published_small() -> None:
     assert (model.d_model, model.dense_dim, model.moe.expert_dim, model.num_dense_layers) == (4096, 16_384, 2048, 2)
     assert model.global_layers == (5, 11, 17, 23, 29, 35, 41)
     assert (model.video.fold_px, model.video.fold_dims) == ((5, 2, 4), (128, 320, 4_800))
+    assert model.mtp == MtpConfig(num_blocks=8, global_blocks=(1, 3), chain=MtpChain.RAW)
     back = inkling_config.from_model(model, PUBLISHED)
     assert back["eos_token_id"] == 200_006
+    assert back["mtp_config"] == PUBLISHED["mtp_config"]
     for section in ("text_config", "audio_config", "vision_config"):
         assert {key: back[section][key] for key in PUBLISHED[section]} == PUBLISHED[section]
 
@@ -166,6 +175,31 @@ def test_the_published_small() -> None:
 def test_what_is_not_ours_is_refused_with_both_values(path: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         inkling_config.to_model(changed(saved(MODEL), path, value), has_tower=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_nextn_predict_layers", 5, r"local_layer_ids = \[0, 2, 4, 5, 6, 7\], but .* = 5: there is no block 5"),
+        ("num_nextn_predict_layers", 0, r"local_layer_ids = .* = 0: there is no block 0"),
+        ("num_nextn_predict_layers", "8", "num_nextn_predict_layers = '8' must be a whole number"),
+        ("chain_hidden_post_norm", None, "chain_hidden_post_norm = None, but it must be a bool"),
+        ("hidden_states_first", True, "mtp_config.hidden_states_first = True, which this import does not know"),
+    ],
+)
+def test_what_no_blocks_ahead_are_is_refused(key: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        inkling_config.to_model(changed(PUBLISHED, f"mtp_config.{key}", value), has_tower=True)
+
+
+def test_both_spellings_of_blocks_ahead_must_agree() -> None:
+    same = {"num_mtp_layers": 8, "mtp_local_layer_ids": [0, 2, 4, 5, 6, 7], "chain_hidden_post_norm": False}
+    both = {**PUBLISHED, "text_config": {**PUBLISHED["text_config"], **same}}
+    assert inkling_config.to_model(both, True) == inkling_config.to_model(PUBLISHED, True)
+    with pytest.raises(
+        ValueError, match=r"mtp_config.num_nextn_predict_layers = 8, but text_config.num_mtp_layers = 7"
+    ):
+        inkling_config.to_model(changed(both, "text_config.num_mtp_layers", 7), True)
 
 
 @pytest.mark.parametrize(

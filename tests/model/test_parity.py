@@ -10,31 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from inkling_oracle import NUM_SLOTS, inkling_model, inputs_of, oracle_logits, oracle_of, tensors_of
+from inkling_oracle import NUM_SLOTS, inkling_model, inputs_of, oracle_logits, oracle_of, tensors_of, tree_of
 from transformers.models.inkling import modeling_inkling
 
 from tml import checkpoint
 from tml.codec.video import CLIP_MEAN, CLIP_STD
-from tml.config import ModelConfig
-from tml.export import inkling_layout
 from tml.export.inkling_import import import_folder
 from tml.microturn import Kind
 from tml.model import embed, transformer
-from tml.params import abstract_params, map_specs, spec_leaves
+from tml.params import abstract_params
 
 MODEL = inkling_model()
-
-
-def tree_of(tensors: dict[str, np.ndarray], model: ModelConfig) -> dict:
-    """All of our parameters; every step is linear, so that it maps gradients as it maps weights."""
-    specs = transformer.specs(model)
-    ours = {path: np.full(spec.shape, np.nan, np.float32) for path, spec in spec_leaves(specs)}
-    layout = inkling_layout.tensors(model)
-    assert {tensor.name: tensor.shape for tensor in layout} == {name: x.shape for name, x in tensors.items()}
-    for tensor in layout:
-        for part in tensor.parts:
-            ours[part.path][part.index] = part.to_ours(tensors[tensor.name][tensor.rows(part)])
-    return jax.tree.unflatten(jax.tree.structure(map_specs(lambda spec: 0, specs)), ours.values())
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Configuration of the network: the Inkling backbone and its audio and video inputs."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tml.config.checks import check_at_most, check_multiple, check_not_negative, check_positive
 
@@ -47,6 +47,24 @@ class ExpertDispatch(enum.StrEnum):
     """Tokens of the expert group come to every device, which runs its own experts; the sums are scattered back."""
     RAGGED_ALL_TO_ALL = "ragged_all_to_all"
     """Each copy goes to the device of its expert and comes back."""
+
+
+class MtpChain(enum.StrEnum):
+    """What a block of multi-token prediction hands to the head and to the next block."""
+
+    NORMED = "normed"
+    """Its output through a norm that all blocks share (`chain_hidden_post_norm`)."""
+    RAW = "raw"
+    """Its output as it is."""
+
+
+class MtpEmbedding(enum.StrEnum):
+    """What a block of multi-token prediction is told of the position that lies ahead."""
+
+    RAW = "raw"
+    """The token's row of the table, not normed; a placeholder's where sound or a picture stands (transformers)."""
+    INPUT = "input"
+    """The network's own input there: the normed row, or the vector of the sound or picture (vLLM)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +199,29 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MtpConfig:
+    """Multi-token prediction: blocks after the last layer, of which block k predicts k + 1 targets further ahead.
+
+    They are layers with a dense MLP, share tables and head with the network, and run in training only.
+    """
+
+    num_blocks: int = 0
+    global_blocks: tuple[int, ...] = ()
+    """Blocks, counted from 0, whose attention is global; the others slide."""
+    chain: MtpChain = MtpChain.NORMED
+    embedding: MtpEmbedding = MtpEmbedding.RAW
+
+    def __post_init__(self) -> None:
+        check_not_negative("model.mtp", num_blocks=self.num_blocks)
+        outside = [block for block in self.global_blocks if not 0 <= block < self.num_blocks]
+        if outside:
+            raise ValueError(
+                f"model.mtp.global_blocks names blocks {outside}, but model.mtp.num_blocks = {self.num_blocks}; "
+                f"blocks are counted from 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The whole network. Layers are counted from 0; a layer is sliding unless listed in `global_layers`."""
 
@@ -200,6 +241,7 @@ class ModelConfig:
     remat: Remat = Remat.NONE
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
 
@@ -230,6 +272,11 @@ class ModelConfig:
     def num_logits(self) -> int:
         """Entries of the logits: the vocabulary without its padding."""
         return self.unpadded_vocab_size or self.vocab_size
+
+    @property
+    def streamed(self) -> "ModelConfig":
+        """The network of live sessions: without blocks of multi-token prediction."""
+        return replace(self, mtp=MtpConfig())
 
 
 def check_platform(model: ModelConfig, platform: str) -> None:

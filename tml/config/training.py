@@ -17,6 +17,8 @@ class LossConfig:
     document_weight: float = 1.0
     heard_weight: float = 0.0
     """Of the words of the user, predicted where they end, in sessions that know them."""
+    mtp_weight: float = 0.1
+    """Weight of multi-token prediction, the mean over its blocks, beside the rest (DeepSeek-V3, equation 25)."""
     z_loss_weight: float = 0.0
     """Weight of logsumexp(logits)^2 (PaLM, section 5)."""
     chunk_positions: int = 0

@@ -10,7 +10,7 @@ bundle.json           format, config hash, checksums; written last, so that half
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -43,8 +43,8 @@ class Model:
     """Everything that streaming needs.
 
     Attributes:
-        experiment: the config it was trained with.
-        params: the parameters.
+        experiment: the config it was trained with, but for blocks of multi-token prediction.
+        params: the parameters, without those of such blocks.
         tokenizer: the tokenizer.
     """
 
@@ -59,7 +59,7 @@ class Model:
 
 
 def open_model(folder: Path, step: int | None = None) -> Model:
-    """Reads a bundle, or the newest (or given) checkpoint of a run folder.
+    """Reads a bundle, or the newest (or given) checkpoint of a run folder, for streaming.
 
     Raises:
         BundleError: neither of the two, or a step of a bundle.
@@ -76,8 +76,12 @@ def open_model(folder: Path, step: int | None = None) -> Model:
             f"{folder} is neither a bundle (no {MARKER}) nor a run folder (no {checkpoint.FOLDER}); "
             f"train with --workdir={folder} first, or name another folder"
         )
-    experiment, params = checkpoint.restore(folder, step)
-    return Model(experiment=experiment, params=params, tokenizer=_load_tokenizer(folder))
+    trained, params = checkpoint.restore(folder, step)
+    experiment = replace(trained, model=trained.model.streamed)
+    names = transformer.specs(experiment.model)
+    return Model(
+        experiment=experiment, params={name: params[name] for name in names}, tokenizer=_load_tokenizer(folder)
+    )
 
 
 def save(model: Model, folder: Path) -> None:

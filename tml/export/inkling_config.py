@@ -8,7 +8,7 @@ Two spellings are read: that of the published checkpoints (`dense_intermediate_s
 from collections.abc import Mapping
 from typing import Any
 
-from tml.config import ModelConfig, to_mapping
+from tml.config import ModelConfig, MtpChain, to_mapping
 from tml.config.tree import from_mapping
 from tml.export import tile_folds
 
@@ -100,7 +100,7 @@ SPECIAL: dict[str, tuple[str, ...]] = {
     "vision_config": ("n_layers",),
     "mtp_config": ("num_nextn_predict_layers", "local_layer_ids", "chain_hidden_post_norm"),
 }
-"""Keys that are read by a rule of their own; those of `mtp_config` describe what an import leaves out."""
+"""Keys that are read by a rule of their own."""
 
 FREE: dict[str, tuple[str, ...]] = {
     "": (
@@ -169,11 +169,21 @@ def published(config: Json) -> dict[str, dict[str, Any]]:
     if "moe_intermediate_size" in text and "dense_intermediate_size" not in text:
         text["dense_intermediate_size"] = text.get("intermediate_size")
         text["intermediate_size"] = text.pop("moe_intermediate_size")
-    moved = {key: text.pop(other) for other, key in MOVED_TO_MTP.items() if other in text}
-    sections["mtp_config"] = {**moved, **sections["mtp_config"]}
+    for other, key in MOVED_TO_MTP.items():
+        _merge_mtp(sections["mtp_config"], key, other, text.pop(other, None))
     _merge(text, "local_layer_ids", "layer_types", _sliding_layers)
     _merge(text, "dense_mlp_idx", "mlp_layer_types", _dense_layers)
     return sections
+
+
+def _merge_mtp(mtp: dict[str, Any], key: str, other: str, value: Any) -> None:
+    """Adds to the section what the text config has under `other`, if it has anything."""
+    if value is None:
+        return
+    stated = mtp.get(key)
+    if stated is not None and stated != value:
+        raise ValueError(f"mtp_config.{key} = {stated}, but text_config.{other} = {value}; make them agree")
+    mtp[key] = value
 
 
 def _merge(text: dict[str, Any], key: str, other: str, read: Any) -> None:
@@ -201,11 +211,6 @@ def _dense_layers(kinds: list[str]) -> int:
             f"text_config.mlp_layer_types = {kinds}, but dense layers can only be the first ones, followed by 'sparse'"
         )
     return first
-
-
-def has_mtp(config: Json) -> bool:
-    """Whether the checkpoint has blocks of multi-token prediction."""
-    return bool(published(config)["mtp_config"].get("num_nextn_predict_layers"))
 
 
 def to_model(config: Json, has_tower: bool, max_tiles_per_turn: int = 1) -> ModelConfig:
@@ -237,6 +242,7 @@ def to_model(config: Json, has_tower: bool, max_tiles_per_turn: int = 1) -> Mode
         model["attention"]["log_scaling_rate"] = 0.0
     model["unpadded_vocab_size"] = text.get("unpadded_vocab_size") or 0
     model["global_layers"] = _global_layers(text)
+    model["mtp"] |= _blocks_ahead(sections["mtp_config"])
     for key, field in (("dmel_min_value", "level_low"), ("dmel_max_value", "level_high")):
         model["audio"][field] = audio.get(key, model["audio"][field])
     if has_tower:
@@ -279,6 +285,12 @@ def from_model(model: ModelConfig, kept: Json) -> dict[str, Any]:
         text["log_scaling_n_floor"] = None
     sections["audio_config"] |= {"dmel_min_value": model.audio.level_low, "dmel_max_value": model.audio.level_high}
     sections["vision_config"]["n_layers"] = len(model.video.fold_px) + 1
+    if model.mtp.num_blocks:
+        sections["mtp_config"] |= {
+            "num_nextn_predict_layers": model.mtp.num_blocks,
+            "local_layer_ids": [block for block in range(model.mtp.num_blocks) if block not in model.mtp.global_blocks],
+            "chain_hidden_post_norm": model.mtp.chain is MtpChain.NORMED,
+        }
     top = sections.pop("")
     return {**top, **{name: section for name, section in sections.items() if section}}
 
@@ -332,6 +344,29 @@ def _global_layers(text: Json) -> tuple[int, ...]:
     if sliding is None:
         return tuple(range(5, num_layers, 6))
     return tuple(layer for layer in range(num_layers) if layer not in sliding)
+
+
+def _blocks_ahead(mtp: Json) -> dict[str, Any]:
+    """The fields of `model.mtp` that config.json states; by default every block is global (transformers)."""
+    num_blocks, sliding = mtp.get("num_nextn_predict_layers") or 0, mtp.get("local_layer_ids") or []
+    is_normed = mtp.get("chain_hidden_post_norm", False)
+    if not isinstance(num_blocks, int):
+        raise ValueError(f"config.json: mtp_config.num_nextn_predict_layers = {num_blocks!r} must be a whole number")
+    if not isinstance(is_normed, bool):
+        raise ValueError(f"config.json has mtp_config.chain_hidden_post_norm = {is_normed!r}, but it must be a bool")
+    outside = [block for block in sliding if block not in range(num_blocks)]
+    if outside:
+        raise ValueError(
+            f"config.json has mtp_config.local_layer_ids = {sliding}, but num_nextn_predict_layers = {num_blocks}: "
+            f"there is no block {outside[0]}"
+        )
+    if not num_blocks:
+        return {}
+    return {
+        "num_blocks": num_blocks,
+        "global_blocks": tuple(block for block in range(num_blocks) if block not in sliding),
+        "chain": (MtpChain.NORMED if is_normed else MtpChain.RAW).value,
+    }
 
 
 def _set(model: dict[str, Any], path: str, value: Any) -> None:

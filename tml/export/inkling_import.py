@@ -1,14 +1,13 @@
 """Brings a folder of Inkling's published layout in as a checkpoint of ours, a few rows of a tensor at a time.
 
-The run folder gets, in this order: what is needed for the way back (`inkling/`), with the names of the tensors
-that are left out because this network has no multi-token prediction (`inkling/left_out.txt`), the tokenizer if there
-is one, the resolved config, and last the checkpoint, whose being there says that the import is whole.
+The run folder gets, in this order: what is needed for the way back (`inkling/`), the tokenizer if there is one, the
+resolved config, and last the checkpoint, whose being there says that the import is whole.
 """
 
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
@@ -29,11 +28,12 @@ PIECE_BYTES = 64 * 2**20
 """Rows that can be rearranged alone are taken so many at a time."""
 
 MTP = "model.mtp."
-"""Names of the blocks of multi-token prediction begin so; this network has none, so imports leave them out."""
+"""Names of the blocks of multi-token prediction begin so."""
+WITHOUT_MTP = "; a checkpoint without these blocks, as transformers saves them, needs num_nextn_predict_layers = 0"
 
 KEEPSAKE = "inkling"
 """Folder of a run folder with what the network does not need and an export gives back."""
-CONFIG, STORED, LEFT_OUT = "config.json", "stored.json", "left_out.txt"
+CONFIG, STORED = "config.json", "stored.json"
 TOKENIZER = "tokenizer.json"
 SIDE_FILES = (
     TOKENIZER,
@@ -67,8 +67,7 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int = 1) -> E
     has_tower = any(name.startswith("model.visual.") for name in source.tensors)
     model = inkling_config.to_model(config, has_tower, max_tiles_per_turn)
     layout = inkling_layout.tensors(model)
-    left_out = names_left_out(source, config)
-    check_tensors(layout, source, left_out)
+    check_tensors(layout, source)
     tokenizer = workdir / "tokenizer" / TOKENIZER if (folder / TOKENIZER).is_file() else None
     text = TextConfig(tokenizer=str(tokenizer or ""))
     experiment = Experiment(name=folder.resolve().name, model=model, text=text)
@@ -76,7 +75,6 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int = 1) -> E
         _refuse_another(source, workdir, experiment)
         return experiment
     _keep(source, workdir / KEEPSAKE)
-    (workdir / KEEPSAKE / LEFT_OUT).write_text("".join(f"{name}\n" for name in left_out))
     if tokenizer:
         tokenizer.parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / TOKENIZER, tokenizer)
@@ -104,19 +102,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def names_left_out(source: TensorFolder, config: Mapping[str, Any]) -> list[str]:
-    """The tensors that are not imported: blocks of multi-token prediction, if config.json has them."""
-    return sorted(name for name in source.tensors if name.startswith(MTP)) if inkling_config.has_mtp(config) else []
-
-
-def check_tensors(layout: Sequence[Tensor], source: TensorFolder, left_out: Sequence[str]) -> None:
-    """Compares names and shapes with what config.json asks for, but for what is left out.
+def check_tensors(layout: Sequence[Tensor], source: TensorFolder) -> None:
+    """Compares names and shapes with what config.json asks for.
 
     Raises:
         ValueError: a tensor too many, too few, or of another shape.
     """
     wanted = {tensor.name: tensor.shape for tensor in layout}
-    found = {name: stored.shape for name, stored in source.tensors.items() if name not in left_out}
+    found = {name: stored.shape for name, stored in source.tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) == found.get(name):
             continue
@@ -124,7 +117,7 @@ def check_tensors(layout: Sequence[Tensor], source: TensorFolder, left_out: Sequ
             raise ValueError(f"{source.folder} holds {name} {found[name]}, which its config.json does not ask for")
         raise ValueError(
             f"{source.folder}: {name} has shape {found.get(name, 'none: it is missing')}, "
-            f"its config.json asks for {wanted[name]}"
+            f"its config.json asks for {wanted[name]}{WITHOUT_MTP if name.startswith(MTP) else ''}"
         )
 
 

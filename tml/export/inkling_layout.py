@@ -9,7 +9,7 @@ rearrangement is one einops pattern, read in both directions. What differs other
 - the routers of routed and of shared experts are one tensor, rows of the former first.
 
 Source: the tensors of thinkingmachines/Inkling-Small as transformers 5.23 reads and writes them
-(`conversion_mapping.py`, "inkling_mm_model").
+(`conversion_mapping.py`, "inkling_mm_model" and "MtpModel").
 """
 
 import math
@@ -21,7 +21,7 @@ from types import EllipsisType
 import einops
 import numpy as np
 
-from tml.config import ModelConfig
+from tml.config import ModelConfig, MtpChain, MtpConfig
 from tml.model import transformer
 from tml.params import ParamSpec, spec_leaves
 
@@ -69,6 +69,13 @@ OUTSIDE: Patterns = {
     "model.audio.encoder.weight": {"embed/audio/table": "(M Q) D"},
     "model.audio.final_norm.weight": {"embed/audio/norm": "D"},
 }
+
+AHEAD: Patterns = {
+    "hidden_norm.weight": {"hidden_norm": "D"},
+    "embed_norm.weight": {"embed_norm": "D"},
+    "input_proj.weight": {"input_proj": "D I"},
+}
+"""What a block of multi-token prediction has besides its layer; the halves of I are hidden, then embedding."""
 
 FLOAT32_NAMES = re.compile(r".*(sconv\.weight|mlp\.gate\.(bias|global_scale))")
 """What engines compute in float32 whatever the rest is stored in (`_keep_in_fp32_modules_strict` of transformers)."""
@@ -151,6 +158,7 @@ def tensors(model: ModelConfig) -> tuple[Tensor, ...]:
                 prefix, ours = f"model.llm.layers.{layer}.", f"stages/{number}/{place}/"
                 found += [_tensor(prefix + name, parts, ours, repeat, specs) for name, parts in table.items()]
                 layer += 1
+    found += [_tensor(name, parts, "", ..., specs) for name, parts in _ahead(model.mtp).items()]
     if model.video.max_tiles_per_turn:
         found += [_tensor(name, parts, "", ..., specs) for name, parts in _tower(len(model.video.fold_px)).items()]
     assert_whole(found, specs)
@@ -160,6 +168,21 @@ def tensors(model: ModelConfig) -> tuple[Tensor, ...]:
 def names(model: ModelConfig) -> list[str]:
     """The names of a model's tensors."""
     return [tensor.name for tensor in tensors(model)]
+
+
+def _ahead(mtp: MtpConfig) -> Patterns:
+    """Multi-token prediction: the blocks, and the norm that they share if there is one."""
+    layer = {f"transformer_block.{name}": parts for name, parts in {**ATTENTION, **MLP, **DENSE}.items()}
+    rows: dict[str, Mapping[str, str]] = {}
+    for number in range(mtp.num_blocks):
+        ours = f"mtp/blocks/{number}/"
+        for name, parts in AHEAD.items():
+            rows[f"model.mtp.layers.{number}.{name}"] = {ours + path: axes for path, axes in parts.items()}
+        for name, parts in layer.items():
+            rows[f"model.mtp.layers.{number}.{name}"] = {f"{ours}layer/{path}": axes for path, axes in parts.items()}
+    if mtp.num_blocks and mtp.chain is MtpChain.NORMED:
+        rows["model.mtp.chain_norm.weight"] = {"mtp/chain_norm": "D"}
+    return rows
 
 
 def _tower(last: int) -> Patterns:

@@ -58,8 +58,7 @@ def embed(
 ) -> Float[Array, "B S D"]:
     """One vector for every position, by its kind (see `tml.batch.Batch` for the arguments)."""
     dtype = compute_dtype(cfg)
-    x_BSD = look_up(params["tokens"]["table"].astype(dtype), tokens_BS, mesh)
-    x_BSD = rms_norm(x_BSD, params["tokens"]["norm"], cfg.norm_eps)
+    x_BSD = rms_norm(token_rows(params, tokens_BS, cfg, mesh), params["tokens"]["norm"], cfg.norm_eps)
     audio_BSD = embed_audio(params["audio"], levels_BSM, cfg.audio, cfg.norm_eps, dtype)
     x_BSD = jnp.where((kinds_BS == Kind.AUDIO)[:, :, None], audio_BSD, x_BSD)
     if "video" in params and tiles_BP.shape[1]:
@@ -67,6 +66,13 @@ def embed(
         video_BSD = jnp.take_along_axis(video_BPD, tile_index_BS[:, :, None], axis=1)
         x_BSD = jnp.where((kinds_BS == Kind.TILE)[:, :, None], video_BSD, x_BSD)
     return x_BSD
+
+
+def token_rows(
+    params: Mapping[str, PyTree], tokens_BS: Int32[Array, "B S"], cfg: ModelConfig, mesh: MeshConfig
+) -> Float[Array, "B S D"]:
+    """The tokens' rows of the table, not normed."""
+    return look_up(params["tokens"]["table"].astype(compute_dtype(cfg)), tokens_BS, mesh)
 
 
 def look_up(table_VD: Float[Array, "v D"], tokens_BS: Int32[Array, "B S"], mesh: MeshConfig) -> Float[Array, "B S D"]:

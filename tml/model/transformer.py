@@ -1,6 +1,7 @@
 """The whole network over training rows: embeddings, a stack scanned over its repeating groups of layers, the head."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import MeshConfig, ModelConfig, Remat
-from tml.model import block, embed, moe
+from tml.config import MeshConfig, ModelConfig, MtpEmbedding, Remat
+from tml.model import block, embed, moe, mtp
 from tml.model.block import LayerKind
 from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
@@ -36,10 +37,13 @@ class Hidden:
     Attributes:
         h_BSD: inputs of the unembedding: normed and divided by the muP divisor.
         load: copies routed to each expert and copies dropped, a row a mixture layer.
+        ahead: the same as `h_BSD` from every block of multi-token prediction: the k-th is about the target k + 1
+            places ahead.
     """
 
     h_BSD: Leaf
     load: moe.Load
+    ahead: tuple[Leaf, ...]
 
 
 @flax.struct.dataclass
@@ -81,13 +85,14 @@ def layer_stages(cfg: ModelConfig) -> tuple[Stage, ...]:
 
 def specs(cfg: ModelConfig) -> dict[str, PyTree]:
     """Every parameter of the network. The layers of a stage are stacked along a leading L axis."""
-    return {
+    tree = {
         "embed": embed.specs(cfg),
         "stages": [
             [stack(block.specs(kind, cfg), stage.repeats) for kind in stage.kinds] for stage in layer_stages(cfg)
         ],
         **head_specs(cfg),
     }
+    return {**tree, "mtp": mtp.specs(cfg)} if cfg.mtp.num_blocks else tree
 
 
 def head_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
@@ -117,10 +122,19 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
             mesh,
         )
     functions = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg, mesh)
-    x_BSD, _, load = run_layers(params["stages"], x_BSD, None, functions, cfg, mesh)
+    last_BSD, _, load = run_layers(params["stages"], x_BSD, None, functions, cfg, mesh)
     with jax.named_scope("head"):
-        norm_D = gather_params(params["norm"], head_specs(cfg)["norm"], mesh, x_BSD.dtype)
-        return Hidden(h_BSD=head_input(norm_D, x_BSD, cfg), load=load)
+        norm_D = gather_params(params["norm"], head_specs(cfg)["norm"], mesh, last_BSD.dtype)
+        h_BSD = head_input(norm_D, last_BSD, cfg)
+    if "mtp" not in params:
+        return Hidden(h_BSD=h_BSD, load=load, ahead=())
+    with jax.named_scope("mtp"):
+        is_input = cfg.mtp.embedding is MtpEmbedding.INPUT
+        told_BSD = x_BSD if is_input else embed.token_rows(embed_params, batch.tokens_BS, cfg, mesh)
+        normed_BSD = rms_norm(last_BSD, norm_D, cfg.norm_eps)
+        wrap = functools.partial(recomputed, cfg=cfg, mesh=mesh)
+        ahead = mtp.apply(params["mtp"], normed_BSD, told_BSD, functions, wrap, cfg, mesh)
+        return Hidden(h_BSD=h_BSD, load=load, ahead=ahead)
 
 
 def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outputs:
@@ -200,9 +214,14 @@ def _layer(
             params = gather_params(params, block.specs(kind, cfg), mesh, embed.compute_dtype(cfg), split_experts)
         return block.apply(params, x, state, kind, functions, cfg)
 
+    return recomputed(run, cfg, mesh)(params, x)
+
+
+def recomputed(run: Callable, cfg: ModelConfig, mesh: MeshConfig) -> Callable:
+    """A layer's function, of which the backward pass recomputes what `model.remat` says."""
     if cfg.remat is Remat.LAYER:
-        return jax.checkpoint(run)(params, x)
-    return run(params, x) if mesh.num_devices == 1 else jax.checkpoint(run, policy=is_no_weight)(params, x)
+        return jax.checkpoint(run)
+    return run if mesh.num_devices == 1 else jax.checkpoint(run, policy=is_no_weight)
 
 
 def is_no_weight(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -99,6 +99,28 @@ def with_halo(part: jax.Array, num_slots: int, fill: int, mesh: MeshConfig) -> j
     return jnp.concatenate(pieces, axis=1)
 
 
+def with_next(part: jax.Array, num_slots: int, fill: int, mesh: MeshConfig) -> jax.Array:
+    """Puts the `num_slots` slots that follow this device's behind them; `fill` stands after the row's end.
+
+    Args:
+        part: this device's slots of every row, along axis 1.
+        num_slots: how far ahead; it may reach over several devices.
+        fill: what stands where no device follows.
+        mesh: sizes of the axes; slots are split over `context`.
+    """
+    size, local = mesh.context, part.shape[1]
+    index = index_along("context", mesh)
+    pieces, missing, hop = [part], num_slots, 1
+    while missing:
+        count = min(missing, local)
+        piece = part[:, :count]
+        if hop < size:
+            piece = jax.lax.ppermute(piece, "context", [(place + hop, place) for place in range(size - hop)])
+        pieces.append(jnp.where(index < size - hop, piece, jnp.full_like(piece, fill)))
+        missing, hop = missing - count, hop + 1
+    return jnp.concatenate(pieces, axis=1)
+
+
 def swap_split(part: jax.Array, split: int, whole: int) -> jax.Array:
     """Splits axis `split`, until now whole, over `context`, and makes axis `whole` whole."""
     return jax.lax.all_to_all(part, "context", split_axis=split, concat_axis=whole, tiled=True)

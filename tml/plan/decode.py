@@ -64,7 +64,8 @@ class DecodePlan:
 
     def numbers(self) -> dict[str, Any]:
         """Everything as plain values."""
-        whole = param_table(transformer.specs(self.experiment.model), self.experiment.model)[-1]
+        model = self.experiment.model.streamed
+        whole = param_table(transformer.specs(model), model)[-1]
         found = self.estimated
         numbers: dict[str, Any] = {
             "experiment": self.experiment.name,

@@ -108,7 +108,7 @@ def compile_decode_step(experiment: Experiment, mesh: Mesh, topology: Topology, 
 
 def served_params(experiment: Experiment, mesh: Mesh) -> PyTree:
     """Parameters as a server keeps them: matrices and vocabulary tables in the compute dtype, the rest in float32."""
-    specs, dtype = transformer.specs(experiment.model), embed.compute_dtype(experiment.model)
+    specs, dtype = transformer.specs(experiment.model.streamed), embed.compute_dtype(experiment.model)
 
     def place(spec: ParamSpec, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         is_large = spec.update is Update.MATRIX or "V" in spec.axes

@@ -131,7 +131,8 @@ class TrainPlan:
 
 MFU_CONVENTION = (
     "model FLOPs a row = 6 N S + 12 heads head_dim span a layer; N = parameters that a position multiplies; span = "
-    "S^2/2 on global layers, S w - w^2/2 on sliding ones; no recomputation, no image tower"
+    "S^2/2 on global layers, S w - w^2/2 on sliding ones; blocks of multi-token prediction are layers, each with the "
+    "unembedding once more; no recomputation, no image tower"
 )
 
 
