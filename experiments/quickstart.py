@@ -3,7 +3,7 @@
 Question: does a tiny interaction model learn, from synthetic speech alone, to answer a spoken
 request at the right moment, in micro-turns of 200 ms?
 
-Cost: 1,800 steps of 0.2 to 0.3 s on two cores, and about five minutes of installation, preparation, compiling and
+Cost: 1,600 steps of 0.2 to 0.3 s on two cores, and about five minutes of installation, preparation, compiling and
 evaluation.
 Expected: see experiments/README.md.
 
@@ -62,9 +62,11 @@ def get_config() -> ConfigDict:
                 row_slots=320,
                 rows_per_batch=6,
             ),
-            loss=LossConfig(speak_weight=6.0, heard_weight=3.0),
+            loss=LossConfig(speak_weight=5.0, heard_weight=3.0),
             optim=OptimConfig(peak_lr=6e-3, muon_momentum=0.8, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(num_steps=1_800, log_every=50, eval_every=600, eval_batches=32, checkpoint_every=600),
+            train=TrainConfig(
+                num_steps=1_600, concurrent_parts=2, log_every=50, eval_every=800, eval_batches=32, checkpoint_every=400
+            ),
             evaluation=EvaluationConfig(sessions="data/quickstart/heldout"),
         )
     )

@@ -64,17 +64,17 @@ class Split(NamedTuple):
         name: its name in the config.
         size: its size.
         axes: the mesh axes that split it.
-        parts: what else divides it, with its name; gradient accumulation divides rows.
+        parts: what else divides it, by name; gradient accumulation divides rows.
     """
 
     name: str
     size: int
     axes: tuple[str, ...]
-    parts: tuple[str, int] = ("", 1)
+    parts: tuple[tuple[str, int], ...] = ()
 
     def divisor(self, mesh: MeshConfig) -> int:
         """What the size must be a multiple of."""
-        return mesh.product(self.axes) * self.parts[1]
+        return mesh.product(self.axes) * math.prod(count for _, count in self.parts)
 
 
 def check_splits(mesh: MeshConfig, splits: Sequence[Split]) -> None:
@@ -87,7 +87,7 @@ def check_splits(mesh: MeshConfig, splits: Sequence[Split]) -> None:
         divisor = split.divisor(mesh)
         if split.size % divisor:
             factors = [f"mesh.{axis} ({mesh.shape[axis]})" for axis in split.axes]
-            factors += [f"{split.parts[0]} ({split.parts[1]})"] if split.parts[0] else []
+            factors += [f"{name} ({count})" for name, count in split.parts if count > 1]
             raise ValueError(
                 f"{split.name} = {split.size} is not a multiple of {' * '.join(factors)} = {divisor}; "
                 f"the nearest valid value is {nearest_multiple(split.size, divisor)}; "
