@@ -1,5 +1,6 @@
 """The whole network over training rows: embeddings, a stack scanned over its repeating groups of layers, the head."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -152,36 +153,57 @@ def run_layers(
     """
     new_states: list[list[LayerState]] = []
     loads: list[moe.Load] = []
+    joins_runs = states is None and cfg.remat is not Remat.NONE
     for index, stage in enumerate(layer_stages(cfg)):
-        stage_states = None if states is None else states[index]
+        runs = [(kind, len(list(run))) for kind, run in itertools.groupby(stage.kinds)]
+        runs = runs if joins_runs else [(kind, 1) for kind in stage.kinds]
 
-        def group(x: jax.Array, layers: PyTree, kinds: tuple[LayerKind, ...] = stage.kinds) -> tuple[jax.Array, PyTree]:
-            group_params, group_states = layers
+        def group(x: jax.Array, layers: PyTree, runs: list[tuple[LayerKind, int]] = runs) -> tuple[jax.Array, PyTree]:
+            run_params, run_states = layers
             after, group_loads = [], []
-            for place, kind in enumerate(kinds):
-                state = None if group_states is None else group_states[place]
-                x, state, load = _layer(group_params[place], x, state, kind, functions, cfg, mesh)
+            for place, (kind, count) in enumerate(runs):
+
+                def layer(x: jax.Array, layer: PyTree, kind: LayerKind = kind) -> tuple[jax.Array, PyTree]:
+                    x, state, load = _layer(layer[0], x, layer[1], kind, functions, cfg, mesh)
+                    return x, (state, load)
+
+                of_run = run_params[place], None if run_states is None else run_states[place]
+                x, (state, load) = layer(x, of_run) if count == 1 else jax.lax.scan(layer, x, of_run)
                 after.append(state)
-                group_loads += [] if load is None else [load]
-            return x, (None if group_states is None else after, group_loads)
+                if load is not None:
+                    group_loads.append(load if count > 1 else _add_axis(load))
+            return x, (None if run_states is None else after, _join(group_loads) if group_loads else None)
 
+        layers = _stack_runs(stages[index], runs), None if states is None else states[index]
         if stage.repeats == 1:
-            x_BSD, results = group(x_BSD, jax.tree.map(lambda leaf: leaf[0], (stages[index], stage_states)))
-            results = jax.tree.map(lambda leaf: leaf[None], results)
+            x_BSD, results = group(x_BSD, jax.tree.map(lambda leaf: leaf[0], layers))
+            results = _add_axis(results)
         else:
-            x_BSD, results = jax.lax.scan(group, x_BSD, (stages[index], stage_states))
-        after, stage_loads = results
+            x_BSD, results = jax.lax.scan(group, x_BSD, layers)
+        after, load = results
         new_states.append(after)
-        if stage_loads:
+        if load is not None:
             # In the order of the layers: repetition by repetition, then place by place.
-            loads.append(jax.tree.map(lambda *places: _merge_axes(jnp.stack(places, axis=1)), *stage_loads))
+            loads.append(jax.tree.map(lambda x_LG: x_LG.reshape(-1, *x_LG.shape[2:]), load))
     none = moe.Load(jnp.zeros((0, cfg.moe.num_experts), jnp.float32), jnp.zeros(0, jnp.int32))
-    load = jax.tree.map(lambda *stages: jnp.concatenate(stages), *loads) if loads else none
-    return x_BSD, None if states is None else new_states, load
+    return x_BSD, None if states is None else new_states, _join(loads) if loads else none
 
 
-def _merge_axes(x_LG: jax.Array) -> jax.Array:
-    return x_LG.reshape(-1, *x_LG.shape[2:])
+def _stack_runs(places: list[PyTree], runs: list[tuple[LayerKind, int]]) -> list[PyTree]:
+    """Stacks, behind L, what equal layers in a row have, so that one loop runs them: a program with fewer layers."""
+    stacked, rest = [], iter(places)
+    for _, count in runs:
+        of_run = [next(rest) for _ in range(count)]
+        stacked.append(of_run[0] if count == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *of_run))
+    return stacked
+
+
+def _add_axis(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def _join(trees: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
 
 def _layer(

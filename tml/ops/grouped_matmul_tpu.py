@@ -26,10 +26,6 @@ def _padded(x: jax.Array, units: tuple[int, ...]) -> jax.Array:
     return jnp.pad(x, [(0, -size % unit) for size, unit in zip(x.shape, units, strict=True)])
 
 
-def _is_in_a_group(num_rows: int, group_sizes_E: jax.Array) -> jax.Array:
-    return (jnp.arange(num_rows) < jnp.sum(group_sizes_E))[:, None]
-
-
 def multiply_rows(
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E _ _"],
@@ -38,7 +34,7 @@ def multiply_rows(
     unit: int = LANES,
     interpret: bool = False,
 ) -> Float[Array, "R F"]:
-    """Every row times the matrix of its group (or its transpose), summed in float32; zero in rows of no group."""
+    """Every row times the matrix of its group (or its transpose), summed in float32; anything in rows of no group."""
     num_rows, width = x_RD.shape[0], w_EDF.shape[1 if is_transposed else 2]
     x, w = _padded(x_RD, (unit, unit)), _padded(w_EDF, (1, unit, unit))
     tiling = (
@@ -49,7 +45,7 @@ def multiply_rows(
     # Megablox mixes dtypes and ranks in its own arithmetic.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         out = gmm(x, w, group_sizes_E, x.dtype, tiling, transpose_rhs=is_transposed, interpret=interpret)
-    return jnp.where(_is_in_a_group(num_rows, group_sizes_E), out[:num_rows, :width], jnp.zeros((), out.dtype))
+    return out[:num_rows, :width]
 
 
 def multiply_groups(
