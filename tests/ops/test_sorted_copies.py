@@ -14,7 +14,7 @@ from tml.ops.sorted_copies import BLOCK_TOKENS, rows_of_tokens, sort_copies, sum
 EXPERTS, CHOICES = 5, 2
 SUMS = {
     "reference": sums_of_groups_reference,
-    "megablox": functools.partial(grouped_matmul_tpu.multiply_groups, unit=8, interpret=True),
+    "TPU": functools.partial(grouped_matmul_tpu.multiply_groups, unit=8, interpret=True),
 }
 
 

@@ -14,10 +14,14 @@ class ComputeDtype(enum.StrEnum):
 
 
 class Remat(enum.StrEnum):
-    """What the backward pass recomputes: nothing, or every layer from its input."""
+    """What the backward pass recomputes. Where it recomputes anything, equal layers in a row run as one loop."""
 
     NONE = "none"
+    """Nothing."""
+    EXPERTS = "experts"
+    """Routed experts, and what is no matmul: results of attention and of all other matmuls are kept."""
     LAYER = "layer"
+    """Every layer from its input."""
 
 
 class AttentionBackend(enum.StrEnum):

@@ -1,5 +1,6 @@
 """The attention sub-layer: projections, short convolutions of keys and values, per-head norms, relative bias."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float
 
 from tml.config import ModelConfig
 from tml.model.layer_functions import LayerFunctions, LayerState, log_length_scale
+from tml.model.remat import kept
 from tml.ops.norm import rms_norm
 from tml.params import ParamSpec, PyTree, Update, param, scale, taps
 
@@ -48,22 +50,27 @@ def apply(
 ) -> tuple[Float[Array, "B S D"], LayerState | None]:
     """Attends; logits are q.k / head_dim + bias, because q and k are normed per head (so 1/d, not 1/sqrt(d))."""
     dtype, eps, head_dim = h_BSD.dtype, cfg.norm_eps, cfg.attention.head_dim
-    q_BSNH = jnp.einsum("BSD,DNH->BSNH", h_BSD, params["q"].astype(dtype))
-    r_BSNJ = jnp.einsum("BSD,DNJ->BSNJ", h_BSD, params["r"].astype(dtype))
-    kv_shape = (*h_BSD.shape[:2], *params["k"].shape[1:])
-    convolved = {}
+    # Heads are joined in the matmuls and in what is kept of them: an axis of 16 would be stored as one of 128 lanes.
+    flat = {name: kept(h_BSD @ _joined(params[name].astype(dtype), 1)) for name in ("q", "k", "v", "r")}
     for name in ("k", "v"):
-        flat = h_BSD @ params[name].astype(dtype).reshape(h_BSD.shape[-1], -1)
         taps_YD = params[f"{name}_conv"].reshape(cfg.conv_taps, -1)
-        flat, state = functions.conv(name, flat, taps_YD, state)
-        convolved[name] = flat.reshape(kv_shape)
+        flat[name], state = functions.conv(name, flat[name], taps_YD, state)
+    q_BSNH, k_BSKH, v_BSKH, r_BSNJ = (
+        flat[name].reshape(*h_BSD.shape[:2], *params[name].shape[1:]) for name in ("q", "k", "v", "r")
+    )
     q_BSNH = rms_norm(q_BSNH, params["q_norm"], eps)
-    k_BSKH = rms_norm(convolved["k"], params["k_norm"], eps)
+    k_BSKH = rms_norm(k_BSKH, params["k_norm"], eps)
     if is_global:
         tau_BS11 = log_length_scale(functions.positions, cfg.attention)[:, :, None, None]
         q_BSNH = (q_BSNH.astype(jnp.float32) * tau_BS11).astype(dtype)
         r_BSNJ = (r_BSNJ.astype(jnp.float32) * tau_BS11).astype(dtype)
     bias = r_BSNJ, params["profiles"].astype(dtype)
     with jax.named_scope("attend"):
-        out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias, state)
-    return functions.add_shards(jnp.einsum("BSNH,NHD->BSD", out_BSNH, params["o"].astype(dtype))), state
+        out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, v_BSKH, bias, state)
+    out_BSD = out_BSNH.reshape(*h_BSD.shape[:2], -1) @ _joined(params["o"].astype(dtype), 2)
+    return kept(functions.add_shards(out_BSD)), state
+
+
+def _joined(weights: jax.Array, num_rows: int) -> jax.Array:
+    """A weight as a matrix whose rows are its first axes, `num_rows` of them, and whose columns are the others."""
+    return weights.reshape(math.prod(weights.shape[:num_rows]), -1)

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int32
 from tml.config import ExpertDispatch, MatmulBackend, MeshConfig, MoEConfig
 from tml.ops.collectives import index_along
 from tml.ops.grouped_matmul import (
-    KERNELS,
     block_matmul,
     collect,
     dispatch,
     grouped_matmul,
+    kernels_of,
     multiply_groups_of_rows,
     plan_blocks,
 )
@@ -84,7 +84,7 @@ def sorted_experts(
 ) -> Dispatched:
     """All experts are here: copies sorted by expert, so that cost follows active experts."""
     if cfg.backend != MatmulBackend.BLOCKED:
-        return kernel_experts(weights, h_TD, gates_TK, experts_TK, experts_TK.size, cfg)
+        return kernel_experts(weights, h_TD, gates_TK, experts_TK, experts_TK.size, experts_TK.size, cfg)
     plan = plan_blocks(experts_TK, cfg.num_experts, cfg.block_rows)
     down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
     return Dispatched(jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1), jnp.int32(0))
@@ -96,6 +96,7 @@ def kernel_experts(
     gates_TK: Float[Array, "t k"],
     experts_TK: Int32[Array, "t k"],
     num_rows: int,
+    usual_rows: int,
     cfg: MoEConfig,
 ) -> Dispatched:
     """The experts here on their copies, at most `num_rows` of them, by a platform's kernels.
@@ -109,9 +110,10 @@ def kernel_experts(
         gates_TK: gate of each choice.
         experts_TK: which of the experts here; negative for those that are elsewhere.
         num_rows: copies that find room.
+        usual_rows: copies at balanced load, for the stated cost.
         cfg: the experts.
     """
-    kernels = KERNELS[MatmulBackend(cfg.backend)]
+    kernels = kernels_of(MatmulBackend(cfg.backend), usual_rows)
     plan, gate_R = sort_copies(experts_TK, gates_TK, weights["down"].shape[0], num_rows)
     x_RD = rows_of_tokens(kernels.groups, h_TD, plan)
     both_RF = multiply_groups_of_rows(kernels, False, x_RD, _fused(weights["gate_up"]), plan.group_sizes_E)
@@ -142,8 +144,9 @@ def ring_experts(
     place_TK = experts_TK - index_along(AXIS, mesh) * num_local
     is_here_TK = (place_TK >= 0) & (place_TK < num_local)
     if cfg.backend != MatmulBackend.BLOCKED:
-        num_rows = buffer_rows(experts_TK.size // mesh.expert, cfg, mesh)
-        here = kernel_experts(weights, h_TD, gates_TK, jnp.where(is_here_TK, place_TK, -1), num_rows, cfg)
+        balanced = experts_TK.size // mesh.expert
+        num_rows, place_TK = buffer_rows(balanced, cfg, mesh), jnp.where(is_here_TK, place_TK, -1)
+        here = kernel_experts(weights, h_TD, gates_TK, place_TK, num_rows, balanced, cfg)
         return here._replace(out_TD=jax.lax.psum_scatter(here.out_TD, AXIS, scatter_dimension=0, tiled=True))
     num_blocks = buffer_blocks(experts_TK.size // mesh.expert, cfg, mesh)
     plan = plan_blocks(jnp.where(is_here_TK, place_TK, -1), num_local, cfg.block_rows, num_blocks)

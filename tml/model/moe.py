@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from tml.config import ModelConfig, MoEConfig
 from tml.model.expert_dispatch import ExpertFunction
+from tml.model.remat import kept
 from tml.params import Init, ParamSpec, PyTree, Update, param, scale
 
 
@@ -59,9 +60,9 @@ def apply_dense(
     """(silu(gate) * up) down, times a learned scalar; `add_shards` sums over the devices that split F."""
     dtype = h_BSD.dtype
     gate_up_DZF = params["gate_up"].astype(dtype)
-    gate, up = jnp.split(h_BSD @ gate_up_DZF.reshape(gate_up_DZF.shape[0], -1), 2, axis=-1)
+    gate, up = jnp.split(kept(h_BSD @ gate_up_DZF.reshape(gate_up_DZF.shape[0], -1)), 2, axis=-1)
     hidden = jax.nn.silu(gate) * up
-    return add_shards(hidden @ params["down"].astype(dtype)) * params["scale"].astype(dtype)
+    return kept(add_shards(hidden @ params["down"].astype(dtype))) * params["scale"].astype(dtype)
 
 
 def route(
@@ -76,7 +77,7 @@ def route(
         Expert and gate of each choice, and the gates of the shared experts.
     """
     h_f32 = h_TD.astype(jnp.float32)
-    z_TE = jnp.einsum("tD,DE->tE", h_f32, params["router"], precision="highest")
+    z_TE = kept(jnp.einsum("tD,DE->tE", h_f32, params["router"], precision="highest"))
     preference_TE = jax.lax.stop_gradient(jax.nn.sigmoid(z_TE) + params["router_bias"][None])
     _, experts_TK = jax.lax.top_k(preference_TE, cfg.num_experts_per_token)
     chosen_TK = jnp.take_along_axis(z_TE, experts_TK, axis=1)
@@ -108,7 +109,7 @@ def apply_moe(
     if cfg.num_shared_experts:
         with jax.named_scope("shared_experts"):
             out_TD = out_TD + _shared_experts(params, h_TD, shared_gates_TA)
-    return add_shards(out_TD).reshape(h_BSD.shape), Load(load_E, num_dropped)
+    return kept(add_shards(out_TD)).reshape(h_BSD.shape), Load(load_E, num_dropped)
 
 
 def _shared_experts(
@@ -120,7 +121,7 @@ def _shared_experts(
     """
     dtype, num_experts, dim = h_TD.dtype, gates_TA.shape[1], h_TD.shape[1]
     gate_up_DAZF = jnp.moveaxis(params["shared_gate_up"].astype(dtype), 0, 1)
-    halves = jnp.split(h_TD @ gate_up_DAZF.reshape(dim, -1), 2 * num_experts, axis=1)
+    halves = jnp.split(kept(h_TD @ gate_up_DAZF.reshape(dim, -1)), 2 * num_experts, axis=1)
     pairs = zip(halves[::2], halves[1::2], range(num_experts), strict=True)
     hidden = [jax.nn.silu(gate) * up * gates_TA[:, expert, None].astype(dtype) for gate, up, expert in pairs]
     return jnp.concatenate(hidden, axis=1) @ params["shared_down"].astype(dtype).reshape(-1, dim)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -15,6 +15,7 @@ from tml.model import block, embed, moe
 from tml.model.block import LayerKind
 from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
+from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params
 from tml.ops.cross_entropy import Scores, score_in_chunks
 from tml.ops.cross_entropy import score as score_logits
@@ -105,7 +106,11 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
     On a mesh this is the program of one device: its parts of parameters and batch, inside `shard_map`.
     """
     with jax.named_scope("embed"):
-        embed_params = gather_params(params["embed"], embed.specs(cfg), mesh, embed.compute_dtype(cfg))
+        dtype = embed.compute_dtype(cfg)
+        tokens = params["embed"]["tokens"]
+        # The table travels as it is used, as matrices do.
+        embed_params = {**params["embed"], "tokens": {**tokens, "table": tokens["table"].astype(dtype)}}
+        embed_params = gather_params(embed_params, embed.specs(cfg), mesh, dtype)
         x_BSD = embed.embed(
             embed_params,
             batch.tokens_BS,
@@ -158,13 +163,17 @@ def run_layers(
         runs = [(kind, len(list(run))) for kind, run in itertools.groupby(stage.kinds)]
         runs = runs if joins_runs else [(kind, 1) for kind in stage.kinds]
 
-        def group(x: jax.Array, layers: PyTree, runs: list[tuple[LayerKind, int]] = runs) -> tuple[jax.Array, PyTree]:
+        def group(
+            x: jax.Array, layers: PyTree, runs: list[tuple[LayerKind, int]] = runs, repeats: int = stage.repeats
+        ) -> tuple[jax.Array, PyTree]:
             run_params, run_states = layers
             after, group_loads = [], []
             for place, (kind, count) in enumerate(runs):
 
-                def layer(x: jax.Array, layer: PyTree, kind: LayerKind = kind) -> tuple[jax.Array, PyTree]:
-                    x, state, load = _layer(layer[0], x, layer[1], kind, functions, cfg, mesh)
+                def layer(
+                    x: jax.Array, layer: PyTree, kind: LayerKind = kind, in_loop: bool = repeats * count > 1
+                ) -> tuple[jax.Array, PyTree]:
+                    x, state, load = _layer(*layer, x, kind, functions, cfg, mesh, in_loop)
                     return x, (state, load)
 
                 of_run = run_params[place], None if run_states is None else run_states[place]
@@ -208,12 +217,13 @@ def _join(trees: list[PyTree]) -> PyTree:
 
 def _layer(
     params: PyTree,
-    x: jax.Array,
     state: LayerState | None,
+    x: jax.Array,
     kind: LayerKind,
     functions: LayerFunctions,
     cfg: ModelConfig,
     mesh: MeshConfig,
+    in_loop: bool,
 ) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
     def run(params: PyTree, x: jax.Array) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
         with jax.named_scope("gather"):
@@ -221,21 +231,7 @@ def _layer(
             params = gather_params(params, block.specs(kind, cfg), mesh, embed.compute_dtype(cfg), split_experts)
         return block.apply(params, x, state, kind, functions, cfg)
 
-    if cfg.remat is Remat.LAYER:
-        return jax.checkpoint(run)(params, x)
-    return run(params, x) if mesh.num_devices == 1 else jax.checkpoint(run, policy=is_no_weight)(params, x)
-
-
-def is_no_weight(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What the backward pass keeps without remat on a mesh: all but gathered weights and views, which are made anew.
-
-    Kept, the gathered weights of a layer would be kept of every layer: the whole model on every device.
-    """
-    return primitive.name not in MADE_ANEW
-
-
-MADE_ANEW = ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim")
-"""Operations on the way from a stored parameter to a matmul."""
+    return recomputed(run, Remat(cfg.remat), mesh, in_loop)(params, x)
 
 
 def head_input(norm_D: Float[Array, "D"], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float[Array, "B S D"]:

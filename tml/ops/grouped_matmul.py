@@ -283,6 +283,15 @@ KERNELS: dict[MatmulBackend, GroupedKernels] = {
 }
 """Kernels for groups of any size, and their definition."""
 
+
+def kernels_of(backend: MatmulBackend, usual_rows: int) -> GroupedKernels:
+    """The kernels of a platform; their stated cost counts `usual_rows`, where groups usually leave some rows over."""
+    kernels = KERNELS[backend]
+    if backend is MatmulBackend.DENSE:
+        return kernels
+    return GroupedKernels(*(functools.partial(kernel, usual_rows=usual_rows) for kernel in kernels))
+
+
 GROUPED_MATMULS: dict[MatmulBackend, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     MatmulBackend.BLOCKED: blocked_grouped_matmul,
     **{backend: functools.partial(kernel_grouped_matmul, kernels) for backend, kernels in KERNELS.items()},
