@@ -117,8 +117,7 @@ def kernel_experts(
     plan, gate_R = sort_copies(experts_TK, gates_TK, weights["down"].shape[0], num_rows)
     x_RD = rows_of_tokens(kernels.groups, h_TD, plan)
     both_RF = multiply_groups_of_rows(kernels, False, x_RD, _fused(weights["gate_up"]), plan.group_sizes_E)
-    # Rows of no expert hold anything, which not even times zero need be a number.
-    both_RF = jnp.where(plan.is_row[:, None], both_RF, jnp.zeros((), both_RF.dtype))
+    # Rows of no expert hold anything from here on; no kernel reads them, and no sum.
     gate_RF, up_RF = jnp.split(both_RF, 2, axis=-1)
     hidden_RF = jax.nn.silu(gate_RF) * up_RF * gate_R[:, None]
     # As the matrices are gathered: with the split dimension before the other (`collectives.gather_params`).

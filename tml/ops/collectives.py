@@ -42,7 +42,7 @@ def gather_params(
         is_stack = split_experts and spec.update is Update.MATRIX
         for dim, (letter, axes) in enumerate(zip(spec.axes, split_axes(spec, mesh), strict=True)):
             if axes and axes != ("tensor",) and not (letter == "E" and is_stack):
-                part = _gather_dim(part, dim, axes, first=int(spec.axes[0] == "E"))
+                part = _gather_dim(part, dim, axes, first=int(dim > 0 and spec.axes[0] == "E"))
         return part
 
     if mesh.num_devices == 1:
@@ -53,17 +53,14 @@ def gather_params(
 def _gather_dim(part: jax.Array, dim: int, axes: tuple[str, ...], first: int) -> jax.Array:
     """Makes one dimension whole, in the layout that travels best; the views around it cost the small part's bytes.
 
-    A last dimension is moved to the front (behind the experts): its parts are narrower than a register's lanes,
+    The dimension is moved to the front (behind the experts): else its parts may be narrower than a register's lanes,
     and XLA turns the scatter of such gradients into an all-reduce. The dimensions behind are joined, because a
     matmul wants them as one, and to join them in the whole would move every value.
     """
-    is_moved = dim == part.ndim - 1 and dim > first
-    if is_moved:
-        part, dim = jnp.moveaxis(part, -1, first), first
-    behind = part.shape[dim + 1 :]
-    whole = jax.lax.all_gather(part.reshape(*part.shape[: dim + 1], -1), axes, axis=dim, tiled=True)
-    whole = whole.reshape(*whole.shape[: dim + 1], *behind)
-    return jnp.moveaxis(whole, first, -1) if is_moved else whole
+    part = jnp.moveaxis(part, dim, first)
+    behind = part.shape[first + 1 :]
+    whole = jax.lax.all_gather(part.reshape(*part.shape[: first + 1], -1), axes, axis=first, tiled=True)
+    return jnp.moveaxis(whole.reshape(*whole.shape[: first + 1], *behind), first, dim)
 
 
 def sum_copies(grads: PyTree, specs: PyTree, mesh: MeshConfig) -> PyTree:
