@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -26,6 +27,7 @@ from tml.config import (
 from tml.mesh import batch_sharding, copy_axes, make_mesh, param_sharding, split_axes
 from tml.microturn import Kind
 from tml.model import transformer
+from tml.ops.collectives import PACK_LANES
 from tml.params import PyTree, init_params, spec_leaves
 from tml.train_step import abstract_state, make_gradients, make_train_step, to_devices
 
@@ -163,16 +165,19 @@ def test_weights_are_gathered_in_their_layer_and_gradients_leave_by_reduce_scatt
     plain = made_up_experiment(
         mesh=MeshConfig(fsdp=4, expert=2), optim=OptimConfig(optimizer=Optimizer.ADAMW, warmup_steps=2)
     )
-    # Sizes that no two dimensions share, so that a shape tells which parameter it is.
-    model = dataclasses.replace(plain.model, num_layers=3, d_model=48, vocab_size=56)
+    # Sizes that no two dimensions share, so that a shape tells which parameter it is; those of some travel alone.
+    attention = dataclasses.replace(plain.model.attention, num_heads=4, head_dim=32)
+    model = dataclasses.replace(plain.model, num_layers=3, d_model=48, vocab_size=384, attention=attention)
     experiment = dataclasses.replace(plain, model=model)
     collectives = collectives_of(experiment)
     specs = dict(spec_leaves(transformer.specs(model)))
     split = {path: spec for path, spec in specs.items() if copy_axes(spec, experiment.mesh) == ()}
-    assert {"unembed", "stages/0/0/attention/q", "stages/0/0/mlp/gate_up"} <= split.keys()
+    alone = {"unembed", "embed/tokens/table", "stages/0/0/attention/q", "stages/0/0/mlp/gate_up"}
+    assert alone <= split.keys()
 
     found = {(kind, shape, in_scan) for kind, shapes, in_scan in collectives for shape in shapes}
     reduced = {shape for kind, shape, _ in found if kind == "all-reduce"}
+    num_devices = experiment.mesh.num_devices
     for path, spec in split.items():
         is_layer = path.startswith("stages")
         whole = spec.shape[1:] if is_layer else spec.shape
@@ -182,6 +187,20 @@ def test_weights_are_gathered_in_their_layer_and_gradients_leave_by_reduce_scatt
         )
         part = parts[1:] if is_layer else parts
         assert not reduced & {spec.shape, whole, parts, part}, path
-        assert ("all-gather", whole, is_layer) in found, path
-        assert ("reduce-scatter", part, is_layer) in found, path
         assert not is_layer or ("all-gather", spec.shape, False) not in found, path
+    for path in alone:
+        is_layer = path.startswith("stages")
+        shape = split[path].shape[1:] if is_layer else split[path].shape
+        if path.endswith("gate_up"):
+            # Experts come from one axis, their model dimension from the other.
+            joined, part = (*shape[:2], shape[2] * shape[3]), (shape[0] // 2, shape[1] // 4, shape[2] * shape[3])
+        else:
+            others = math.prod(shape) // model.d_model
+            joined, part = (model.d_model, others), (model.d_model // num_devices, others)
+        assert ("all-gather", joined, is_layer) in found, path
+        assert ("reduce-scatter", part, is_layer) in found, path
+    # The rest of a layer travels in one message, as does the rest outside: nothing is left to travel by itself.
+    packed = [shape for kind, shape, in_scan in found if kind == "all-gather" and in_scan and shape[1:] == (PACK_LANES,)]
+    assert packed
+    sizes = {(len(shape), kind) for kind, shape, _ in found if kind == "reduce-scatter"}
+    assert all(rank > 1 for rank, _ in sizes), "no vector is scattered by itself"
