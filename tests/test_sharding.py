@@ -34,7 +34,9 @@ from tml.train_step import abstract_state, make_gradients, make_train_step, to_d
 GATHERED, RING, RAGGED = ExpertDispatch.GATHERED_WEIGHTS, ExpertDispatch.RING, ExpertDispatch.RAGGED_ALL_TO_ALL
 
 
-def an_experiment(mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: int = 0, **moe) -> Experiment:
+def an_experiment(
+    mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: int = 0, row_parts: int = 1, **moe
+) -> Experiment:
     """A sliding dense and a global mixture layer, with eyes; the vocabulary has padding."""
     plain = made_up_experiment()
     model = dataclasses.replace(
@@ -45,6 +47,8 @@ def an_experiment(mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: 
         d_model=16,
         unpadded_vocab_size=30,
         mup_width_multiplier=2.0,
+        row_parts=row_parts,
+        remat=Remat.EXPERTS if row_parts > 1 else Remat.NONE,
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=13, global_extent=20, rel_rank=2),
         moe=dataclasses.replace(plain.model.moe, dispatch=dispatch, capacity_factor=8.0, **moe),
         video=VideoConfig(tile_px=4, fold_px=(2, 2), fold_dims=(8, 12), max_tiles_per_turn=1),
@@ -102,14 +106,16 @@ def assert_equals_the_reference(experiment: Experiment) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "sizes", "chunk"),
+    ("dispatch", "sizes", "chunk", "row_parts"),
     [
-        (RING, {"replica": 2, "fsdp": 2, "expert": 2}, 10),
-        (RAGGED, {"expert": 2, "context": 2, "tensor": 2}, 0),
+        (RING, {"replica": 2, "fsdp": 2, "expert": 2}, 10, 2),
+        (RAGGED, {"expert": 2, "context": 2, "tensor": 2}, 0, 1),
     ],
 )
-def test_gradients_equal_those_of_one_device(dispatch: ExpertDispatch, sizes: dict[str, int], chunk: int) -> None:
-    assert_equals_the_reference(an_experiment(MeshConfig(**sizes), dispatch, chunk))
+def test_gradients_equal_those_of_one_device(
+    dispatch: ExpertDispatch, sizes: dict[str, int], chunk: int, row_parts: int
+) -> None:
+    assert_equals_the_reference(an_experiment(MeshConfig(**sizes), dispatch, chunk, row_parts))
 
 
 @pytest.mark.slow
@@ -200,7 +206,9 @@ def test_weights_are_gathered_in_their_layer_and_gradients_leave_by_reduce_scatt
         assert ("all-gather", joined, is_layer) in found, path
         assert ("reduce-scatter", part, is_layer) in found, path
     # The rest of a layer travels in one message, as does the rest outside: nothing is left to travel by itself.
-    packed = [shape for kind, shape, in_scan in found if kind == "all-gather" and in_scan and shape[1:] == (PACK_LANES,)]
+    packed = [
+        shape for kind, shape, in_scan in found if kind == "all-gather" and in_scan and shape[1:] == (PACK_LANES,)
+    ]
     assert packed
     sizes = {(len(shape), kind) for kind, shape, _ in found if kind == "reduce-scatter"}
     assert all(rank > 1 for rank, _ in sizes), "no vector is scattered by itself"

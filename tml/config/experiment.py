@@ -47,7 +47,10 @@ class Experiment:
     def splits(self) -> tuple[Split, ...]:
         """Every dimension that the mesh splits; each must be a multiple of its axes."""
         model, attention, moe = self.model, self.model.attention, self.model.moe
-        parts = ("train.grad_accum_steps", self.train.grad_accum_steps)
+        accum, row_parts = self.train.grad_accum_steps, model.row_parts
+        parts = ("train.grad_accum_steps", accum)
+        if row_parts > 1:
+            parts = ("train.grad_accum_steps * model.row_parts", accum * row_parts)
         return (
             Split("data.rows_per_batch", self.data.rows_per_batch, ROW_AXES, parts),
             Split("data.row_slots", self.data.row_slots, ("context",)),

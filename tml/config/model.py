@@ -202,6 +202,9 @@ class ModelConfig:
     mup_width_multiplier: float = 1.0
     compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
     remat: Remat = Remat.NONE
+    row_parts: int = 1
+    """Parts of a device's rows that every layer takes side by side in training: while the tokens of one travel to
+    experts and back, another is computed. Each part has its own buffer of `moe.capacity_factor`."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
@@ -215,6 +218,7 @@ class ModelConfig:
             dense_dim=self.dense_dim,
             vocab_size=self.vocab_size,
             conv_taps=self.conv_taps,
+            row_parts=self.row_parts,
             norm_eps=self.norm_eps,
             mup_width_multiplier=self.mup_width_multiplier,
         )

@@ -121,8 +121,10 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
             cfg,
             mesh,
         )
-    functions = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg, mesh)
-    x_BSD, _, load = run_layers(params["stages"], x_BSD, None, functions, cfg, mesh)
+    rows = [jnp.split(x, cfg.row_parts) for x in (x_BSD, batch.segment_ids_BS, batch.positions_BS)]
+    functions = [row_functions(segments, positions, cfg, mesh) for segments, positions in zip(*rows[1:], strict=True)]
+    parts, _, load = run_layers(params["stages"], rows[0], None, functions, cfg, mesh)
+    x_BSD = jnp.concatenate(parts)
     with jax.named_scope("head"):
         norm_D = gather_params(params["norm"], head_specs(cfg)["norm"], mesh, x_BSD.dtype)
         return Hidden(h_BSD=head_input(norm_D, x_BSD, cfg), load=load)
@@ -137,19 +139,19 @@ def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outpu
 
 def run_layers(
     stages: list[list[PyTree]],
-    x_BSD: Float[Array, "B S D"],
+    parts: list[Float[Array, "B S D"]],
     states: list[list[LayerState]] | None,
-    functions: LayerFunctions,
+    functions: list[LayerFunctions],
     cfg: ModelConfig,
     mesh: MeshConfig,
-) -> tuple[Float[Array, "B S D"], list[list[LayerState]] | None, moe.Load]:
+) -> tuple[list[Float[Array, "B S D"]], list[list[LayerState]] | None, moe.Load]:
     """Runs every stage.
 
     Args:
         stages: parameters, stacked along L within a stage.
-        x_BSD: embedded inputs.
+        parts: embedded inputs, in parts of rows that every layer takes side by side; one part where there are states.
         states: states of the layers, stacked like the parameters; None for training rows.
-        functions: how the layers look back.
+        functions: how the layers look back, for each part.
         cfg: the model.
         mesh: sizes of the axes; a layer's parameters are gathered when it runs.
 
@@ -164,38 +166,41 @@ def run_layers(
         runs = runs if joins_runs else [(kind, 1) for kind in stage.kinds]
 
         def group(
-            x: jax.Array, layers: PyTree, runs: list[tuple[LayerKind, int]] = runs, repeats: int = stage.repeats
-        ) -> tuple[jax.Array, PyTree]:
+            parts: list[jax.Array],
+            layers: PyTree,
+            runs: list[tuple[LayerKind, int]] = runs,
+            repeats: int = stage.repeats,
+        ) -> tuple[list[jax.Array], PyTree]:
             run_params, run_states = layers
             after, group_loads = [], []
             for place, (kind, count) in enumerate(runs):
 
                 def layer(
-                    x: jax.Array, layer: PyTree, kind: LayerKind = kind, in_loop: bool = repeats * count > 1
-                ) -> tuple[jax.Array, PyTree]:
-                    x, state, load = _layer(*layer, x, kind, functions, cfg, mesh, in_loop)
-                    return x, (state, load)
+                    parts: list[jax.Array], layer: PyTree, kind: LayerKind = kind, in_loop: bool = repeats * count > 1
+                ) -> tuple[list[jax.Array], PyTree]:
+                    parts, state, load = _layer(*layer, parts, kind, functions, cfg, mesh, in_loop)
+                    return parts, (state, load)
 
                 of_run = run_params[place], None if run_states is None else run_states[place]
-                x, (state, load) = layer(x, of_run) if count == 1 else jax.lax.scan(layer, x, of_run)
+                parts, (state, load) = layer(parts, of_run) if count == 1 else jax.lax.scan(layer, parts, of_run)
                 after.append(state)
                 if load is not None:
                     group_loads.append(load if count > 1 else _add_axis(load))
-            return x, (None if run_states is None else after, _join(group_loads) if group_loads else None)
+            return parts, (None if run_states is None else after, _join(group_loads) if group_loads else None)
 
         layers = _stack_runs(stages[index], runs), None if states is None else states[index]
         if stage.repeats == 1:
-            x_BSD, results = group(x_BSD, jax.tree.map(lambda leaf: leaf[0], layers))
+            parts, results = group(parts, jax.tree.map(lambda leaf: leaf[0], layers))
             results = _add_axis(results)
         else:
-            x_BSD, results = jax.lax.scan(group, x_BSD, layers)
+            parts, results = jax.lax.scan(group, parts, layers)
         after, load = results
         new_states.append(after)
         if load is not None:
             # In the order of the layers: repetition by repetition, then place by place.
             loads.append(jax.tree.map(lambda x_LG: x_LG.reshape(-1, *x_LG.shape[2:]), load))
     none = moe.Load(jnp.zeros((0, cfg.moe.num_experts), jnp.float32), jnp.zeros(0, jnp.int32))
-    return x_BSD, None if states is None else new_states, _join(loads) if loads else none
+    return parts, None if states is None else new_states, _join(loads) if loads else none
 
 
 def _stack_runs(places: list[PyTree], runs: list[tuple[LayerKind, int]]) -> list[PyTree]:
@@ -218,20 +223,23 @@ def _join(trees: list[PyTree]) -> PyTree:
 def _layer(
     params: PyTree,
     state: LayerState | None,
-    x: jax.Array,
+    parts: list[jax.Array],
     kind: LayerKind,
-    functions: LayerFunctions,
+    functions: list[LayerFunctions],
     cfg: ModelConfig,
     mesh: MeshConfig,
     in_loop: bool,
-) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
-    def run(params: PyTree, x: jax.Array) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
+) -> tuple[list[jax.Array], LayerState | None, moe.Load | None]:
+    def run(params: PyTree, parts: list[jax.Array]) -> tuple[list[jax.Array], LayerState | None, moe.Load | None]:
         with jax.named_scope("gather"):
             split_experts = keeps_experts_split(cfg.moe, mesh)
             params = gather_params(params, block.specs(kind, cfg), mesh, embed.compute_dtype(cfg), split_experts)
-        return block.apply(params, x, state, kind, functions, cfg)
+        # No part needs another's results, so XLA may let one travel while another is computed.
+        results = [block.apply(params, x, state, kind, f, cfg) for x, f in zip(parts, functions, strict=True)]
+        after, states, loads = zip(*results, strict=True)
+        return list(after), states[0], None if kind.is_dense else jax.tree.map(lambda *of_part: sum(of_part), *loads)
 
-    return recomputed(run, Remat(cfg.remat), mesh, in_loop)(params, x)
+    return recomputed(run, Remat(cfg.remat), mesh, in_loop)(params, parts)
 
 
 def head_input(norm_D: Float[Array, "D"], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float[Array, "B S D"]:

@@ -79,7 +79,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 PACK_ROWS, PACK_LANES = 8, 512
-"""Packed parameters travel as rows of so many values, in multiples of so many rows: whole tiles of a TPU's registers."""
+"""Packed parameters travel as rows of so many values, in multiples of so many rows: whole tiles of a TPU."""
 
 
 MOST_PACKED_VALUES = 2**16
@@ -102,9 +102,7 @@ def _gather_packed(parts: list[jax.Array], axes: tuple[str, ...], mesh: MeshConf
     packed = jnp.pad(flat, (0, -flat.size % (PACK_ROWS * PACK_LANES))).reshape(-1, PACK_LANES)
     whole = jax.lax.all_gather(packed, axes, axis=0, tiled=True).reshape(mesh.product(axes), -1)
     ends = np.cumsum([part.size for part in parts]).tolist()
-    return [
-        whole[:, end - part.size : end].reshape(-1, *part.shape[1:]) for part, end in zip(parts, ends, strict=True)
-    ]
+    return [whole[:, end - part.size : end].reshape(-1, *part.shape[1:]) for part, end in zip(parts, ends, strict=True)]
 
 
 def _gather_dim(part: jax.Array, dim: int, axes: tuple[str, ...], first: int) -> jax.Array:

@@ -114,9 +114,7 @@ def _padded(x: jax.Array, units: tuple[int, ...]) -> jax.Array:
     return jnp.pad(x, [(0, -size % unit) for size, unit in zip(x.shape, units, strict=True)])
 
 
-def _cost(
-    rows: int, tile_rows: int, num_groups: int, widths: tuple[int, int], num_bytes: float
-) -> pl.CostEstimate:
+def _cost(rows: int, tile_rows: int, num_groups: int, widths: tuple[int, int], num_bytes: float) -> pl.CostEstimate:
     """What a kernel computes when groups end inside tiles: each but the last has one that the next visits again."""
     visited_rows = (-(-rows // tile_rows) + num_groups - 1) * tile_rows
     flops = 2 * visited_rows * widths[0] * widths[1]
@@ -163,9 +161,7 @@ def multiply_rows(
             grid=(num_widths, num_visits),
             in_specs=[
                 pl.BlockSpec((tile_rows, depth), lambda n, v, group, tile, *_: (tile[v], 0)),
-                pl.BlockSpec(
-                    w_block, lambda n, v, group, *_: (group[v], n, 0) if is_transposed else (group[v], 0, n)
-                ),
+                pl.BlockSpec(w_block, lambda n, v, group, *_: (group[v], n, 0) if is_transposed else (group[v], 0, n)),
             ],
             out_specs=pl.BlockSpec((tile_rows, tile_width), lambda n, v, group, tile, *_: (tile[v], n)),
         ),

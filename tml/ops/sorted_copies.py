@@ -75,7 +75,9 @@ def sort_copies(
     num_copies = experts_TK.size
     flat_C = experts_TK.reshape(-1)
     order = _sort_by_expert(gates_TK.reshape(-1), jnp.where(flat_C < 0, num_experts, flat_C))
-    expert_R, copy_R, gate_R = (_cut_or_pad(x, num_rows, fill) for x, fill in zip(order, (num_experts, 0, 0)))
+    expert_R, copy_R, gate_R = (
+        _cut_or_pad(x, num_rows, fill) for x, fill in zip(order, (num_experts, 0, 0), strict=True)
+    )
     is_row_R = expert_R < num_experts
     counts_E = jnp.sum(jax.nn.one_hot(flat_C, num_experts, dtype=jnp.int32), axis=0)
     ends_E = jnp.minimum(jnp.cumsum(counts_E), num_rows)
