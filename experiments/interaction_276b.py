@@ -56,7 +56,6 @@ def get_config() -> ConfigDict:
                 mup_width_multiplier=16.0,
                 compute_dtype=ComputeDtype.BFLOAT16,
                 remat=Remat.EXPERTS,
-                row_parts=2,
                 attention=AttentionConfig(
                     num_heads=32,
                     num_kv_heads=8,
