@@ -97,6 +97,20 @@ XLA_FLAGS = (
         chips=("v5p",),
     ),
     XlaFlag(
+        name="xla_tpu_enable_concurrent_sparse_core_offloading",
+        value="true",
+        reason="Lets a collective start before the one before it is done; else weights wait behind tokens.",
+        platform=Platform.TPU,
+        chips=("v5p",),
+    ),
+    XlaFlag(
+        name="xla_tpu_enable_sparse_core_offload_queuing_in_lhs",
+        value="true",
+        reason="Tells the scheduler so: with this pair the planned step of the 276B took 6 % less.",
+        platform=Platform.TPU,
+        chips=("v5p",),
+    ),
+    XlaFlag(
         name="xla_tpu_enable_async_collective_fusion_multiple_steps",
         value="true",
         reason="Spreads one long collective over several fusions; an expert stack outlasts any single matmul.",
