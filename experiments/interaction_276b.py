@@ -21,6 +21,7 @@ from tml.config import (
     ComputeDtype,
     DataConfig,
     Experiment,
+    ExpertDispatch,
     LossConfig,
     MatmulBackend,
     MeshConfig,
@@ -54,7 +55,7 @@ def get_config() -> ConfigDict:
                 unpadded_vocab_size=200_058,
                 mup_width_multiplier=16.0,
                 compute_dtype=ComputeDtype.BFLOAT16,
-                remat=Remat.LAYER,
+                remat=Remat.EXPERTS,
                 attention=AttentionConfig(
                     num_heads=32,
                     num_kv_heads=8,
@@ -70,6 +71,7 @@ def get_config() -> ConfigDict:
                     expert_dim=2_048,
                     route_scale=8.0,
                     backend=MatmulBackend.TPU,
+                    dispatch=ExpertDispatch.RING,
                 ),
                 video=VideoConfig(max_tiles_per_turn=12),
             ),
@@ -80,7 +82,7 @@ def get_config() -> ConfigDict:
                 rows_per_batch=2_048,
             ),
             # All logits of a chip's 16,384 positions would be 13 GB in float32.
-            loss=LossConfig(chunk_positions=2_048),
+            loss=LossConfig(chunk_positions=4_096),
             optim=OptimConfig(optimizer=Optimizer.ADAMW, peak_lr=2e-4, warmup_steps=2_000, weight_decay=0.1),
             mesh=MeshConfig(fsdp=64, expert=8),
             train=TrainConfig(num_steps=1_200_000, checkpoint_every=500, peak_flops_per_s=459e12),

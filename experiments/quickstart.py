@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
                 d_model=128,
                 dense_dim=256,
                 vocab_size=768,
+                row_parts=2,
                 attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, window=16, global_extent=128),
                 moe=MoEConfig(
                     num_experts=8,
@@ -64,9 +65,7 @@ def get_config() -> ConfigDict:
             ),
             loss=LossConfig(speak_weight=5.0, heard_weight=3.0),
             optim=OptimConfig(peak_lr=6e-3, muon_momentum=0.8, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(
-                num_steps=1_600, concurrent_parts=2, log_every=50, eval_every=800, eval_batches=32, checkpoint_every=400
-            ),
+            train=TrainConfig(num_steps=1_600, log_every=50, eval_every=800, eval_batches=32, checkpoint_every=400),
             evaluation=EvaluationConfig(sessions="data/quickstart/heldout"),
         )
     )

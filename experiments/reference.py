@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     with config.unlocked():
         config.data.sources.channel = config.data.sources.requests.copy_and_resolve_references()
     config.data.sources.channel.path = "data/reference/train"
-    config.train.num_steps = 5_500
+    config.train.num_steps = 4_000
     config.train.log_every = 50
     config.train.eval_every = 1_000
     config.train.checkpoint_every = 500

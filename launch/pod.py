@@ -171,7 +171,7 @@ def summary(job: PodJob) -> str:
         "compiler flags",
         *(
             f"  --{flag.name}={flag.value}\n      {flag.reason}"
-            for flag in xla_flags(topology.accelerator.platform, topology.num_slices)
+            for flag in xla_flags(topology.accelerator.platform, topology.num_slices, topology.name)
         ),
     ]
     return "\n".join(lines)

@@ -107,7 +107,7 @@ def settings_for(topology: Topology, shared: PurePosixPath, code: PurePosixPath,
         config: hash of the experiment that this job was rendered from.
     """
     platform = topology.accelerator.platform
-    ((flags_name, flags),) = flags_environment(platform, topology.num_slices).items()
+    ((flags_name, flags),) = flags_environment(platform, topology.num_slices, topology.name).items()
     rows = [
         ("JAX_PLATFORMS", f"{platform},cpu", "A host whose accelerators are missing fails, and does not train on CPU."),
         (

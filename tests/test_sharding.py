@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -28,14 +29,16 @@ from tml.config import (
 from tml.mesh import batch_sharding, copy_axes, make_mesh, param_sharding, split_axes
 from tml.microturn import Kind
 from tml.model import transformer
-from tml.ops.collectives import with_next
+from tml.ops.collectives import PACK_LANES, with_next
 from tml.params import PyTree, init_params, spec_leaves
 from tml.train_step import abstract_state, make_gradients, make_train_step, to_devices
 
 GATHERED, RING, RAGGED = ExpertDispatch.GATHERED_WEIGHTS, ExpertDispatch.RING, ExpertDispatch.RAGGED_ALL_TO_ALL
 
 
-def an_experiment(mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: int = 0, **moe) -> Experiment:
+def an_experiment(
+    mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: int = 0, row_parts: int = 1, **moe
+) -> Experiment:
     """A sliding dense and a global mixture layer, with eyes and blocks ahead; the vocabulary has padding."""
     plain = made_up_experiment()
     model = dataclasses.replace(
@@ -46,6 +49,8 @@ def an_experiment(mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: 
         d_model=16,
         unpadded_vocab_size=30,
         mup_width_multiplier=2.0,
+        row_parts=row_parts,
+        remat=Remat.EXPERTS if row_parts > 1 else Remat.NONE,
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=13, global_extent=20, rel_rank=2),
         moe=dataclasses.replace(plain.model.moe, dispatch=dispatch, capacity_factor=8.0, **moe),
         mtp=MtpConfig(num_blocks=2, global_blocks=(1,)),
@@ -121,14 +126,16 @@ def assert_equals_the_reference(experiment: Experiment) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "sizes", "chunk"),
+    ("dispatch", "sizes", "chunk", "row_parts"),
     [
-        (RING, {"replica": 2, "fsdp": 2, "expert": 2}, 10),
-        (RAGGED, {"expert": 2, "context": 2, "tensor": 2}, 0),
+        (RING, {"replica": 2, "fsdp": 2, "expert": 2}, 10, 2),
+        (RAGGED, {"expert": 2, "context": 2, "tensor": 2}, 0, 1),
     ],
 )
-def test_gradients_equal_those_of_one_device(dispatch: ExpertDispatch, sizes: dict[str, int], chunk: int) -> None:
-    assert_equals_the_reference(an_experiment(MeshConfig(**sizes), dispatch, chunk))
+def test_gradients_equal_those_of_one_device(
+    dispatch: ExpertDispatch, sizes: dict[str, int], chunk: int, row_parts: int
+) -> None:
+    assert_equals_the_reference(an_experiment(MeshConfig(**sizes), dispatch, chunk, row_parts))
 
 
 @pytest.mark.slow
@@ -184,16 +191,19 @@ def test_weights_are_gathered_in_their_layer_and_gradients_leave_by_reduce_scatt
     plain = made_up_experiment(
         mesh=MeshConfig(fsdp=4, expert=2), optim=OptimConfig(optimizer=Optimizer.ADAMW, warmup_steps=2)
     )
-    # Sizes that no two dimensions share, so that a shape tells which parameter it is.
-    model = dataclasses.replace(plain.model, num_layers=3, d_model=48, vocab_size=56)
+    # Sizes that no two dimensions share, so that a shape tells which parameter it is; those of some travel alone.
+    attention = dataclasses.replace(plain.model.attention, num_heads=4, head_dim=32)
+    model = dataclasses.replace(plain.model, num_layers=3, d_model=48, vocab_size=384, attention=attention)
     experiment = dataclasses.replace(plain, model=model)
     collectives = collectives_of(experiment)
     specs = dict(spec_leaves(transformer.specs(model)))
     split = {path: spec for path, spec in specs.items() if copy_axes(spec, experiment.mesh) == ()}
-    assert {"unembed", "stages/0/0/attention/q", "stages/0/0/mlp/gate_up"} <= split.keys()
+    alone = {"unembed", "embed/tokens/table", "stages/0/0/attention/q", "stages/0/0/mlp/gate_up"}
+    assert alone <= split.keys()
 
     found = {(kind, shape, in_scan) for kind, shapes, in_scan in collectives for shape in shapes}
     reduced = {shape for kind, shape, _ in found if kind == "all-reduce"}
+    num_devices = experiment.mesh.num_devices
     for path, spec in split.items():
         is_layer = path.startswith("stages")
         whole = spec.shape[1:] if is_layer else spec.shape
@@ -203,6 +213,22 @@ def test_weights_are_gathered_in_their_layer_and_gradients_leave_by_reduce_scatt
         )
         part = parts[1:] if is_layer else parts
         assert not reduced & {spec.shape, whole, parts, part}, path
-        assert ("all-gather", whole, is_layer) in found, path
-        assert ("reduce-scatter", part, is_layer) in found, path
         assert not is_layer or ("all-gather", spec.shape, False) not in found, path
+    for path in alone:
+        is_layer = path.startswith("stages")
+        shape = split[path].shape[1:] if is_layer else split[path].shape
+        if path.endswith("gate_up"):
+            # Experts come from one axis, their model dimension from the other.
+            joined, part = (*shape[:2], shape[2] * shape[3]), (shape[0] // 2, shape[1] // 4, shape[2] * shape[3])
+        else:
+            others = math.prod(shape) // model.d_model
+            joined, part = (model.d_model, others), (model.d_model // num_devices, others)
+        assert ("all-gather", joined, is_layer) in found, path
+        assert ("reduce-scatter", part, is_layer) in found, path
+    # The rest of a layer travels in one message, as does the rest outside: nothing is left to travel by itself.
+    packed = [
+        shape for kind, shape, in_scan in found if kind == "all-gather" and in_scan and shape[1:] == (PACK_LANES,)
+    ]
+    assert packed
+    sizes = {(len(shape), kind) for kind, shape, _ in found if kind == "reduce-scatter"}
+    assert all(rank > 1 for rank, _ in sizes), "no vector is scattered by itself"

@@ -37,22 +37,17 @@ def first_state(experiment: Experiment) -> TrainState:
 
 
 @functools.cache
-def step_of(num_parts: int, num_concurrent: int = 1, **mesh: int) -> tuple[Experiment, TrainStep]:
+def step_of(num_parts: int, **mesh: int) -> tuple[Experiment, TrainStep]:
     """The experiment and its jitted step; compiling one takes longer than all that is done with it."""
     experiment = made_up_experiment(mesh=MeshConfig(**mesh))
     experiment = dataclasses.replace(
-        experiment,
-        train=dataclasses.replace(
-            experiment.train, num_steps=60, grad_accum_steps=num_parts, concurrent_parts=num_concurrent
-        ),
+        experiment, train=dataclasses.replace(experiment.train, num_steps=60, grad_accum_steps=num_parts)
     )
     return experiment, make_train_step(experiment, mesh_of(experiment))
 
 
-def run(
-    batches: list[int], num_parts: int = 1, num_concurrent: int = 1, **mesh: int
-) -> tuple[TrainState, list[dict[str, float]]]:
-    experiment, step = step_of(num_parts, num_concurrent, **mesh)
+def run(batches: list[int], num_parts: int = 1, **mesh: int) -> tuple[TrainState, list[dict[str, float]]]:
+    experiment, step = step_of(num_parts, **mesh)
     state, reports = first_state(experiment), []
     for index in batches:
         state, metrics = step(state, to_devices(made_up_batch(experiment, index), mesh_of(experiment)))
@@ -78,17 +73,7 @@ def assert_close(found: TrainState, expected: TrainState) -> None:
 
 def test_two_parts_on_eight_devices_equal_one_batch_on_one(plain):
     _, expected, reports = plain
-    assert_alike(*run([0, 1, 2], 2, replica=2, fsdp=4), expected, reports)
-
-
-def test_parts_side_by_side_equal_the_batch(plain):
-    _, expected, reports = plain
-    assert_alike(*run([0, 1, 2], 2, 4), expected, reports)
-
-
-def assert_alike(
-    found: TrainState, found_reports: list[dict[str, float]], expected: TrainState, reports: list[dict[str, float]]
-) -> None:
+    found, found_reports = run([0, 1, 2], 2, replica=2, fsdp=4)
     assert_close(found, expected)
     for wanted, report in zip(reports, found_reports, strict=True):
         assert wanted.keys() == report.keys()

@@ -312,8 +312,7 @@ def first_screen(experiment: Experiment, mesh: Mesh, workdir: Path, peak_flops_p
         f"row of {data.row_slots}); {short_number(flops_per_token * data.row_slots * data.rows_per_batch)} per step",
         f"mesh     {axes} on {mesh.size} {device.device_kind} device(s), "
         f"peak {short_number(peak_flops_per_s)}FLOP/s each ({origin})",
-        f"batch    {data.rows_per_batch} rows of {data.row_slots}, "
-        f"in {cfg.grad_accum_steps} x {cfg.concurrent_parts} parts",
+        f"batch    {data.rows_per_batch} rows of {data.row_slots}, in {cfg.grad_accum_steps} part(s)",
         f"data     {mixture_text(data.sources)}",
         f"held out {mixture_text(data.eval_sources)}",
         f"run      {experiment.name} ({config_hash(experiment)}) in {workdir}",

@@ -1,6 +1,5 @@
 """One step of training, pure: (TrainState, Batch) -> (TrainState, metrics), jitted with the state donated."""
 
-import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -186,15 +185,13 @@ def make_eval_step(experiment: Experiment, mesh: Mesh) -> EvalStep:
 def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batch], tuple[PyTree, Sums, Load]]:
     """Builds the function that returns gradients, metric sums and expert load of a whole batch; to be jitted.
 
-    Rows are taken in `grad_accum_steps` parts, and each of those in `concurrent_parts`, which do not wait for one
-    another. On a mesh it is one program of all devices (`shard_map`), in
+    Rows are taken in `grad_accum_steps` parts. On a mesh it is one program of all devices (`shard_map`), in
     which every collective is written out: nothing is left to a partitioner.
     """
     sizes, num_parts = mesh_config(mesh), experiment.train.grad_accum_steps
-    num_concurrent = experiment.train.concurrent_parts
     specs = transformer.specs(experiment.model)
 
-    def lone(params: PyTree, rows: Batch, weight: jax.Array) -> tuple[PyTree, Sums, Load]:
+    def part(params: PyTree, rows: Batch, weight: jax.Array) -> tuple[PyTree, Sums, Load]:
         def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Sums, Load]]:
             loss, aux = _loss(params, rows, weight, experiment, sizes)
             # The devices along `tensor` have the same positions: each answers for its share (`tml.ops.collectives`).
@@ -202,14 +199,6 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
 
         grads, (metrics, load) = jax.grad(loss_of, has_aux=True)(params)
         return grads, metrics, load
-
-    def side_by_side(params: PyTree, rows: Batch, weight: jax.Array) -> tuple[PyTree, Sums, Load]:
-        leaves, structure = jax.tree.flatten(jax.tree.map(lambda rows: _split_rows(rows, num_concurrent), rows))
-        parts = [jax.tree.unflatten(structure, pieces) for pieces in zip(*leaves, strict=True)]
-        found = [lone(params, part, weight) for part in parts]
-        return jax.tree.map(lambda *values: functools.reduce(jnp.add, values), *found)
-
-    part = lone if num_concurrent == 1 else side_by_side
 
     def in_parts(params: PyTree, batch: Batch, weight: jax.Array) -> tuple[PyTree, Sums, Load]:
         parts = jax.tree.map(lambda rows: _split_rows(rows, num_parts), batch)

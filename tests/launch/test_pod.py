@@ -17,9 +17,9 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from launch import pod_jobset, pod_slurm
-from launch.pod_topology import parse_topology
+from launch.pod_topology import ACCELERATORS, parse_topology
 from tml.train import EXIT_INTERRUPTED
-from tml.xla_flags import XLA_FLAGS, Platform, flags_environment
+from tml.xla_flags import XLA_FLAGS, Platform, flags_environment, xla_flags
 
 ROOT = Path(__file__).parents[2]
 SKYPILOT = json.loads(Path(__file__).with_name("skypilot.schema.json").read_text())
@@ -88,7 +88,7 @@ def test_a_jobset_of_two_slices_is_one_of_the_api(app, tmp_path: Path) -> None:
     given = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert given["TML_COORDINATOR_ADDRESS"] == "quickstart-slice-0-0.quickstart:8476"
     assert given["TML_NUM_PROCESSES"] == "4"
-    assert given["LIBTPU_INIT_ARGS"] == flags_environment(Platform.TPU, 2)["LIBTPU_INIT_ARGS"]
+    assert given["LIBTPU_INIT_ARGS"] == flags_environment(Platform.TPU, 2, "v5p")["LIBTPU_INIT_ARGS"]
     assert given["MEGASCALE_NUM_SLICES"] == "2"
     assert pod_jobset.EXIT_INTERRUPTED == EXIT_INTERRUPTED
 
@@ -266,8 +266,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 def test_every_flag_of_xla_exists_and_has_a_reason() -> None:
     """XLA ends a program at a flag that it does not know; libtpu's are in the slow test."""
     assert all(len(flag.reason) > 20 for flag in XLA_FLAGS)
-    assert len({flag.name for flag in XLA_FLAGS}) == len(XLA_FLAGS)
-    environment = {**os.environ, **flags_environment(Platform.CUDA, num_slices=2), "JAX_PLATFORMS": "cpu"}
+    for chip in ACCELERATORS:
+        names = [flag.name for flag in xla_flags(ACCELERATORS[chip].platform, 2, chip)]
+        assert len(set(names)) == len(names), chip
+    environment = {**os.environ, **flags_environment(Platform.CUDA, num_slices=2, chip="h100"), "JAX_PLATFORMS": "cpu"}
     start = [sys.executable, "-c", "import jax; print(jax.devices())"]
     done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -277,11 +279,12 @@ def test_every_flag_of_xla_exists_and_has_a_reason() -> None:
 
 
 @pytest.mark.slow
-def test_every_flag_of_libtpu_exists() -> None:
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+def test_every_flag_of_libtpu_exists(chip: str) -> None:
     """Needs libtpu, which `pip install -e '.[tpu]'` brings, but no TPU."""
     code = "from jax.experimental import topologies as t; print(t.get_topology_desc('v5p:2x2x1', 'tpu').devices)"
     fixed = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    environment = {**os.environ, **fixed, **flags_environment(Platform.TPU, num_slices=2)}
+    environment = {**os.environ, **fixed, **flags_environment(Platform.TPU, num_slices=2, chip=chip)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "TPU v5" in done.stdout

@@ -10,14 +10,22 @@ from jax.sharding import PartitionSpec as P
 
 from tml.config import MatmulBackend, MeshConfig, MoEConfig
 from tml.mesh import make_mesh
-from tml.model.expert_dispatch import buffer_blocks, dense_experts, ragged_experts, ring_experts, sorted_experts
+from tml.model.expert_dispatch import (
+    buffer_blocks,
+    buffer_rows,
+    dense_experts,
+    ragged_experts,
+    ring_experts,
+    sorted_experts,
+)
 
 GROUP, TOKENS, WIDTH, EXPERTS, CHOICES, BLOCK = 4, 12, 6, 8, 2, 4
 MESH = MeshConfig(expert=GROUP)
 
 
-def config(capacity_factor: float) -> MoEConfig:
+def config(capacity_factor: float, backend: MatmulBackend = MatmulBackend.BLOCKED) -> MoEConfig:
     return MoEConfig(
+        backend=backend,
         num_experts=EXPERTS,
         num_experts_per_token=CHOICES,
         expert_dim=5,
@@ -35,21 +43,34 @@ def routing(skewed: bool) -> np.ndarray:
     return np.argsort(-scores, axis=1)[:, :CHOICES].astype(np.int32)
 
 
-def fitting(experts: np.ndarray, num_blocks: int) -> np.ndarray:
-    """Which copies find room, by a loop: device by device, expert by expert in whole blocks, in the group's order."""
+def fitting(experts: np.ndarray, cfg: MoEConfig) -> np.ndarray:
+    """Which copies find room, by a loop: device by device, expert by expert in whole blocks, in the group's order.
+
+    Kernels need no whole blocks; the definition stands for them here.
+    """
+    is_blocked = cfg.backend is MatmulBackend.BLOCKED
+    room = (buffer_blocks if is_blocked else buffer_rows)(TOKENS * CHOICES, cfg, MESH) * (BLOCK if is_blocked else 1)
+    unit = BLOCK if is_blocked else 1
     fits = np.zeros(experts.shape, bool)
     for device in range(GROUP):
         first = 0
         for expert in range(device * EXPERTS // GROUP, (device + 1) * EXPERTS // GROUP):
             copies = np.argwhere(experts == expert)
             for rank, copy in enumerate(copies):
-                fits[tuple(copy)] = first + rank < num_blocks * BLOCK
-            first += -(-len(copies) // BLOCK) * BLOCK
+                fits[tuple(copy)] = first + rank < room
+            first += -(-len(copies) // unit) * unit
     return fits
 
 
-@pytest.mark.parametrize("strategy", [ring_experts, ragged_experts])
-def test_what_fits_is_exact_and_the_rest_is_counted(strategy) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "backend"),
+    [
+        (ring_experts, MatmulBackend.BLOCKED),
+        (ring_experts, MatmulBackend.DENSE),
+        (ragged_experts, MatmulBackend.BLOCKED),
+    ],
+)
+def test_what_fits_is_exact_and_the_rest_is_counted(strategy, backend: MatmulBackend) -> None:
     keys = jax.random.split(jax.random.key(0), 5)
     weights = {
         "gate_up": jax.random.normal(keys[0], (EXPERTS, WIDTH, 2, 5)),
@@ -69,7 +90,7 @@ def test_what_fits_is_exact_and_the_rest_is_counted(strategy) -> None:
         )
         def run(weights, h, gates, experts, cotangent):
             def loss(weights, h, gates):
-                out, num_dropped = strategy(weights, h, gates, experts, config(capacity_factor), MESH)
+                out, num_dropped = strategy(weights, h, gates, experts, config(capacity_factor, backend), MESH)
                 return jnp.sum(out * cotangent), (out, num_dropped[None])
 
             grads, (out, num_dropped) = jax.grad(loss, (0, 1, 2), has_aux=True)(weights, h, gates)
@@ -85,15 +106,17 @@ def test_what_fits_is_exact_and_the_rest_is_counted(strategy) -> None:
 
         return jax.grad(loss, (0, 1, 2), has_aux=True)(weights, h, gates)
 
-    for capacity_factor in (1.0, float(GROUP)):
+    # Without blocks there is no room to spare for chance.
+    tight = 1.0 if backend is MatmulBackend.BLOCKED else 1.25
+    for capacity_factor in (tight, float(GROUP)):
         run = program(capacity_factor)
         for skewed in (False, True):
             experts = routing(skewed)
-            fits = fitting(experts, buffer_blocks(TOKENS * CHOICES, config(capacity_factor), MESH))
+            fits = fitting(experts, config(capacity_factor, backend))
             grads, out, num_dropped = run(weights, h, gates, experts, cotangent)
             expected_grads, expected = definition(weights, h, gates, experts, fits)
             assert int(num_dropped.sum()) == (~fits).sum()
-            assert (num_dropped.sum() > 0) == (skewed and capacity_factor == 1.0)
+            assert (num_dropped.sum() > 0) == (skewed and capacity_factor == tight)
             np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, expected_grads)
 

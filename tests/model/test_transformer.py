@@ -82,11 +82,21 @@ def test_nothing_after_a_position_moves_it() -> None:
     assert np.abs(after[:, 51:] - before[:, 51:]).max() > 1e-3
 
 
+# A dense layer, then twice two sliding ones and a global one.
+RUNS = {"num_layers": 7, "num_dense_layers": 1, "global_layers": (3, 6)}
+
+
 @pytest.mark.parametrize(
-    "changes", [{"remat": Remat.LAYER}, {"moe": dataclasses.replace(tiny_model().moe, backend=MatmulBackend.DENSE)}]
+    ("shape", "changes"),
+    [
+        ({}, {"remat": Remat.LAYER}),
+        ({}, {"moe": dataclasses.replace(tiny_model().moe, backend=MatmulBackend.DENSE)}),
+        (RUNS, {"remat": Remat.EXPERTS, "row_parts": 2}),
+    ],
+    ids=["recomputed", "dense", "loops over equal layers, in parts of rows"],
 )
-def test_equal_value_and_gradients_whichever_way_it_runs(changes: dict) -> None:
-    model = tiny_model()
+def test_equal_value_and_gradients_whichever_way_it_runs(shape: dict, changes: dict) -> None:
+    model = dataclasses.replace(tiny_model(), **shape)
     batch = rows_of(model, tiny_layout(model), [[tiny_session(model, 6)], [tiny_session(model, 5, 3)]], 64)
     params = params_of(model)
 

@@ -44,3 +44,26 @@ def test_streaming_equals_the_row(chunks: list[int]) -> None:
         first += count
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=1e-6)
     assert jax.tree.leaves(history)[0].shape == (1, 3, 6)
+
+
+@pytest.mark.parametrize("num_slots", [12, 2], ids=["rows", "fewer slots than taps"])
+def test_the_gradient_is_that_of_the_definition(num_slots: int) -> None:
+    drawn = np.random.default_rng(3)
+    x, taps, cotangent = (
+        drawn.standard_normal(shape, np.float32) for shape in ((2, num_slots, 5), (4, 5), (2, num_slots, 5))
+    )
+    positions = np.stack([np.arange(num_slots), np.maximum(np.arange(num_slots) - 1, 0) % 5]).astype(np.int32)
+
+    def definition(x, taps):
+        out = x * (1.0 + taps[-1])
+        for slot in range(num_slots):
+            for lag in range(1, 4):
+                seen = jnp.asarray(positions[:, slot] >= lag)[:, None] & (slot >= lag)
+                out = out.at[:, slot].add(jnp.where(seen, x[:, max(slot - lag, 0)] * taps[-1 - lag], 0.0))
+        return jnp.sum(out * cotangent)
+
+    def ours(x, taps):
+        return jnp.sum(short_conv_rows(x, taps, jnp.asarray(positions)) * cotangent)
+
+    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, taps) for f in (ours, definition))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)

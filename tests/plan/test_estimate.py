@@ -131,6 +131,102 @@ def test_what_stands_between_start_and_done_hides_the_transfer():
     assert found.lower_seconds == pytest.approx(max(dot_seconds, 2 * transfer_seconds))
 
 
+GROUPS = "replica_groups={{0,1,2,3,4,5,6,7}}"
+
+ON_SPARSE_CORES = f"""HloModule m, is_scheduled=true, num_partitions=8
+
+%called (p: f32[1048576]) -> f32[8388608] {{
+  %p = f32[1048576]{{0}} parameter(0)
+  ROOT %ag = f32[8388608]{{0}} all-gather(%p), {GROUPS}, dimensions={{0}}
+}}, execution_thread="sparsecore"
+
+%wrapped (q: f32[1048576]) -> f32[8388608] {{
+  %q = f32[1048576]{{0}} parameter(0)
+  ROOT %call = f32[8388608]{{0}} call(%q), to_apply=%called
+}}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[1048576], b: f32[1024,1024]) -> (f32[8388608], f32[1024,1024]) {{
+  %a = f32[1048576]{{0}} parameter(0)
+  %b = f32[1024,1024]{{1,0}} parameter(1)
+  %start = ((f32[1048576]{{0}}), f32[8388608]{{0}}) async-start(%a), async_execution_thread="sparsecore", calls=%wrapped
+  %dot = f32[1024,1024]{{1,0}} dot(%b, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %done = f32[8388608]{{0}} async-done(%start)
+  ROOT %out = (f32[8388608]{{0}}, f32[1024,1024]{{1,0}}) tuple(%done, %dot)
+}}
+"""
+
+IN_FUSIONS = f"""HloModule m, is_scheduled=true, num_partitions=8
+
+%begin (p: f32[1048576]) -> (f32[1048576], f32[8388608]) {{
+  %p = f32[1048576]{{0}} parameter(0)
+  %first = f32[8388608]{{0}} all-gather(%p), {GROUPS}, dimensions={{0}}
+  ROOT %to = (f32[1048576]{{0}}, f32[8388608]{{0}}) custom-call(%first), custom_call_target="AsyncCollectiveStart"
+}}
+
+%async_collective_fusion.1 (x: f32[1024,1024], q: f32[1048576], w: f32[8388608]) -> (f32[1024,1024], f32[8388608]) {{
+  %x = f32[1024,1024]{{1,0}} parameter(0)
+  %q = f32[1048576]{{0}} parameter(1)
+  %w = f32[8388608]{{0}} parameter(2)
+  %product = f32[1024,1024]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %second = f32[8388608]{{0}} all-gather(%q), {GROUPS}, dimensions={{0}}
+  ROOT %both = (f32[1024,1024]{{1,0}}, f32[8388608]{{0}}) tuple(%product, %second)
+}}
+
+%end (v: f32[8388608]) -> f32[8388608] {{
+  %v = f32[8388608]{{0}} parameter(0)
+  ROOT %from = f32[8388608]{{0}} custom-call(%v), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (a: f32[1048576], b: f32[1024,1024]) -> (f32[8388608], f32[1024,1024]) {{
+  %a = f32[1048576]{{0}} parameter(0)
+  %b = f32[1024,1024]{{1,0}} parameter(1)
+  %start = (f32[1048576]{{0}}, f32[8388608]{{0}}) fusion(%a), kind=kCustom, calls=%begin
+  %mine = f32[1048576]{{0}} get-tuple-element(%start), index=0
+  %all = f32[8388608]{{0}} get-tuple-element(%start), index=1
+  %dot = (f32[1024,1024]{{1,0}}, f32[8388608]{{0}}) fusion(%b, %mine, %all), calls=%async_collective_fusion.1
+  %result = f32[1024,1024]{{1,0}} get-tuple-element(%dot), index=0
+  %rest = f32[8388608]{{0}} get-tuple-element(%dot), index=1
+  %done = f32[8388608]{{0}} fusion(%rest), kind=kCustom, calls=%end
+  ROOT %out = (f32[8388608]{{0}}, f32[1024,1024]{{1,0}}) tuple(%done, %result)
+}}
+"""
+
+
+@pytest.mark.parametrize("text", [ON_SPARSE_CORES, IN_FUSIONS], ids=["SparseCores", "steps inside fusions"])
+def test_a_transfer_under_way_counts_once_however_it_is_written(text: str):
+    again = next(line for line in estimate(parse(ASYNCHRONOUS), cube()).lines if line.name == "again")
+    found = estimate(parse(text), cube())
+    by_name = {line.name: line for line in found.lines}
+    dot_seconds = 2 * 1024**3 / V5P.peak_flops_per_s
+    assert dot_seconds < again.link_seconds, "some of the transfer is left over"
+    assert by_name["dot"].core_seconds == pytest.approx(dot_seconds)
+    assert sum(line.link_seconds for line in found.lines) == pytest.approx(again.link_seconds)
+    assert by_name["start"].exposed_seconds == pytest.approx(again.link_seconds - dot_seconds)
+    assert found.seconds == pytest.approx(again.link_seconds)
+
+
+SCATTERED = f"""HloModule m, is_scheduled=true, num_partitions=8
+
+%all-reduce-scatter.1 (p: f32[8388608]) -> f32[1048576] {{
+  %p = f32[8388608]{{0}} parameter(0)
+  %sum = f32[8388608]{{0}} all-reduce(%p), {GROUPS}
+  %zero = s32[] constant(0)
+  ROOT %mine = f32[1048576]{{0}} dynamic-slice(%sum, %zero), dynamic_slice_sizes={{1048576}}
+}}
+
+ENTRY %main (a: f32[8388608]) -> f32[1048576] {{
+  %a = f32[8388608]{{0}} parameter(0)
+  ROOT %out = f32[1048576]{{0}} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}}
+"""
+
+
+def test_a_reduction_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    (line,) = estimate(parse(SCATTERED), cube()).lines
+    assert line.category == "reduce-scatter"
+    assert line.transfer_bytes == 4 * 8388608 * 7 / 8
+
+
 def test_copies_are_called_what_they_are():
     one = mesh_of(data=1)
     program = compile_program(lambda x: x.T.astype(jnp.bfloat16), array((256, 512), one))

@@ -52,10 +52,7 @@ class Experiment:
     def splits(self) -> tuple[Split, ...]:
         """Every dimension that the mesh splits; each must be a multiple of its axes."""
         model, attention, moe = self.model, self.model.attention, self.model.moe
-        parts = (
-            ("train.grad_accum_steps", self.train.grad_accum_steps),
-            ("train.concurrent_parts", self.train.concurrent_parts),
-        )
+        parts = (("train.grad_accum_steps", self.train.grad_accum_steps), ("model.row_parts", model.row_parts))
         return (
             Split("data.rows_per_batch", self.data.rows_per_batch, ROW_AXES, parts),
             Split("data.row_slots", self.data.row_slots, ("context",)),

@@ -14,10 +14,14 @@ class ComputeDtype(enum.StrEnum):
 
 
 class Remat(enum.StrEnum):
-    """What the backward pass recomputes: nothing, or every layer from its input."""
+    """What the backward pass recomputes. Where it recomputes anything, equal layers in a row run as one loop."""
 
     NONE = "none"
+    """Nothing."""
+    EXPERTS = "experts"
+    """Routed experts, and what is no matmul: results of attention and of all other matmuls are kept."""
     LAYER = "layer"
+    """Every layer from its input."""
 
 
 class AttentionBackend(enum.StrEnum):
@@ -239,6 +243,10 @@ class ModelConfig:
     mup_width_multiplier: float = 1.0
     compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
     remat: Remat = Remat.NONE
+    row_parts: int = 1
+    """Parts of a device's rows that every layer takes side by side in training: while the tokens of one travel to
+    experts and back, another is computed, and small operations of both keep the cores of a CPU busy. Each part has its
+    own buffer of `moe.capacity_factor`."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
@@ -253,6 +261,7 @@ class ModelConfig:
             dense_dim=self.dense_dim,
             vocab_size=self.vocab_size,
             conv_taps=self.conv_taps,
+            row_parts=self.row_parts,
             norm_eps=self.norm_eps,
             mup_width_multiplier=self.mup_width_multiplier,
         )

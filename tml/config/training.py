@@ -90,8 +90,6 @@ class TrainConfig:
     """Run folder, trained or imported, whose newest parameters a new run begins with; empty draws them."""
     grad_accum_steps: int = 1
     """Parts of a batch that are taken one after another, for less memory."""
-    concurrent_parts: int = 1
-    """Parts of each of them that are operations of their own, for the cores of a CPU to work on at the same time."""
     log_every: int = 10
     eval_every: int = 200
     eval_batches: int = 8
@@ -105,7 +103,6 @@ class TrainConfig:
             "train",
             num_steps=self.num_steps,
             grad_accum_steps=self.grad_accum_steps,
-            concurrent_parts=self.concurrent_parts,
             log_every=self.log_every,
             eval_every=self.eval_every,
             checkpoint_every=self.checkpoint_every,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from tml.config import ModelConfig
 from tml.model.layer_functions import LayerFunctions, LayerState, log_length_scale
+from tml.model.remat import kept
 from tml.ops.norm import rms_norm
 from tml.ops.projection import project
 from tml.params import ParamSpec, PyTree, Update, param, scale, taps
@@ -49,21 +50,25 @@ def apply(
 ) -> tuple[Float[Array, "B S D"], LayerState | None]:
     """Attends; logits are q.k / head_dim + bias, because q and k are normed per head (so 1/d, not 1/sqrt(d))."""
     dtype, eps, head_dim = h_BSD.dtype, cfg.norm_eps, cfg.attention.head_dim
-    q_BSNH, r_BSNJ = (project(h_BSD, params[name].astype(dtype)) for name in ("q", "r"))
-    kv_shape = (*h_BSD.shape[:2], *params["k"].shape[1:])
-    convolved = {}
+    # Heads are joined in the matmuls and in what is kept of them: an axis of 16 would be stored as one of 128 lanes.
+    flat = {name: kept(project(h_BSD, _joined(params[name].astype(dtype)))) for name in ("q", "k", "v", "r")}
     for name in ("k", "v"):
-        flat = project(h_BSD, params[name].astype(dtype).reshape(h_BSD.shape[-1], -1))
         taps_YD = params[f"{name}_conv"].reshape(cfg.conv_taps, -1)
-        flat, state = functions.conv(name, flat, taps_YD, state)
-        convolved[name] = flat.reshape(kv_shape)
+        flat[name], state = functions.conv(name, flat[name], taps_YD, state)
+    q_BSNH, k_BSKH, v_BSKH, r_BSNJ = (
+        flat[name].reshape(*h_BSD.shape[:2], *params[name].shape[1:]) for name in ("q", "k", "v", "r")
+    )
     q_BSNH = rms_norm(q_BSNH, params["q_norm"], eps)
-    k_BSKH = rms_norm(convolved["k"], params["k_norm"], eps)
+    k_BSKH = rms_norm(k_BSKH, params["k_norm"], eps)
     if is_global:
         tau_BS11 = log_length_scale(functions.positions, cfg.attention)[:, :, None, None]
         q_BSNH = (q_BSNH.astype(jnp.float32) * tau_BS11).astype(dtype)
         r_BSNJ = (r_BSNJ.astype(jnp.float32) * tau_BS11).astype(dtype)
     bias = r_BSNJ, params["profiles"].astype(dtype)
     with jax.named_scope("attend"):
-        out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, convolved["v"], bias, state)
-    return functions.add_shards(project(out_BSNH, params["o"].astype(dtype), num_summed=2)), state
+        out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, v_BSKH, bias, state)
+    return kept(functions.add_shards(project(out_BSNH, params["o"].astype(dtype), num_summed=2))), state
+
+
+def _joined(weights_DNH: Float[Array, "D N H"]) -> Float[Array, "D O"]:
+    return weights_DNH.reshape(weights_DNH.shape[0], -1)

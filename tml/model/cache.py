@@ -136,7 +136,7 @@ def append(
         add_shards=lambda x: x,
     )
     layers: PyTree
-    x_BWD, layers, _ = transformer.run_layers(params["stages"], x_BWD, state.layers, functions, cfg, ONE_DEVICE)
+    (x_BWD,), layers, _ = transformer.run_layers(params["stages"], [x_BWD], state.layers, [functions], cfg, ONE_DEVICE)
     state = DecodeState(
         layers=layers,
         num_positions_B=state.num_positions_B + slots.counts_B,

@@ -11,8 +11,17 @@ from jaxtyping import Array, Float, Int32
 
 from tml.config import ExpertDispatch, MatmulBackend, MeshConfig, MoEConfig
 from tml.ops.collectives import index_along
-from tml.ops.grouped_matmul import block_matmul, collect, dispatch, grouped_matmul, plan_blocks
+from tml.ops.grouped_matmul import (
+    block_matmul,
+    collect,
+    dispatch,
+    grouped_matmul,
+    kernels_of,
+    multiply_groups_of_rows,
+    plan_blocks,
+)
 from tml.ops.ragged_exchange import AXIS, bring_back, plan_exchange, send
+from tml.ops.sorted_copies import rows_of_tokens, sort_copies, sum_of_rows
 
 
 class Dispatched(NamedTuple):
@@ -74,11 +83,47 @@ def sorted_experts(
     cfg: MoEConfig,
 ) -> Dispatched:
     """All experts are here: copies sorted by expert, so that cost follows active experts."""
-    # A platform's kernels begin a tile where an expert begins; XLA wants whole blocks of one expert each.
-    block_rows = cfg.block_rows if cfg.backend == MatmulBackend.BLOCKED else 1
-    plan = plan_blocks(experts_TK, cfg.num_experts, block_rows)
+    if cfg.backend != MatmulBackend.BLOCKED:
+        return kernel_experts(weights, h_TD, gates_TK, experts_TK, experts_TK.size, experts_TK.size, cfg)
+    plan = plan_blocks(experts_TK, cfg.num_experts, cfg.block_rows)
     down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
     return Dispatched(jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1), jnp.int32(0))
+
+
+def kernel_experts(
+    weights: Mapping[str, jax.Array],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    num_rows: int,
+    usual_rows: int,
+    cfg: MoEConfig,
+) -> Dispatched:
+    """The experts here on their copies, at most `num_rows` of them, by a platform's kernels.
+
+    Gates multiply the hidden units: then nothing of the second matmul is needed again for their gradient. XLA wants
+    whole blocks of one expert each; kernels begin a tile where an expert begins.
+
+    Args:
+        weights: those of the experts here.
+        h_TD: tokens.
+        gates_TK: gate of each choice.
+        experts_TK: which of the experts here; negative for those that are elsewhere.
+        num_rows: copies that find room.
+        usual_rows: copies at balanced load, for the stated cost.
+        cfg: the experts.
+    """
+    kernels = kernels_of(MatmulBackend(cfg.backend), usual_rows)
+    plan, gate_R = sort_copies(experts_TK, gates_TK, weights["down"].shape[0], num_rows)
+    x_RD = rows_of_tokens(kernels.groups, h_TD, plan)
+    both_RF = multiply_groups_of_rows(kernels, False, x_RD, _fused(weights["gate_up"]), plan.group_sizes_E)
+    # Rows of no expert hold anything from here on; no kernel reads them, and no sum.
+    gate_RF, up_RF = jnp.split(both_RF, 2, axis=-1)
+    hidden_RF = jax.nn.silu(gate_RF) * up_RF * gate_R[:, None]
+    # As the matrices are gathered: with the split dimension before the other (`collectives.gather_params`).
+    down_EDF = weights["down"].swapaxes(1, 2)
+    y_RD = multiply_groups_of_rows(kernels, True, hidden_RF, down_EDF, plan.group_sizes_E)
+    return Dispatched(sum_of_rows(kernels.groups, y_RD, plan), plan.num_dropped)
 
 
 def ring_experts(
@@ -97,6 +142,11 @@ def ring_experts(
     h_TD, gates_TK, experts_TK = (jax.lax.all_gather(x, AXIS, axis=0, tiled=True) for x in (h_TD, gates_TK, experts_TK))
     place_TK = experts_TK - index_along(AXIS, mesh) * num_local
     is_here_TK = (place_TK >= 0) & (place_TK < num_local)
+    if cfg.backend != MatmulBackend.BLOCKED:
+        balanced = experts_TK.size // mesh.expert
+        num_rows, place_TK = buffer_rows(balanced, cfg, mesh), jnp.where(is_here_TK, place_TK, -1)
+        here = kernel_experts(weights, h_TD, gates_TK, place_TK, num_rows, balanced, cfg)
+        return here._replace(out_TD=jax.lax.psum_scatter(here.out_TD, AXIS, scatter_dimension=0, tiled=True))
     num_blocks = buffer_blocks(experts_TK.size // mesh.expert, cfg, mesh)
     plan = plan_blocks(jnp.where(is_here_TK, place_TK, -1), num_local, cfg.block_rows, num_blocks)
     down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
@@ -131,8 +181,16 @@ def buffer_blocks(balanced_copies: int, cfg: MoEConfig, mesh: MeshConfig) -> int
 
     One block an expert is added, because the last block of every expert may be half empty.
     """
+    return buffer_rows(balanced_copies, cfg, mesh) // cfg.block_rows + cfg.num_experts // mesh.expert
+
+
+def buffer_rows(balanced_copies: int, cfg: MoEConfig, mesh: MeshConfig) -> int:
+    """Rows, in whole blocks, for `capacity_factor` times the balanced load, but no more than all copies of the group.
+
+    For kernels, which want no block of one expert, these are the rows.
+    """
     factor = min(cfg.capacity_factor, mesh.expert)
-    return math.ceil(factor * balanced_copies / cfg.block_rows) + cfg.num_experts // mesh.expert
+    return math.ceil(factor * balanced_copies / cfg.block_rows) * cfg.block_rows
 
 
 def gathered_experts(

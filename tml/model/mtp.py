@@ -11,16 +11,17 @@ Positions are those of the embedding: block k counts from k + 1 (the log-length 
 Source: DeepSeek-V3, section 2.2, as the Inkling family has it (transformers `MtpModel`, with an `MtpCache`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tml.config import MeshConfig, ModelConfig, MtpChain
+from tml.config import MeshConfig, ModelConfig, MtpChain, Remat
 from tml.model import block
 from tml.model.block import LayerKind
 from tml.model.layer_functions import LayerFunctions
+from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params, with_next
 from tml.ops.norm import rms_norm
 from tml.ops.projection import project
@@ -58,7 +59,6 @@ def apply(
     h_BSD: Float[Array, "B S D"],
     told_BSD: Float[Array, "B S D"],
     functions: LayerFunctions,
-    recomputed: Callable[[Callable], Callable],
     cfg: ModelConfig,
     mesh: MeshConfig,
 ) -> tuple[Float[Array, "B S D"], ...]:
@@ -71,7 +71,6 @@ def apply(
         h_BSD: the normed output of the last layer.
         told_BSD: the embedding of every position, which the positions before it are told.
         functions: how the layers look back.
-        recomputed: wraps a block, so that the backward pass keeps of it what it keeps of a layer.
         cfg: the model.
         mesh: sizes of the axes; slots may be split over `context`.
 
@@ -100,7 +99,8 @@ def apply(
             return apply_block(block_params, h_BSD, told_BSD, kind, ahead, cfg)
 
         # All blocks get the whole, so that one copy of it is kept for the backward pass.
-        h_BSD = recomputed(run)(params["blocks"][number], h_BSD, told_BTD)
+        block_of = recomputed(run, Remat(cfg.remat), mesh, in_loop=False)
+        h_BSD = block_of(params["blocks"][number], h_BSD, told_BTD)
         if cfg.mtp.chain is MtpChain.NORMED:
             h_BSD = rms_norm(h_BSD, shared["chain_norm"], cfg.norm_eps)
         found.append(h_BSD / cfg.mup_width_multiplier)

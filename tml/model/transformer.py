@@ -1,8 +1,8 @@
 """The whole network over training rows: embeddings, a stack scanned over its repeating groups of layers, the head."""
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -15,6 +15,7 @@ from tml.model import block, embed, moe, mtp
 from tml.model.block import LayerKind
 from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
+from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params
 from tml.ops.cross_entropy import Scores, score_in_chunks
 from tml.ops.cross_entropy import score as score_logits
@@ -110,7 +111,11 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
     On a mesh this is the program of one device: its parts of parameters and batch, inside `shard_map`.
     """
     with jax.named_scope("embed"):
-        embed_params = gather_params(params["embed"], embed.specs(cfg), mesh, embed.compute_dtype(cfg))
+        dtype = embed.compute_dtype(cfg)
+        tokens = params["embed"]["tokens"]
+        # The table travels as it is used, as matrices do.
+        embed_params = {**params["embed"], "tokens": {**tokens, "table": tokens["table"].astype(dtype)}}
+        embed_params = gather_params(embed_params, embed.specs(cfg), mesh, dtype)
         x_BSD = embed.embed(
             embed_params,
             batch.tokens_BS,
@@ -121,8 +126,10 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
             cfg,
             mesh,
         )
-    functions = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg, mesh)
-    last_BSD, _, load = run_layers(params["stages"], x_BSD, None, functions, cfg, mesh)
+    rows = [jnp.split(x, cfg.row_parts) for x in (x_BSD, batch.segment_ids_BS, batch.positions_BS)]
+    functions = [row_functions(segments, positions, cfg, mesh) for segments, positions in zip(*rows[1:], strict=True)]
+    parts, _, load = run_layers(params["stages"], rows[0], None, functions, cfg, mesh)
+    last_BSD = jnp.concatenate(parts)
     with jax.named_scope("head"):
         norm_D = gather_params(params["norm"], head_specs(cfg)["norm"], mesh, last_BSD.dtype)
         h_BSD = head_input(norm_D, last_BSD, cfg)
@@ -132,8 +139,8 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
         is_input = cfg.mtp.embedding is MtpEmbedding.INPUT
         told_BSD = x_BSD if is_input else embed.token_rows(embed_params, batch.tokens_BS, cfg, mesh)
         normed_BSD = rms_norm(last_BSD, norm_D, cfg.norm_eps)
-        wrap = functools.partial(recomputed, cfg=cfg, mesh=mesh)
-        ahead = mtp.apply(params["mtp"], normed_BSD, told_BSD, functions, wrap, cfg, mesh)
+        whole = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg, mesh)
+        ahead = mtp.apply(params["mtp"], normed_BSD, told_BSD, whole, cfg, mesh)
         return Hidden(h_BSD=h_BSD, load=load, ahead=ahead)
 
 
@@ -146,19 +153,19 @@ def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outpu
 
 def run_layers(
     stages: list[list[PyTree]],
-    x_BSD: Float[Array, "B S D"],
+    parts: list[Float[Array, "B S D"]],
     states: list[list[LayerState]] | None,
-    functions: LayerFunctions,
+    functions: list[LayerFunctions],
     cfg: ModelConfig,
     mesh: MeshConfig,
-) -> tuple[Float[Array, "B S D"], list[list[LayerState]] | None, moe.Load]:
+) -> tuple[list[Float[Array, "B S D"]], list[list[LayerState]] | None, moe.Load]:
     """Runs every stage.
 
     Args:
         stages: parameters, stacked along L within a stage.
-        x_BSD: embedded inputs.
+        parts: embedded inputs, in parts of rows that every layer takes side by side; one part where there are states.
         states: states of the layers, stacked like the parameters; None for training rows.
-        functions: how the layers look back.
+        functions: how the layers look back, for each part.
         cfg: the model.
         mesh: sizes of the axes; a layer's parameters are gathered when it runs.
 
@@ -167,73 +174,86 @@ def run_layers(
     """
     new_states: list[list[LayerState]] = []
     loads: list[moe.Load] = []
+    joins_runs = states is None and cfg.remat is not Remat.NONE
     for index, stage in enumerate(layer_stages(cfg)):
-        stage_states = None if states is None else states[index]
+        runs = [(kind, len(list(run))) for kind, run in itertools.groupby(stage.kinds)]
+        runs = runs if joins_runs else [(kind, 1) for kind in stage.kinds]
 
-        def group(x: jax.Array, layers: PyTree, kinds: tuple[LayerKind, ...] = stage.kinds) -> tuple[jax.Array, PyTree]:
-            group_params, group_states = layers
+        def group(
+            parts: list[jax.Array],
+            layers: PyTree,
+            runs: list[tuple[LayerKind, int]] = runs,
+            repeats: int = stage.repeats,
+        ) -> tuple[list[jax.Array], PyTree]:
+            run_params, run_states = layers
             after, group_loads = [], []
-            for place, kind in enumerate(kinds):
-                state = None if group_states is None else group_states[place]
-                x, state, load = _layer(group_params[place], x, state, kind, functions, cfg, mesh)
+            for place, (kind, count) in enumerate(runs):
+
+                def layer(
+                    parts: list[jax.Array], layer: PyTree, kind: LayerKind = kind, in_loop: bool = repeats * count > 1
+                ) -> tuple[list[jax.Array], PyTree]:
+                    parts, state, load = _layer(*layer, parts, kind, functions, cfg, mesh, in_loop)
+                    return parts, (state, load)
+
+                of_run = run_params[place], None if run_states is None else run_states[place]
+                parts, (state, load) = layer(parts, of_run) if count == 1 else jax.lax.scan(layer, parts, of_run)
                 after.append(state)
-                group_loads += [] if load is None else [load]
-            return x, (None if group_states is None else after, group_loads)
+                if load is not None:
+                    group_loads.append(load if count > 1 else _add_axis(load))
+            return parts, (None if run_states is None else after, _join(group_loads) if group_loads else None)
 
+        layers = _stack_runs(stages[index], runs), None if states is None else states[index]
         if stage.repeats == 1:
-            x_BSD, results = group(x_BSD, jax.tree.map(lambda leaf: leaf[0], (stages[index], stage_states)))
-            results = jax.tree.map(lambda leaf: leaf[None], results)
+            parts, results = group(parts, jax.tree.map(lambda leaf: leaf[0], layers))
+            results = _add_axis(results)
         else:
-            x_BSD, results = jax.lax.scan(group, x_BSD, (stages[index], stage_states))
-        after, stage_loads = results
+            parts, results = jax.lax.scan(group, parts, layers)
+        after, load = results
         new_states.append(after)
-        if stage_loads:
+        if load is not None:
             # In the order of the layers: repetition by repetition, then place by place.
-            loads.append(jax.tree.map(lambda *places: _merge_axes(jnp.stack(places, axis=1)), *stage_loads))
+            loads.append(jax.tree.map(lambda x_LG: x_LG.reshape(-1, *x_LG.shape[2:]), load))
     none = moe.Load(jnp.zeros((0, cfg.moe.num_experts), jnp.float32), jnp.zeros(0, jnp.int32))
-    load = jax.tree.map(lambda *stages: jnp.concatenate(stages), *loads) if loads else none
-    return x_BSD, None if states is None else new_states, load
+    return parts, None if states is None else new_states, _join(loads) if loads else none
 
 
-def _merge_axes(x_LG: jax.Array) -> jax.Array:
-    return x_LG.reshape(-1, *x_LG.shape[2:])
+def _stack_runs(places: list[PyTree], runs: list[tuple[LayerKind, int]]) -> list[PyTree]:
+    """Stacks, behind L, what equal layers in a row have, so that one loop runs them: a program with fewer layers."""
+    stacked, rest = [], iter(places)
+    for _, count in runs:
+        of_run = [next(rest) for _ in range(count)]
+        stacked.append(of_run[0] if count == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *of_run))
+    return stacked
+
+
+def _add_axis(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def _join(trees: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
 
 def _layer(
     params: PyTree,
-    x: jax.Array,
     state: LayerState | None,
+    parts: list[jax.Array],
     kind: LayerKind,
-    functions: LayerFunctions,
+    functions: list[LayerFunctions],
     cfg: ModelConfig,
     mesh: MeshConfig,
-) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
-    def run(params: PyTree, x: jax.Array) -> tuple[jax.Array, LayerState | None, moe.Load | None]:
+    in_loop: bool,
+) -> tuple[list[jax.Array], LayerState | None, moe.Load | None]:
+    def run(params: PyTree, parts: list[jax.Array]) -> tuple[list[jax.Array], LayerState | None, moe.Load | None]:
         with jax.named_scope("gather"):
             split_experts = keeps_experts_split(cfg.moe, mesh)
             params = gather_params(params, block.specs(kind, cfg), mesh, embed.compute_dtype(cfg), split_experts)
-        return block.apply(params, x, state, kind, functions, cfg)
+        # No part needs another's results, so XLA may let one travel while another is computed.
+        results = [block.apply(params, x, state, kind, f, cfg) for x, f in zip(parts, functions, strict=True)]
+        after, states, loads = zip(*results, strict=True)
+        return list(after), states[0], None if kind.is_dense else jax.tree.map(lambda *of_part: sum(of_part), *loads)
 
-    return recomputed(run, cfg, mesh)(params, x)
-
-
-def recomputed(run: Callable, cfg: ModelConfig, mesh: MeshConfig) -> Callable:
-    """A layer's function, of which the backward pass recomputes what `model.remat` says."""
-    if cfg.remat is Remat.LAYER:
-        return jax.checkpoint(run)
-    return run if mesh.num_devices == 1 else jax.checkpoint(run, policy=is_no_weight)
-
-
-def is_no_weight(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What the backward pass keeps without remat on a mesh: all but gathered weights and views, which are made anew.
-
-    Kept, the gathered weights of a layer would be kept of every layer: the whole model on every device.
-    """
-    return primitive.name not in MADE_ANEW
-
-
-MADE_ANEW = ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim")
-"""Operations on the way from a stored parameter to a matmul."""
+    return recomputed(run, Remat(cfg.remat), mesh, in_loop)(params, parts)
 
 
 def head_input(norm_D: Float[Array, "D"], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float[Array, "B S D"]:

@@ -179,11 +179,28 @@ def grouped_matmul(
 
 
 def grouped_matmul_reference(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int32[Array, "E"]
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E _ _"],
+    group_sizes_E: Int32[Array, "E"],
+    is_transposed: bool = False,
 ) -> Float[Array, "R F"]:
     """The definition: every expert on every row, and one or none of them chosen."""
-    own_RE = jax.nn.one_hot(_expert_of_row(x_RD.shape[0], group_sizes_E), w_EDF.shape[0], dtype=x_RD.dtype)
-    return jnp.einsum("RE,REF->RF", own_RE, jnp.einsum("RD,EDF->REF", x_RD, w_EDF))
+    w_EDF = w_EDF.swapaxes(1, 2) if is_transposed else w_EDF
+    return jnp.einsum("RE,REF->RF", _owner(x_RD, group_sizes_E), jnp.einsum("RD,EDF->REF", x_RD, w_EDF))
+
+
+def sums_of_groups_reference(
+    x_RD: Float[Array, "R D"], y_RF: Float[Array, "R F"], group_sizes_E: Int32[Array, "E"]
+) -> Float[Array, "E D F"]:
+    """The definition of the sum over each group's rows of x_R^T y_R."""
+    owner_RE = _owner(x_RD, group_sizes_E)
+    # Times zero would not do: what stands in rows of no group need not be a number.
+    x_RD, y_RF = (jnp.where(jnp.sum(owner_RE, axis=1)[:, None] > 0, rows, 0) for rows in (x_RD, y_RF))
+    return jnp.einsum("RE,RD,RF->EDF", owner_RE, x_RD, y_RF)
+
+
+def _owner(x_RD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    return jax.nn.one_hot(_expert_of_row(x_RD.shape[0], group_sizes_E), group_sizes_E.shape[0], dtype=x_RD.dtype)
 
 
 def blocked_grouped_matmul(
@@ -204,7 +221,7 @@ def _expert_of_row(num_rows: int, group_sizes_E: jax.Array) -> jax.Array:
 
 
 class GroupedKernels(NamedTuple):
-    """The two products that a platform's kernels compute.
+    """The two products that a platform's kernels compute; rows of no group may come out as anything.
 
     Attributes:
         rows: (x_RD, w_EDF, group_sizes_E, is_transposed) to x_R w_E for the expert of each row.
@@ -215,36 +232,67 @@ class GroupedKernels(NamedTuple):
     groups: Callable[..., jax.Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def multiply_groups_of_rows(
+    kernels: GroupedKernels, is_transposed: bool, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """By a platform's kernels, forward and both gradients; rows of no group may come out as anything, both ways.
+
+    Args:
+        kernels: the kernels.
+        is_transposed: whether the matrices come as E x F x D.
+        x_RD: rows, those of expert 0 first.
+        w_EDF: the experts' matrices.
+        group_sizes_E: rows of each expert.
+    """
+    return kernels.rows(x_RD, w_EDF, group_sizes_E, is_transposed=is_transposed)
+
+
+def _multiply_fwd(
+    kernels: GroupedKernels, is_transposed: bool, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return kernels.rows(x_RD, w_EDF, group_sizes_E, is_transposed=is_transposed), (x_RD, w_EDF, group_sizes_E)
+
+
+def _multiply_bwd(
+    kernels: GroupedKernels, is_transposed: bool, saved: tuple[jax.Array, jax.Array, jax.Array], grad_RF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_RD, w_EDF, group_sizes_E = saved
+    grad_x_RD = kernels.rows(grad_RF, w_EDF, group_sizes_E, is_transposed=not is_transposed)
+    pair = (grad_RF, x_RD) if is_transposed else (x_RD, grad_RF)
+    return grad_x_RD, kernels.groups(*pair, group_sizes_E), None
+
+
+multiply_groups_of_rows.defvjp(_multiply_fwd, _multiply_bwd)
+
+
 def kernel_grouped_matmul(
     kernels: GroupedKernels, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """By a platform's kernels, forward and both gradients."""
-    return kernels.rows(x_RD, w_EDF, group_sizes_E)
+    """The same with zeros in rows of no group, both ways."""
+    has_group_R1 = (jnp.arange(x_RD.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes_E))[:, None]
+    x_RD = jnp.where(has_group_R1, x_RD, jnp.zeros((), x_RD.dtype))
+    y_RF = multiply_groups_of_rows(kernels, False, x_RD, w_EDF, group_sizes_E)
+    return jnp.where(has_group_R1, y_RF, jnp.zeros((), y_RF.dtype))
 
 
-def _kernel_fwd(
-    kernels: GroupedKernels, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return kernels.rows(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+KERNELS: dict[MatmulBackend, GroupedKernels] = {
+    MatmulBackend.DENSE: GroupedKernels(grouped_matmul_reference, sums_of_groups_reference),
+    MatmulBackend.TPU: GroupedKernels(grouped_matmul_tpu.multiply_rows, grouped_matmul_tpu.multiply_groups),
+    MatmulBackend.GPU: GroupedKernels(grouped_matmul_gpu.multiply_rows, grouped_matmul_gpu.multiply_groups),
+}
+"""Kernels for groups of any size, and their definition."""
 
 
-def _kernel_bwd(
-    kernels: GroupedKernels, saved: tuple[jax.Array, jax.Array, jax.Array], grad_RF: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    x_RD, w_EDF, group_sizes_E = saved
-    grad_x_RD = kernels.rows(grad_RF, w_EDF, group_sizes_E, is_transposed=True)
-    return grad_x_RD, kernels.groups(x_RD, grad_RF, group_sizes_E), None
+def kernels_of(backend: MatmulBackend, usual_rows: int) -> GroupedKernels:
+    """The kernels of a platform; their stated cost counts `usual_rows`, where groups usually leave some rows over."""
+    kernels = KERNELS[backend]
+    if backend is MatmulBackend.DENSE:
+        return kernels
+    return GroupedKernels(*(functools.partial(kernel, usual_rows=usual_rows) for kernel in kernels))
 
-
-kernel_grouped_matmul.defvjp(_kernel_fwd, _kernel_bwd)
-
-TPU_KERNELS = GroupedKernels(grouped_matmul_tpu.multiply_rows, grouped_matmul_tpu.multiply_groups)
-GPU_KERNELS = GroupedKernels(grouped_matmul_gpu.multiply_rows, grouped_matmul_gpu.multiply_groups)
 
 GROUPED_MATMULS: dict[MatmulBackend, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
-    MatmulBackend.DENSE: grouped_matmul_reference,
     MatmulBackend.BLOCKED: blocked_grouped_matmul,
-    MatmulBackend.TPU: functools.partial(kernel_grouped_matmul, TPU_KERNELS),
-    MatmulBackend.GPU: functools.partial(kernel_grouped_matmul, GPU_KERNELS),
+    **{backend: functools.partial(kernel_grouped_matmul, kernels) for backend, kernels in KERNELS.items()},
 }

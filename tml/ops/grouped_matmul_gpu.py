@@ -105,9 +105,13 @@ def multiply_rows(
     w_EDF: Float[Array, "E _ _"],
     group_sizes_E: Int32[Array, "E"],
     is_transposed: bool = False,
+    usual_rows: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R F"]:
-    """Every row times the matrix of its group (or its transpose), summed in float32; zero in rows of no group."""
+    """Every row times the matrix of its group (or its transpose), summed in float32; zero in rows of no group.
+
+    `usual_rows` are those that the stated cost counts, where groups usually leave some of R over.
+    """
     (num_rows, depth), num_groups = x_RD.shape, w_EDF.shape[0]
     width = w_EDF.shape[1 if is_transposed else 2]
     tiles = _tile(num_rows, TILE_ROWS), _tile(depth, TILE_DEPTH), _tile(width, TILE_WIDTH)
@@ -124,7 +128,7 @@ def multiply_rows(
         grid=(len(tile), pl.cdiv(width, tiles[2])),
         out_shape=out,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        cost_estimate=_cost(x_RD, w_EDF, out, 2 * num_rows * depth * width),
+        cost_estimate=_cost(x_RD, w_EDF, out, 2 * (usual_rows or num_rows) * depth * width),
         interpret=interpret,
         name="grouped_matmul_rows",
     )(group, first, ends[group], x_RD, w_EDF)
@@ -135,6 +139,7 @@ def multiply_groups(
     x_RD: Float[Array, "R D"],
     y_RF: Float[Array, "R F"],
     group_sizes_E: Int32[Array, "E"],
+    usual_rows: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "E D F"]:
     """The transposed rows of each group in x times those in y, summed in float32."""
@@ -147,7 +152,7 @@ def multiply_groups(
         grid=(len(group_sizes_E), pl.cdiv(depth, tiles[1]), pl.cdiv(width, tiles[2])),
         out_shape=out,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        cost_estimate=_cost(x_RD, y_RF, out, 2 * num_rows * depth * width),
+        cost_estimate=_cost(x_RD, y_RF, out, 2 * (usual_rows or num_rows) * depth * width),
         interpret=interpret,
         name="grouped_matmul_groups",
     )(ends - group_sizes_E, ends, x_RD, y_RF)

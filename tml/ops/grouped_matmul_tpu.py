@@ -1,20 +1,108 @@
-"""Grouped matmul on TPU: jax's megablox kernels with their sizes made to fit.
+"""Grouped matmul on TPU: Pallas kernels that visit every tile of rows once for each group that has rows in it.
 
-Megablox (`jax.experimental.pallas.ops.tpu.megablox`; after Gale et al. 2022, arXiv:2211.15841) walks over tiles of
-rows, of which a group's first and last are masked. It asks for rows in whole tiles, is wrong where the summed axis
-is not, and leaves rows of no group unwritten: here the first two are padded and the last are set to zero.
+The summed axis is whole in vector memory. Groups come in the order of their rows, so a group's matrix is fetched
+once for all its tiles. A tile that two groups share is visited by both, one after the other, while it stays where
+it is; how many visits there are is decided while the program runs, so rows of no group cost nothing. They come out
+as anything. (Tiles of rows and their table are as in megablox, after Gale et al. 2022, arXiv:2211.15841.)
 """
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 LANES = 128
 """Lanes of a vector register: tiles are multiples of it."""
 
-TILE_ROWS, TILE_WIDTH = 512, 1_024
-"""The largest tile of rows, and of either width: three of them, twice each, fill 20 MiB of vector memory."""
+TILE_ROWS, TILE_WIDTH = 256, 1_024
+"""The largest tile of rows, and of the result's width. A tile that two groups share is computed twice."""
+
+TILE_DEPTH = 2_048
+"""The largest tile of the other width of a group's sum: its float32 sums fill 8 MiB of vector memory."""
+
+VMEM_LIMIT_BYTES = 60 * 2**20
+"""What a kernel may take of a core's vector memory: v5p and tpu7x have 64 MiB (jax `pltpu.get_tpu_info`)."""
+
+Ref = Any
+"""Memory that a kernel reads and writes."""
+
+
+class _Visits(NamedTuple):
+    """Tiles of rows in the order in which they are visited, and the groups' rows.
+
+    Attributes:
+        group: the group of each visit.
+        tile: its tile of rows.
+        first_row: first row of every group.
+        end_row: the row behind its last.
+    """
+
+    group: jax.Array
+    tile: jax.Array
+    first_row: jax.Array
+    end_row: jax.Array
+
+
+def _plan_visits(
+    group_sizes_E: jax.Array, num_tiles: int, tile_rows: int, least_visits: int
+) -> tuple[_Visits, jax.Array]:
+    """The visits, and how many of them there are; a group without rows is visited `least_visits` times."""
+    num_groups = group_sizes_E.shape[0]
+    end_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
+    first_E = end_E - group_sizes_E
+    first_tile_E = jnp.minimum(first_E // tile_rows, num_tiles - 1)
+    visits_E = jnp.where(group_sizes_E > 0, (end_E - 1) // tile_rows - first_tile_E + 1, least_visits)
+    ends_E = jnp.cumsum(visits_E, dtype=jnp.int32)
+    visit = jnp.arange(num_tiles + num_groups, dtype=jnp.int32)
+    group = jnp.minimum(jnp.sum(visit[:, None] >= ends_E[None], axis=1, dtype=jnp.int32), num_groups - 1)
+    tile = first_tile_E[group] + visit - (ends_E - visits_E)[group]
+    return _Visits(group, jnp.clip(tile, 0, num_tiles - 1), first_E, end_E), ends_E[-1]
+
+
+def _is_in_group(visits: _Visits, visit: jax.Array, tile_rows: int) -> jax.Array:
+    """Which rows of the visit's tile are its group's."""
+    group = visits.group[visit]
+    row = visits.tile[visit] * tile_rows + jax.lax.broadcasted_iota(jnp.int32, (tile_rows, 1), 0)
+    return (row >= visits.first_row[group]) & (row < visits.end_row[group])
+
+
+def _rows_kernel(*refs: Ref, is_transposed: bool) -> None:
+    visits, (x_ref, w_ref, out_ref) = _Visits(*refs[:4]), refs[4:]
+    own = _is_in_group(visits, pl.program_id(1), x_ref.shape[0])
+    summed = (((1,), (1 if is_transposed else 0,)), ((), ()))
+    precision = _precision(x_ref.dtype)
+    y = jax.lax.dot_general(x_ref[...], w_ref[...], summed, precision, preferred_element_type=jnp.float32)
+    # Groups before this one have written their rows of the tile; those behind will.
+    out_ref[...] = jnp.where(own, y, out_ref[...].astype(jnp.float32)).astype(out_ref.dtype)
+
+
+def _groups_kernel(*refs: Ref) -> None:
+    visits, (x_ref, y_ref, out_ref, sum_ref) = _Visits(*refs[:4]), refs[4:]
+    visit = pl.program_id(2)
+    group, last = visits.group[visit], pl.num_programs(2) - 1
+    own = _is_in_group(visits, visit, x_ref.shape[0])
+    # What stands in other rows need not be a number, so times zero would not do.
+    x, y = (jnp.where(own, ref[...].astype(jnp.float32), 0.0).astype(ref.dtype) for ref in (x_ref, y_ref))
+    summed = (((0,), (0,)), ((), ()))
+    product = jax.lax.dot_general(x, y, summed, _precision(x.dtype), preferred_element_type=jnp.float32)
+
+    @pl.when((visit == 0) | (visits.group[jnp.maximum(visit - 1, 0)] != group))
+    def _() -> None:
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    sum_ref[...] += product
+
+    @pl.when((visit == last) | (visits.group[jnp.minimum(visit + 1, last)] != group))
+    def _() -> None:
+        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _tile(size: int, unit: int, at_most: int) -> int:
@@ -26,8 +114,15 @@ def _padded(x: jax.Array, units: tuple[int, ...]) -> jax.Array:
     return jnp.pad(x, [(0, -size % unit) for size, unit in zip(x.shape, units, strict=True)])
 
 
-def _is_in_a_group(num_rows: int, group_sizes_E: jax.Array) -> jax.Array:
-    return (jnp.arange(num_rows) < jnp.sum(group_sizes_E))[:, None]
+def _cost(rows: int, tile_rows: int, num_groups: int, widths: tuple[int, int], num_bytes: float) -> pl.CostEstimate:
+    """What a kernel computes when groups end inside tiles: each but the last has one that the next visits again."""
+    visited_rows = (-(-rows // tile_rows) + num_groups - 1) * tile_rows
+    flops = 2 * visited_rows * widths[0] * widths[1]
+    return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=int(num_bytes))
+
+
+def _bytes(*arrays: jax.Array | jax.ShapeDtypeStruct) -> list[int]:
+    return [array.size * array.dtype.itemsize for array in arrays]
 
 
 def multiply_rows(
@@ -35,38 +130,101 @@ def multiply_rows(
     w_EDF: Float[Array, "E _ _"],
     group_sizes_E: Int32[Array, "E"],
     is_transposed: bool = False,
+    usual_rows: int | None = None,
     unit: int = LANES,
     interpret: bool = False,
 ) -> Float[Array, "R F"]:
-    """Every row times the matrix of its group (or its transpose), summed in float32; zero in rows of no group."""
+    """Every row times the matrix of its group (or its transpose), summed in float32; anything in rows of no group.
+
+    Args:
+        x_RD: rows, those of group 0 first.
+        w_EDF: matrices.
+        group_sizes_E: rows of each group.
+        is_transposed: whether the matrices come as E x F x D.
+        usual_rows: rows that the stated cost counts, where groups usually leave some of R over; R by default.
+        unit: what tiles are multiples of.
+        interpret: runs the kernel operation by operation, on any platform, for tests.
+    """
     num_rows, width = x_RD.shape[0], w_EDF.shape[1 if is_transposed else 2]
     x, w = _padded(x_RD, (unit, unit)), _padded(w_EDF, (1, unit, unit))
-    tiling = (
-        _tile(x.shape[0], unit, TILE_ROWS),
-        _tile(x.shape[1], unit, TILE_WIDTH),
-        _tile(w.shape[1 if is_transposed else 2], unit, TILE_WIDTH),
-    )
-    # Megablox mixes dtypes and ranks in its own arithmetic.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        out = gmm(x, w, group_sizes_E, x.dtype, tiling, transpose_rhs=is_transposed, interpret=interpret)
-    return jnp.where(_is_in_a_group(num_rows, group_sizes_E), out[:num_rows, :width], jnp.zeros((), out.dtype))
+    depth, full_width = x.shape[1], w.shape[1 if is_transposed else 2]
+    tile_rows, tile_width = _tile(x.shape[0], unit, TILE_ROWS), _tile(full_width, unit, TILE_WIDTH)
+    num_tiles, num_widths = x.shape[0] // tile_rows, full_width // tile_width
+    visits, num_visits = _plan_visits(group_sizes_E, num_tiles, tile_rows, 0)
+    w_block = (None, tile_width, depth) if is_transposed else (None, depth, tile_width)
+    rows = num_rows if usual_rows is None else usual_rows
+    x_bytes, w_bytes = _bytes(x, w)
+    out = pl.pallas_call(
+        functools.partial(_rows_kernel, is_transposed=is_transposed),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(visits),
+            grid=(num_widths, num_visits),
+            in_specs=[
+                pl.BlockSpec((tile_rows, depth), lambda n, v, group, tile, *_: (tile[v], 0)),
+                pl.BlockSpec(w_block, lambda n, v, group, *_: (group[v], n, 0) if is_transposed else (group[v], 0, n)),
+            ],
+            out_specs=pl.BlockSpec((tile_rows, tile_width), lambda n, v, group, tile, *_: (tile[v], n)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], full_width), x.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        ),
+        cost_estimate=_cost(
+            rows,
+            tile_rows,
+            w.shape[0],
+            (depth, full_width),
+            rows / num_rows * x_bytes * (num_widths + full_width / depth) + w_bytes,
+        ),
+        interpret=interpret,
+        name="grouped_matmul_rows",
+    )(*visits, x, w)
+    return out[:num_rows, :width]
 
 
 def multiply_groups(
     x_RD: Float[Array, "R D"],
     y_RF: Float[Array, "R F"],
     group_sizes_E: Int32[Array, "E"],
+    usual_rows: int | None = None,
     unit: int = LANES,
     interpret: bool = False,
 ) -> Float[Array, "E D F"]:
-    """The transposed rows of each group in x times those in y, summed in float32."""
-    depth, width = x_RD.shape[1], y_RF.shape[1]
+    """The transposed rows of each group in x times those in y, summed in float32; arguments as of `multiply_rows`."""
+    depth, width, num_groups = x_RD.shape[1], y_RF.shape[1], group_sizes_E.shape[0]
     x, y = _padded(x_RD, (unit, unit)), _padded(y_RF, (unit, unit))
-    tiling = (
-        _tile(x.shape[0], unit, TILE_ROWS),
-        _tile(x.shape[1], unit, TILE_WIDTH),
-        _tile(y.shape[1], unit, TILE_WIDTH),
-    )
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        out = tgmm(x.swapaxes(0, 1), y, group_sizes_E, x.dtype, tiling, interpret=interpret)
-    return out[:, :depth, :width]
+    tile_rows = _tile(x.shape[0], unit, TILE_ROWS)
+    tile_depth, tile_width = _tile(x.shape[1], unit, TILE_DEPTH), _tile(y.shape[1], unit, TILE_WIDTH)
+    num_tiles, grid = x.shape[0] // tile_rows, (x.shape[1] // tile_depth, y.shape[1] // tile_width)
+    visits, num_visits = _plan_visits(group_sizes_E, num_tiles, tile_rows, 1)
+    out = jax.ShapeDtypeStruct((num_groups, x.shape[1], y.shape[1]), x.dtype)
+    num_rows = x_RD.shape[0]
+    rows = num_rows if usual_rows is None else usual_rows
+    x_bytes, y_bytes, out_bytes = _bytes(x, y, out)
+    sums = pl.pallas_call(
+        _groups_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(visits),
+            grid=(*grid, num_visits),
+            in_specs=[
+                pl.BlockSpec((tile_rows, tile_depth), lambda d, f, v, group, tile, *_: (tile[v], d)),
+                pl.BlockSpec((tile_rows, tile_width), lambda d, f, v, group, tile, *_: (tile[v], f)),
+            ],
+            out_specs=pl.BlockSpec((None, tile_depth, tile_width), lambda d, f, v, group, *_: (group[v], d, f)),
+            scratch_shapes=[pltpu.VMEM((tile_depth, tile_width), jnp.float32)],
+        ),
+        out_shape=out,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        ),
+        cost_estimate=_cost(
+            rows,
+            tile_rows,
+            num_groups,
+            (x.shape[1], y.shape[1]),
+            rows / num_rows * (x_bytes * grid[1] + y_bytes * grid[0]) + out_bytes,
+        ),
+        interpret=interpret,
+        name="grouped_matmul_groups",
+    )(*visits, x, y)
+    return sums[:, :depth, :width]

@@ -1,27 +1,68 @@
 """The residual short convolution: x + depthwise causal convolution of x, in float32 whatever the input's dtype."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 
+@jax.custom_vjp
 def short_conv_rows(
     x_BSD: Float[Array, "B S D"], taps_YD: Float[Array, "Y D"], positions_BS: Int32[Array, "B S"]
 ) -> Float[Array, "B S D"]:
     """Convolves packed rows; a tap that would reach before its segment's start reads zero.
+
+    Its gradient is written out, so that what is shifted is in the input's dtype both ways, and only sums are float32.
 
     Args:
         x_BSD: inputs.
         taps_YD: taps, oldest first; the last one multiplies the present position.
         positions_BS: position within the segment.
     """
-    num_taps, num_slots = taps_YD.shape[0], x_BSD.shape[1]
-    x_f32 = x_BSD.astype(jnp.float32)
-    out = x_f32 * (1.0 + taps_YD[-1])[None, None]
-    for lag in range(1, min(num_taps, num_slots)):
-        past = jnp.pad(x_f32[:, :-lag], ((0, 0), (lag, 0), (0, 0)))
-        past = jnp.where((positions_BS >= lag)[:, :, None], past, 0.0)
-        out = out + past * taps_YD[num_taps - 1 - lag][None, None]
+    out = x_BSD.astype(jnp.float32) * (1.0 + taps_YD[-1])[None, None]
+    for lag in _lags(x_BSD, taps_YD):
+        past = _seen(_shifted(x_BSD, lag), positions_BS, lag)
+        out = out + past.astype(jnp.float32) * taps_YD[-1 - lag][None, None]
     return out.astype(x_BSD.dtype)
+
+
+def _short_conv_fwd(
+    x_BSD: jax.Array, taps_YD: jax.Array, positions_BS: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return short_conv_rows(x_BSD, taps_YD, positions_BS), (x_BSD, taps_YD, positions_BS)
+
+
+def _short_conv_bwd(
+    saved: tuple[jax.Array, jax.Array, jax.Array], grad_BSD: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_BSD, taps_YD, positions_BS = saved
+    grad_f32 = grad_BSD.astype(jnp.float32)
+    grad_x = grad_f32 * (1.0 + taps_YD[-1])[None, None]
+    grad_taps = [jnp.sum(grad_f32 * x_BSD.astype(jnp.float32), axis=(0, 1))]
+    for lag in _lags(x_BSD, taps_YD):
+        # A position's gradient comes from those behind it that saw it.
+        later = _shifted(_seen(grad_BSD, positions_BS, lag), -lag).astype(jnp.float32)
+        grad_x = grad_x + later * taps_YD[-1 - lag][None, None]
+        grad_taps.insert(0, jnp.sum(later * x_BSD.astype(jnp.float32), axis=(0, 1)))
+    missing = taps_YD.shape[0] - len(grad_taps)
+    grad_taps_YD = jnp.pad(jnp.stack(grad_taps), ((missing, 0), (0, 0)))
+    return grad_x.astype(x_BSD.dtype), grad_taps_YD.astype(taps_YD.dtype), None
+
+
+short_conv_rows.defvjp(_short_conv_fwd, _short_conv_bwd)
+
+
+def _lags(x_BSD: jax.Array, taps_YD: jax.Array) -> range:
+    return range(1, min(taps_YD.shape[0], x_BSD.shape[1]))
+
+
+def _shifted(x_BSD: jax.Array, lag: int) -> jax.Array:
+    """Every slot moved `lag` slots on, zeros where none comes from."""
+    return jax.lax.pad(x_BSD, jnp.zeros((), x_BSD.dtype), ((0, 0, 0), (lag, -lag, 0), (0, 0, 0)))
+
+
+def _seen(x_BSD: jax.Array, positions_BS: jax.Array, lag: int) -> jax.Array:
+    """Zero where the slot `lag` before belongs to another segment."""
+    return jnp.where((positions_BS >= lag)[:, :, None], x_BSD, jnp.zeros((), x_BSD.dtype))
 
 
 def short_conv_stream(

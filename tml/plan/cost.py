@@ -15,6 +15,7 @@ import numpy as np
 
 from tml.plan.chips import Chip
 from tml.plan.hlo import HBM, Computation, Instruction, Program, inner_instructions
+from tml.plan.links import COLLECTIVES
 
 MATMUL, GROUPED_MATMUL, ATTENTION, ROUTER = "matmul", "grouped matmul", "attention", "router"
 MOVEMENT, GATHER, SORT, ELEMENTWISE, OPTIMIZER = (
@@ -112,9 +113,11 @@ class CostModel:
         if opcode != "fusion":
             return sum(_hbm_bytes(operand) for operand in operands) + _hbm_bytes(instruction)
         fused = self._program.computations[instruction.called["calls"]]
+        # What a collective that passes through a matmul's fusion moves is no traffic of the matmul's.
+        passing = _passing_places(fused) if fused.name.startswith("async_collective_fusion") else set()
         read = 0.0
         for place, operand in enumerate(operands):
-            if any(array.space == HBM for array in operand.arrays):
+            if place not in passing and any(array.space == HBM for array in operand.arrays):
                 whole = _hbm_bytes(operand)
                 parameter = fused.parameters.get(place)
                 read += whole if parameter is None else min(whole, self._read_bytes(fused, parameter.name))
@@ -212,7 +215,9 @@ class CostModel:
         if root.opcode == "tuple":
             parts = [fused.instructions[name] for name in root.operands]
             written = [array.space == HBM for array in fusion.arrays]
-            sizes = [self._update_bytes(fused, part) for part in parts]
+            is_step = fused.name.startswith("async_collective_fusion")
+            passes = [is_step and (part.opcode == "parameter" or part.opcode in COLLECTIVES) for part in parts]
+            sizes = [0.0 if does else self._update_bytes(fused, part) for part, does in zip(parts, passes, strict=True)]
             return sum(size for size, is_written in zip(sizes, written, strict=False) if is_written)
         return min(_hbm_bytes(fusion), self._update_bytes(fused, root)) if _hbm_bytes(fusion) else 0.0
 
@@ -222,6 +227,19 @@ class CostModel:
         if result.opcode == "dynamic-update-slice":
             return scope.instructions[result.operands[1]].out_bytes
         return result.out_bytes
+
+
+def _passing_places(fused: Computation) -> set[int]:
+    """The parameters of a fusion that only a collective inside it takes, or nobody."""
+    takers: dict[str, set[str]] = {}
+    for instruction in fused.instructions.values():
+        for operand in instruction.operands:
+            takers.setdefault(operand, set()).add(instruction.opcode)
+    return {
+        place
+        for place, parameter in fused.parameters.items()
+        if takers.get(parameter.name, set()) <= {*COLLECTIVES, "tuple"}
+    }
 
 
 def _hbm_bytes(instruction: Instruction) -> float:

@@ -175,6 +175,8 @@ class _Replay:
             clock.now += self.run(self.program.computations[instruction.called["to_apply"]], times)
         elif opcode.endswith(("-done", "-update")):
             self._wait(instruction, clock, times)
+        elif opcode == "fusion" and self._has_call(instruction, "AsyncCollectiveDone"):
+            self._wait(self._from_start(computation, instruction), clock, times)
         elif opcode in PREFETCH:
             self._prefetch(computation, instruction, clock, times)
         else:
@@ -199,6 +201,18 @@ class _Replay:
                 line.exposed_seconds += times * max(0.0, end - clock.now)
                 clock.now = max(clock.now, end)
 
+    def _has_call(self, instruction: Instruction, target: str) -> bool:
+        """Whether a fusion is an end of a collective that is spread over several fusions (TPU)."""
+        inner = instruction.called.get("calls") if instruction.opcode == "fusion" else None
+        members = self.program.computations[inner].instructions.values() if inner else ()
+        return any(f'custom_call_target="{target}"' in member.attributes for member in members)
+
+    def _from_start(self, computation: Computation, instruction: Instruction) -> Instruction:
+        """The same with the collectives under way as its operands, instead of what was taken from their tuples."""
+        sources = [computation.instructions[name] for name in instruction.operands]
+        starts = {source.operands[0] for source in sources if source.opcode == "get-tuple-element"}
+        return dataclasses.replace(instruction, operands=tuple(sorted(starts)))
+
     def _prefetch(self, computation: Computation, instruction: Instruction, clock: _Clock, times: float) -> None:
         moved = self.costs.hbm_bytes(computation, instruction)
         line = self._line(instruction, ELEMENTWISE)
@@ -208,11 +222,15 @@ class _Replay:
         clock.ends[instruction.name] = (clock.memory_free, line)
 
     def _operation(self, computation: Computation, instruction: Instruction, clock: _Clock, times: float) -> None:
-        transfers = self._transfers(computation, instruction)
-        is_start = instruction.opcode.endswith("-start")
+        is_step = instruction.called.get("calls", "").startswith("async_collective_fusion")
+        transfers = [] if is_step else self._transfers(computation, instruction)
+        is_start = instruction.opcode.endswith("-start") or self._has_call(instruction, "AsyncCollectiveStart")
         cost = Cost(ELEMENTWISE) if transfers else self.costs.cost(computation, instruction)
-        if instruction.opcode == "fusion" and transfers:
+        if instruction.opcode == "fusion" and transfers and not is_start:
             cost = self.costs.cost(computation, instruction)
+        if is_step:
+            for start in clock.ends.keys() & set(self._from_start(computation, instruction).operands):
+                clock.ends[instruction.name] = clock.ends.pop(start)
         if not transfers and not cost.seconds:
             return
         line = self._line(instruction, transfers[0].kind if transfers and not cost.flops else cost.category)
@@ -250,7 +268,7 @@ class _Replay:
             moved
             for scope, member in inner_instructions(self.program, self.program.computations[inner])
             if collective_kind(member.opcode)
-            for moved in self._transfers(scope, member)
+            for moved in self._transfers(scope, _as_scatter(scope, member))
         ]
 
     def _line(self, instruction: Instruction, category: str) -> Line:
@@ -258,3 +276,9 @@ class _Replay:
             source = self.program.source_of(instruction)
             self.lines[instruction.name] = Line(instruction.name, category, source, instruction.op_name)
         return self.lines[instruction.name]
+
+
+def _as_scatter(scope: Computation, member: Instruction) -> Instruction:
+    """A reduction of which a TPU's fusion keeps this device's slice alone travels as a reduce-scatter, and is one."""
+    is_scatter = scope.name.startswith("all-reduce-scatter") and member.opcode == "all-reduce"
+    return dataclasses.replace(member, opcode="reduce-scatter") if is_scatter else member

@@ -240,9 +240,9 @@ def _fields(text: str) -> dict[str, str]:
 
 
 def inner_instructions(program: Program, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
-    """Every instruction of a fused computation, those of fusions inside it included."""
+    """Every instruction of a fused computation, those of fusions and calls inside it included."""
     for instruction in computation.instructions.values():
         yield computation, instruction
-        inner = instruction.called.get("calls")
-        if instruction.opcode == "fusion" and inner:
+        inner = instruction.called.get("calls" if instruction.opcode == "fusion" else "to_apply")
+        if instruction.opcode in ("fusion", "call") and inner:
             yield from inner_instructions(program, program.computations[inner])

@@ -102,7 +102,7 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
 def _open_tpu(name: str, chip: Chip, sizes: tuple[int, ...], num_slices: int) -> Topology:
     _needs("libtpu", name)
     # The flags of a launch, so that the plan is of the program that will run; a variable that is set stays.
-    for variable, value in (TPU_ENVIRONMENT | dict(flags_environment(Platform.TPU, num_slices))).items():
+    for variable, value in (TPU_ENVIRONMENT | dict(flags_environment(Platform.TPU, num_slices, chip.name))).items():
         os.environ.setdefault(variable, value)
     wraps = tuple(size % CUBE == 0 if chip.torus_axes == 3 else size == FLAT_RING for size in sizes)
     # The compiler wants three axes always.

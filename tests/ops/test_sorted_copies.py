@@ -1,0 +1,70 @@
+"""Rows sorted by expert, and the sums of every token's rows, against loops over copies."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tml.ops import grouped_matmul_tpu
+from tml.ops.grouped_matmul import sums_of_groups_reference
+from tml.ops.sorted_copies import BLOCK_TOKENS, rows_of_tokens, sort_copies, sum_of_rows
+
+EXPERTS, CHOICES = 5, 2
+SUMS = {
+    "reference": sums_of_groups_reference,
+    "TPU": functools.partial(grouped_matmul_tpu.multiply_groups, unit=8, interpret=True),
+}
+
+
+def routing(num_tokens: int) -> np.ndarray:
+    """Experts of every token, some of them elsewhere; expert 2 has none."""
+    drawn = np.random.default_rng(0).integers(-2, EXPERTS, (num_tokens, CHOICES))
+    return np.where(drawn == 2, -1, drawn).astype(np.int32)
+
+
+def rows_of(experts: np.ndarray, num_rows: int) -> list[int]:
+    """The copy in every row, by a loop."""
+    flat = experts.reshape(-1)
+    return [copy for expert in range(EXPERTS) for copy in np.flatnonzero(flat == expert)][:num_rows]
+
+
+@pytest.mark.parametrize("num_rows", [8, 64, 1024], ids=["too few", "some over", "more than copies"])
+def test_rows_hold_the_copies_of_each_expert_in_turn(num_rows: int) -> None:
+    experts, gates = routing(60), np.random.default_rng(1).random((60, CHOICES), np.float32)
+    copies = rows_of(experts, num_rows)
+    plan, gate_R = jax.jit(sort_copies, static_argnums=(2, 3))(jnp.asarray(experts), gates, EXPERTS, num_rows)
+    np.testing.assert_array_equal(np.flatnonzero(plan.is_row), np.arange(len(copies)))
+    np.testing.assert_array_equal(plan.token_of_row[: len(copies)], np.array(copies) // CHOICES)
+    np.testing.assert_array_equal(gate_R, np.pad(gates.reshape(-1)[copies], (0, num_rows - len(copies))))
+    owners = experts.reshape(-1)[copies]
+    np.testing.assert_array_equal(plan.group_sizes_E, [(owners == expert).sum() for expert in range(EXPERTS)])
+    assert int(plan.num_dropped) == (experts >= 0).sum() - len(copies)
+
+
+@pytest.mark.parametrize("sum_groups", SUMS.values(), ids=SUMS.keys())
+def test_sums_and_gradients_equal_a_loop_over_copies(sum_groups) -> None:
+    num_tokens, num_rows = 2 * BLOCK_TOKENS + 40, 160
+    experts = routing(num_tokens)
+    experts[80:] = np.where(np.arange(num_tokens - 80)[:, None] % 9, -1, experts[80:])
+    copies = np.array(rows_of(experts, num_rows))
+    assert 100 < len(copies) < num_rows, "rows of no expert are there"
+    drawn = np.random.default_rng(2)
+    x, gates, cotangent = (
+        drawn.standard_normal(shape, np.float32) for shape in ((num_tokens, 8), experts.shape, (num_tokens, 8))
+    )
+
+    def ours(x, gates):
+        plan, gate_R = sort_copies(jnp.asarray(experts), gates, EXPERTS, num_rows)
+        y_RD = jnp.square(rows_of_tokens(sum_groups, x, plan)) * gate_R[:, None]
+        # As kernels leave rows of no expert.
+        y_RD = jnp.where(plan.is_row[:, None], y_RD, jnp.nan)
+        return jnp.sum(sum_of_rows(sum_groups, y_RD, plan) * cotangent)
+
+    def looped(x, gates):
+        y_RD = jnp.square(x[copies // CHOICES]) * gates.reshape(-1)[copies][:, None]
+        return jnp.sum(jnp.zeros_like(x).at[copies // CHOICES].add(y_RD) * cotangent)
+
+    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, gates) for f in (ours, looped))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
