@@ -218,8 +218,8 @@ def test_weights_are_gathered_in_their_layer_and_gradients_leave_by_reduce_scatt
         is_layer = path.startswith("stages")
         shape = split[path].shape[1:] if is_layer else split[path].shape
         if path.endswith("gate_up"):
-            # Experts come from one axis, their model dimension from the other.
-            joined, part = (*shape[:2], shape[2] * shape[3]), (shape[0] // 2, shape[1] // 4, shape[2] * shape[3])
+            # Experts come from one axis, and behind them their model dimension from the other.
+            joined, part = (*shape[:2], math.prod(shape[2:])), (shape[0] // 2, math.prod(shape[1:]) // 4)
         else:
             others = math.prod(shape) // model.d_model
             joined, part = (model.d_model, others), (model.d_model // num_devices, others)

@@ -55,11 +55,11 @@ def test_the_gradient_is_that_of_the_definition(num_slots: int) -> None:
     positions = np.stack([np.arange(num_slots), np.maximum(np.arange(num_slots) - 1, 0) % 5]).astype(np.int32)
 
     def definition(x, taps):
-        out = x * (1.0 + taps[-1])
+        out = x * (1.0 + taps[-1])[None, None]
         for slot in range(num_slots):
             for lag in range(1, 4):
                 seen = jnp.asarray(positions[:, slot] >= lag)[:, None] & (slot >= lag)
-                out = out.at[:, slot].add(jnp.where(seen, x[:, max(slot - lag, 0)] * taps[-1 - lag], 0.0))
+                out = out.at[:, slot].add(jnp.where(seen, x[:, max(slot - lag, 0)] * taps[-1 - lag][None], 0.0))
         return jnp.sum(out * cotangent)
 
     def ours(x, taps):
