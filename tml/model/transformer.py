@@ -192,7 +192,8 @@ def run_layers(
                 def layer(
                     parts: list[jax.Array], layer: PyTree, kind: LayerKind = kind, in_loop: bool = repeats * count > 1
                 ) -> tuple[list[jax.Array], PyTree]:
-                    parts, state, load = _layer(*layer, parts, kind, functions, cfg, mesh, in_loop)
+                    params, state = layer
+                    parts, state, load = _layer(params, state, parts, kind, functions, cfg, mesh, in_loop)
                     return parts, (state, load)
 
                 of_run = run_params[place], None if run_states is None else run_states[place]
