@@ -143,9 +143,16 @@ def test_rows_hold_what_the_layout_says(mixture, tokenizer, loader):
 
 def test_loss_weights_come_from_the_config():
     table = loss_weight_table(
-        LossConfig(listen_weight=1.0, speak_weight=2.0, text_weight=3.0, action_weight=4.0, document_weight=5.0)
+        LossConfig(
+            listen_weight=1.0,
+            speak_weight=2.0,
+            text_weight=3.0,
+            action_weight=4.0,
+            document_weight=5.0,
+            heard_weight=6.0,
+        )
     )
-    assert [float(table[kind]) for kind in Target] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [float(table[kind]) for kind in Target] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
 
 def test_most_tiles_of_a_row(mixture, tokenizer):
