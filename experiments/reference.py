@@ -3,8 +3,8 @@
 Question: how far do human digits come when nothing but synthetic speech is trained on, if half of it comes
 from espeak, flite and festival, band limited, in rooms and through codecs?
 
-Cost: about 40 minutes of training on one core, and ten on two to synthesise what the quickstart has not.
-Expected: human digits above 0.7; the numbers of an earlier configuration are in experiments/README.md.
+Cost: about 28 minutes of training on one core, and ten on two to synthesise what the quickstart has not.
+Expected: human digits above 0.7; see experiments/README.md.
 
 Commands, after the quickstart has prepared its data:
 

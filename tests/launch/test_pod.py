@@ -38,7 +38,7 @@ SKY = ("--target=skypilot", "--topology=h200:1x2x8", "--bucket=gs://bucket")
 
 
 def mesh(replica: int, fsdp: int) -> tuple[str, ...]:
-    sizes = {"mesh.replica": replica, "mesh.fsdp": fsdp, "data.rows_per_batch": replica * fsdp}
+    sizes = {"mesh.replica": replica, "mesh.fsdp": fsdp, "data.rows_per_batch": 2 * replica * fsdp}
     return tuple(f"--config.{name}={value}" for name, value in sizes.items())
 
 
@@ -237,7 +237,11 @@ def test_a_task_of_skypilot_is_one_of_its_schema(app, tmp_path: Path, flags, acc
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (GKE, 1, r"is for 1 devices, but 1 slice\(s\) of v5p:2x2x2 have 8 devices; the nearest valid mesh of"),
+        (
+            (*GKE, "--config.model.row_parts=1"),
+            1,
+            r"is for 1 devices, but 1 slice\(s\) of v5p:2x2x2 have 8 devices; the nearest valid mesh of",
+        ),
         ((*GKE, "--num_slices=2", *mesh(1, 16)), 1, r"replica = 1 is not a multiple of the 2 slices"),
         ((*GKE, "--topology=tpu7x:2x2x1", *mesh(1, 4)), 1, r"for 4 devices, but .* have 8 devices \(2 a chip\)"),
         ((*GKE, "--topology=v5p:8x8"), 1, r"the shape of v5p is chips along 3 axes, as in v5p:8x8x8"),
