@@ -34,6 +34,7 @@ def test_sums_in_another_dtype():
     assert project(x, w, out_dtype=jnp.float32).dtype == jnp.float32
 
 
-def test_sizes_that_do_not_fit_are_an_error():
-    with pytest.raises(TypeError):
-        project(jnp.ones((2, 3)), jnp.ones((4, 5)))
+@pytest.mark.parametrize(("w_shape", "num_summed"), [((4, 5), 1), ((3, 2, 6), 2)])
+def test_axes_that_do_not_fit_are_an_error(w_shape, num_summed):
+    with pytest.raises(AssertionError):
+        project(jnp.ones((7, 2, 3)), jnp.ones(w_shape), num_summed)

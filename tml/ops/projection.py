@@ -27,6 +27,9 @@ def project(x: jax.Array, weights: jax.Array, num_summed: int = 1, out_dtype: DT
         >>> h_BSD = project(out_BSNH, o_NHD, num_summed=2)
     """
     positions, outputs = x.shape[: x.ndim - num_summed], weights.shape[num_summed:]
+    assert x.shape[x.ndim - num_summed :] == weights.shape[:num_summed], (
+        f"{x.shape} do not end as {weights.shape} begin"
+    )
     inner = math.prod(weights.shape[:num_summed])
     product = jnp.matmul(x.reshape(-1, inner), weights.reshape(inner, -1), preferred_element_type=out_dtype)
     return product.reshape(*positions, *outputs)
