@@ -113,7 +113,7 @@ def _run(module: str, *arguments: str, hint: str = "") -> None:
         raise ValueError(
             f"{module} ended with code {code}; its error stands above. "
             + (f"{hint}. " if hint else "")
-            + "Run the same command again to go on from here"
+            + "When that is mended, run the same command again to go on from here"
         )
     print(f"[{module}: {time.monotonic() - begun:.0f} s]", flush=True)
 

@@ -12,6 +12,7 @@ from tml.config import (
     AttentionConfig,
     DataConfig,
     Experiment,
+    LossConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -90,6 +91,11 @@ def test_the_hash_depends_on_every_value_and_on_nothing_else():
         (
             lambda: Experiment(name="x", train=TrainConfig(num_steps=10), optim=OptimConfig(warmup_steps=10)),
             r"warmup_steps = 10 leaves nothing of train.num_steps = 10",
+        ),
+        (lambda: LossConfig(heard_weight=float("inf")), r"loss.heard_weight = inf must be 0 or greater, and finite"),
+        (
+            lambda: Experiment(name="x", model=ModelConfig(row_parts=3)),
+            r"rows_per_batch = 8 .* model.row_parts \(3\) = 3; .* is 9; model.row_parts = 1 takes no parts",
         ),
         (lambda: from_json('{"name": "x", "modle": {}}'), r"unknown key config.modle; did you mean model"),
         (

@@ -99,7 +99,11 @@ def sessions():
             "texts": tuple(sorted(texts, key=lambda item: item.start)),
             "frames": tuple(frames),
             "user_words": tuple(
-                Word(text=draw(st.text(max_size=3)), start=start, end=draw(st.integers(start, num_samples)))
+                Word(
+                    text=draw(st.text("abc", min_size=1, max_size=3)),
+                    start=start,
+                    end=draw(st.integers(start, num_samples)),
+                )
                 for start in (sorted(draw(st.lists(inside, max_size=3))) if Stream.USER_AUDIO in streams else [])
             ),
             "meta": draw(st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2)),
@@ -155,6 +159,7 @@ def test_a_stream_that_is_not_promised_is_an_error(stream):
             {"user_words": (Word(text="a", start=5, end=6), Word(text="b", start=4, end=6))},
             "words of the user are not o",
         ),
+        ({"user_words": (Word(text=" ", start=5, end=6),)}, r"the user's word at \[5, 6\) is blank"),
         ({"audio": {Stream.OWN_AUDIO: clip()}}, "has words of the user, but no user_audio"),
         ({"audio": {Stream.SYSTEM: clip()}}, "system is not a stream of sound"),
         ({"expectations": (Expectation(kind=ExpectationKind.SILENCE, start=0, end=NUM_SAMPLES + 1),)}, "expectation"),

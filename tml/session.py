@@ -178,6 +178,8 @@ class Session:
         if self.user_words and Stream.USER_AUDIO not in self.audio:
             raise SessionError(f"{name} has words of the user, but no {Stream.USER_AUDIO.value} in which to hear them")
         for word in self.user_words:
+            if not word.text.strip():
+                raise SessionError(f"{name}: the user's word at [{word.start}, {word.end}) is blank")
             if not 0 <= word.start <= word.end <= length:
                 raise SessionError(
                     f"{name}: the user's {word.text!r} at [{word.start}, {word.end}) lies outside [0, {length})"

@@ -101,6 +101,16 @@ def test_a_marker_that_is_none_is_refused(folder: Path, text: str) -> None:
         bundle.load(folder)
 
 
+def test_a_config_of_another_version_is_named(folder: Path) -> None:
+    config = json.loads((folder / bundle.CONFIG).read_text())
+    (folder / bundle.CONFIG).write_text(json.dumps({**config, "gone": 1}))
+    marker = json.loads((folder / bundle.MARKER).read_text())
+    digests = {**marker["sha256"], bundle.CONFIG: bundle.digest(folder / bundle.CONFIG)}
+    changed_marker(folder, sha256=digests)
+    with pytest.raises(BundleError, match=rf"{bundle.CONFIG} was written by another version .* config.gone"):
+        bundle.load(folder)
+
+
 def test_another_format_is_refused(folder: Path) -> None:
     changed_marker(folder, format=2)
     with pytest.raises(BundleError, match="has bundle format 2, this code reads 1; export it again"):

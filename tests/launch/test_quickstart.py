@@ -51,7 +51,7 @@ def test_a_signal_goes_on_to_the_command_which_may_save(tmp_path: Path, number: 
 
 
 def test_a_command_that_fails_ends_the_quickstart(capfd: pytest.CaptureFixture[str]):
-    with pytest.raises(ValueError, match=r"launch\.describe ended with code 2.*try this\. Run the same command"):
+    with pytest.raises(ValueError, match=r"launch\.describe ended with code 2.*try this\. When that is mended, run"):
         quickstart._run("launch.describe", "--no_such_flag", hint="try this")
     assert "no_such_flag" in capfd.readouterr().err
 

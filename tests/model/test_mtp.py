@@ -185,3 +185,5 @@ def test_without_blocks_the_network_is_as_before() -> None:
 def test_blocks_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match=r"global_blocks names blocks \[3\], but model.mtp.num_blocks = 3"):
         replace(BLOCKS, global_blocks=(1, 3))
+    with pytest.raises(ValueError, match="names a block twice"):
+        replace(BLOCKS, global_blocks=(1, 1))

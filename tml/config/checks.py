@@ -1,5 +1,6 @@
 """The checks every config dataclass shares; each error names the value, the limit and the way out."""
 
+import math
 from typing import Any
 
 
@@ -11,10 +12,10 @@ def check_positive(owner: str, **fields: float | int) -> None:
 
 
 def check_not_negative(owner: str, **fields: float | int) -> None:
-    """Raises ValueError when a named field is negative."""
+    """Raises ValueError when a named field is negative, or not finite."""
     for name, value in fields.items():
-        if not value >= 0:
-            raise ValueError(f"{owner}.{name} = {value} must be 0 or greater")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{owner}.{name} = {value} must be 0 or greater, and finite")
 
 
 def check_fraction(owner: str, **fields: float | int) -> None:

@@ -217,6 +217,8 @@ class MtpConfig:
 
     def __post_init__(self) -> None:
         check_not_negative("model.mtp", num_blocks=self.num_blocks)
+        if len(set(self.global_blocks)) < len(self.global_blocks):
+            raise ValueError(f"model.mtp.global_blocks = {self.global_blocks} names a block twice; name each once")
         outside = [block for block in self.global_blocks if not 0 <= block < self.num_blocks]
         if outside:
             raise ValueError(

@@ -110,7 +110,12 @@ def load(folder: Path) -> Model:
         BundleError: not a bundle, another format, another checksum, or parameters that do not fit the config.
     """
     _verify(folder)
-    experiment = from_json((folder / CONFIG).read_text())
+    try:
+        experiment = from_json((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise BundleError(
+            f"{folder / CONFIG} was written by another version of tml: {error}; export it again"
+        ) from error
     tensors = safetensors.numpy.load_file(folder / PARAMS)
     return Model(experiment=experiment, params=_as_tree(tensors, experiment, folder), tokenizer=_load_tokenizer(folder))
 
