@@ -155,6 +155,13 @@ ENTRY %main (a: f32[1048576], b: f32[1024,1024]) -> (f32[8388608], f32[1024,1024
 }}
 """
 
+AS_CALLS = (
+    ON_SPARSE_CORES.replace("async-start(%a)", "call-start(%a)")
+    .replace("calls=%wrapped", "to_apply=%called")
+    .replace("async-done", "call-done")
+)
+"""How the finished program writes it; the one before code generation has wrapped calls."""
+
 IN_FUSIONS = f"""HloModule m, is_scheduled=true, num_partitions=8
 
 %begin (p: f32[1048576]) -> (f32[1048576], f32[8388608]) {{
@@ -192,7 +199,9 @@ ENTRY %main (a: f32[1048576], b: f32[1024,1024]) -> (f32[8388608], f32[1024,1024
 """
 
 
-@pytest.mark.parametrize("text", [ON_SPARSE_CORES, IN_FUSIONS], ids=["SparseCores", "steps inside fusions"])
+@pytest.mark.parametrize(
+    "text", [ON_SPARSE_CORES, AS_CALLS, IN_FUSIONS], ids=["SparseCores", "calls", "steps inside fusions"]
+)
 def test_a_transfer_under_way_counts_once_however_it_is_written(text: str):
     again = next(line for line in estimate(parse(ASYNCHRONOUS), cube()).lines if line.name == "again")
     found = estimate(parse(text), cube())

@@ -262,6 +262,8 @@ class _Replay:
             operands = [computation.instructions[name] for name in instruction.operands]
             return [transfer(instruction, sum(operand.out_bytes for operand in operands), self.fabric)]
         inner = instruction.called.get("calls")
+        if instruction.opcode == "call-start":
+            inner = instruction.called["to_apply"]
         if inner is None:
             return []
         return [
