@@ -51,10 +51,13 @@ FIXED_GROUPS = ("model", "turn", "text", "data", "seed")
 """What a run folder may not change: the parameters, and which batch belongs to which step, follow from it."""
 
 FREE_KEYS = re.compile(
-    r"model\.moe\.(dispatch|capacity_factor)|text\.tokenizer|"
+    r"model\.(remat|row_parts|attention\.backend|moe\.(backend|block_rows|dispatch|capacity_factor))|text\.tokenizer|"
     r"data\.(max_quarantined_fraction|read_threads|prefetch_rows|eval_sources(\..*)?|sources\..*\.path)"
 )
-"""What of those it may: no batch follows from it, or the contents are compared instead."""
+"""What of those it may: no parameter and no batch follows from it, or the contents are compared instead.
+
+So a run may go on where another platform's kernels, or another way to the same sums, are wanted.
+"""
 
 
 def main(argv: list[str]) -> int:
