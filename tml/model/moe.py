@@ -123,10 +123,10 @@ def _shared_experts(
     """
     dtype, num_experts, dim = h_TD.dtype, gates_TA.shape[1], h_TD.shape[1]
     gate_up_DAZF = jnp.moveaxis(params["shared_gate_up"].astype(dtype), 0, 1)
-    halves = jnp.split(kept(h_TD @ gate_up_DAZF.reshape(dim, -1)), 2 * num_experts, axis=1)
+    halves = jnp.split(kept(project(h_TD, gate_up_DAZF.reshape(dim, -1))), 2 * num_experts, axis=1)
     pairs = zip(halves[::2], halves[1::2], range(num_experts), strict=True)
     hidden = [jax.nn.silu(gate) * up * gates_TA[:, expert, None].astype(dtype) for gate, up, expert in pairs]
-    return jnp.concatenate(hidden, axis=1) @ params["shared_down"].astype(dtype).reshape(-1, dim)
+    return project(jnp.concatenate(hidden, axis=1), params["shared_down"].astype(dtype).reshape(-1, dim))
 
 
 def balanced_bias(

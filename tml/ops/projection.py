@@ -32,4 +32,24 @@ def project(x: jax.Array, weights: jax.Array, num_summed: int = 1, out_dtype: DT
     )
     inner = math.prod(weights.shape[:num_summed])
     product = jnp.matmul(x.reshape(-1, inner), weights.reshape(inner, -1), preferred_element_type=out_dtype)
-    return product.reshape(*positions, *outputs)
+    return _with_stored_gradient(product).reshape(*positions, *outputs)
+
+
+@jax.custom_vjp
+def _with_stored_gradient(x: jax.Array) -> jax.Array:
+    """x, whose gradient is stored before it is used.
+
+    Two matmuls use it. XLA on TPU would fuse what makes it into both of them, to be made again for every tile.
+    """
+    return x
+
+
+def _stored_fwd(x: jax.Array) -> tuple[jax.Array, None]:
+    return x, None
+
+
+def _stored_bwd(_: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.optimization_barrier(grad),)
+
+
+_with_stored_gradient.defvjp(_stored_fwd, _stored_bwd)
