@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
             optim=OptimConfig(optimizer=Optimizer.ADAMW, peak_lr=2e-4, warmup_steps=2_000, weight_decay=0.1),
             mesh=MeshConfig(fsdp=64, expert=8),
             train=TrainConfig(num_steps=1_200_000, checkpoint_every=500, peak_flops_per_s=459e12),
-            stream=StreamConfig(max_positions=32_768),
+            # One key head a chip; --config.stream.backend=gpu for GPUs.
+            stream=StreamConfig(max_positions=32_768, tensor=8, backend=MatmulBackend.TPU),
         )
     )

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int32
 
 from tml.config import ExpertDispatch, MatmulBackend, MeshConfig, MoEConfig
 from tml.ops.collectives import index_along
 from tml.ops.grouped_matmul import (
+    LAYER_KERNELS,
     block_matmul,
     collect,
     dispatch,
@@ -193,6 +195,51 @@ def buffer_rows(balanced_copies: int, cfg: MoEConfig, mesh: MeshConfig) -> int:
     return math.ceil(factor * balanced_copies / cfg.block_rows) * cfg.block_rows
 
 
+class ExpertStack(NamedTuple):
+    """One layer's matrices within the stack of a stage, which are read where they are.
+
+    Attributes:
+        stack: those of all the stage's layers, [L, E, ...].
+        layer: which of them.
+    """
+
+    stack: jax.Array
+    layer: jax.Array | int
+
+    def astype(self, dtype: DTypeLike) -> "ExpertStack":
+        """The same in another dtype; of the same dtype, untouched."""
+        return ExpertStack(self.stack.astype(dtype), self.layer)
+
+    def cut(self) -> jax.Array:
+        """The layer's matrices by themselves."""
+        return self.stack[self.layer]
+
+
+def experts_chosen(num_tokens: int, cfg: MoEConfig) -> float:
+    """Distinct experts that so many tokens choose in one layer, if all are as likely: E (1 - (1 - k/E)^n)."""
+    return cfg.num_experts * (1 - (1 - cfg.num_experts_per_token / cfg.num_experts) ** num_tokens)
+
+
+def streaming_experts(valid_BW: Bool[Array, "B W"], backend: MatmulBackend, cfg: MoEConfig) -> ExpertFunction:
+    """The way experts run on the next slots of live sessions; no session can change another's bits.
+
+    Without a platform's kernel, whichever reads fewer weights: those of every choice, or those of every expert once.
+    """
+    if backend in LAYER_KERNELS:
+
+        def run(weights: Mapping[str, ExpertStack], h: jax.Array, gates: jax.Array, experts: jax.Array, cfg: MoEConfig):
+            return served_experts(weights, h, gates, experts, valid_BW.reshape(-1), backend, cfg)
+
+        return run
+    is_few = valid_BW.size * cfg.num_experts_per_token < cfg.num_experts
+    strategy = gathered_experts if is_few else dense_experts
+
+    def run_cut(weights: Mapping[str, ExpertStack], h: jax.Array, gates: jax.Array, experts: jax.Array, cfg: MoEConfig):
+        return strategy({name: each.cut() for name, each in weights.items()}, h, gates, experts, cfg)
+
+    return run_cut
+
+
 def gathered_experts(
     weights: Mapping[str, jax.Array],
     h_TD: Float[Array, "t D"],
@@ -200,16 +247,40 @@ def gathered_experts(
     experts_TK: Int32[Array, "t k"],
     cfg: MoEConfig,
 ) -> Dispatched:
-    """Streaming: each of a few tokens fetches its own experts, so that no session can change another's bits."""
+    """Streaming: each of a few tokens fetches its own experts."""
     both = jnp.einsum("tD,tkDF->tkF", h_TD, _fused(weights["gate_up"])[experts_TK])
     gate, up = jnp.split(both, 2, axis=-1)
     out_TKD = jnp.einsum("tkF,tkFD->tkD", jax.nn.silu(gate) * up, weights["down"][experts_TK])
     return Dispatched(jnp.sum(out_TKD * gates_TK[:, :, None], axis=1), jnp.int32(0))
 
 
-def streaming_experts(num_tokens: int, cfg: MoEConfig) -> ExpertFunction:
-    """Whichever reads fewer weights: those of every choice, or those of every expert once."""
-    return gathered_experts if num_tokens * cfg.num_experts_per_token < cfg.num_experts else dense_experts
+def served_experts(
+    weights: Mapping[str, ExpertStack],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    is_valid_T: Bool[Array, "t"],
+    backend: MatmulBackend,
+    cfg: MoEConfig,
+) -> Dispatched:
+    """Streaming: copies sorted by expert, so that a kernel reads the matrices of every chosen expert once.
+
+    The choices of slots that are not valid belong to no expert.
+    """
+    num_tokens, num_choices = experts_TK.shape
+    multiply = functools.partial(LAYER_KERNELS[backend], usual_groups=experts_chosen(num_tokens, cfg))
+    expert_C = jnp.where(is_valid_T[:, None], experts_TK, cfg.num_experts).reshape(-1)
+    copy_C = jnp.arange(expert_C.size, dtype=jnp.int32)
+    sorted_C, copy_R = jax.lax.sort((expert_C, copy_C), num_keys=1, is_stable=True)
+    _, row_C = jax.lax.sort((copy_R, copy_C), num_keys=1)
+    sizes_E = jnp.sum(jax.nn.one_hot(sorted_C, cfg.num_experts, dtype=jnp.int32), axis=0)
+    gate_up, down = weights["gate_up"], weights["down"]
+    both_RZF = multiply(h_TD[copy_R // num_choices], jnp.swapaxes(gate_up.stack, 2, 3), gate_up.layer, sizes_E)
+    hidden_RF = jax.nn.silu(both_RZF[:, 0]) * both_RZF[:, 1]
+    out_RZD = multiply(hidden_RF, down.stack[:, :, None], down.layer, sizes_E)
+    out_TKD = out_RZD[row_C, 0].reshape(num_tokens, num_choices, -1) * gates_TK[:, :, None]
+    # What kernels leave in rows of no expert need not be a number.
+    return Dispatched(jnp.where(is_valid_T[:, None], jnp.sum(out_TKD, axis=1), 0), jnp.int32(0))
 
 
 def run_blocks(

@@ -26,17 +26,29 @@ Bias = tuple[Float[Array, "B S N J"], Float[Array, "J X"]]
 
 @flax.struct.dataclass
 class LayerState:
-    """What a live layer remembers.
+    """What the live layers of one place in a stage remember, stacked along L like their parameters.
 
     Attributes:
-        k_BTKH: key cache: a ring on sliding layers.
-        v_BTKH: value cache.
+        k_LBTKH: key caches: rings on sliding layers.
+        v_LBTKH: value caches.
         histories: by convolution name, its last inputs.
     """
 
-    k_BTKH: Leaf
-    v_BTKH: Leaf
+    k_LBTKH: Leaf
+    v_LBTKH: Leaf
     histories: dict[str, Leaf]
+
+
+class LiveLayer(NamedTuple):
+    """One of those layers. What it writes goes into the stack, in place: no cache is ever cut out or copied.
+
+    Attributes:
+        stack: what all of them remember.
+        index: which of them it is.
+    """
+
+    stack: LayerState
+    index: jax.Array | int
 
 
 class LayerFunctions(NamedTuple):
@@ -53,8 +65,8 @@ class LayerFunctions(NamedTuple):
 
     positions: Int32[Array, "B S"]
     valid: Bool[Array, "B S"]
-    conv: Callable[[str, jax.Array, jax.Array, LayerState | None], tuple[jax.Array, LayerState | None]]
-    attend: Callable[..., tuple[jax.Array, LayerState | None]]
+    conv: Callable[[str, jax.Array, jax.Array, LiveLayer | None], tuple[jax.Array, LiveLayer | None]]
+    attend: Callable[..., tuple[jax.Array, LiveLayer | None]]
     experts: ExpertFunction
     add_shards: Callable[[jax.Array], jax.Array]
 
