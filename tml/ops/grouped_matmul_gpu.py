@@ -230,16 +230,19 @@ def multiply_rows_of_layer(
     matrices_bytes = usual_groups * num_matrices * depth * width * x_RD.dtype.itemsize
     # The tiles of a group that is read already find its matrices in the L2 cache, and so do parts their rows.
     rows_bytes = num_rows * (depth + num_matrices * width) * x_RD.dtype.itemsize
+    cost = pl.CostEstimate(
+        flops=int(2 * usual_tiles * tiles[0] * depth * num_matrices * width),
+        transcendentals=0,
+        bytes_accessed=int(matrices_bytes + rows_bytes),
+    )
     result = pl.pallas_call(
         functools.partial(_layer_kernel, tiles=tiles),
         grid=(len(group), parts),
         out_shape=jax.ShapeDtypeStruct((num_rows, num_matrices * width), x_RD.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
-        cost_estimate=pl.CostEstimate(
-            flops=int(2 * usual_tiles * tiles[0] * depth * num_matrices * width),
-            transcendentals=0,
-            bytes_accessed=int(matrices_bytes + rows_bytes),
-        ),
+        cost_estimate=cost,
+        # Triton's lowering (jax 0.10.2) drops the cost, but keeps what is said beside it.
+        metadata={"flops": str(cost.flops), "bytes_accessed": str(cost.bytes_accessed)},
         interpret=interpret,
         name="grouped_matmul_layer",
     )(group, first, end, jnp.asarray(layer, jnp.int32).reshape(1), x_RD, w_LEZDF)

@@ -39,11 +39,11 @@ class StreamState:
 
     Attributes:
         decode: the network's state.
-        keys_B: the random key of each session; its samples do not depend on its slot.
+        keys_B2: data of the random key of each session; its samples do not depend on its slot.
     """
 
     decode: DecodeState
-    keys_B: Leaf
+    keys_B2: Leaf
 
 
 @flax.struct.dataclass
@@ -66,12 +66,20 @@ def init_state(model: ModelConfig, layout: Layout, stream: StreamConfig, num_slo
     max_slots = max(layout.max_slots_in, 1)
     decode = cache.init_state(model, num_slots, stream.max_positions, max_slots)
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(num_slots))
-    return StreamState(decode=decode, keys_B=keys_B)
+    return StreamState(decode=decode, keys_B2=jax.random.key_data(keys_B))
 
 
 def partition(state: StreamState) -> StreamState:
     """How devices that share a model split the state of its sessions."""
-    return StreamState(decode=cache.partition(state.decode), keys_B=PartitionSpec())
+    return StreamState(decode=cache.partition(state.decode), keys_B2=PartitionSpec())
+
+
+def place_state(state: StreamState, model: ModelConfig, stream: StreamConfig) -> StreamState:
+    """Puts a state on the devices that share the model, as `placement.place_params` puts parameters."""
+    if stream.tensor == 1:
+        return jax.device_put(state, jax.local_devices()[0])
+    mesh = stream_mesh(model, stream)
+    return jax.device_put(state, jax.tree.map(lambda entry: NamedSharding(mesh, entry), partition(state)))
 
 
 def make_step(
@@ -142,7 +150,7 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
                 can_act_B[:, None] | (jnp.arange(model.num_logits) != special.action)[None]
             )
             masked_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
-            token_B = jnp.where(over_B, special.end_of_text, choose(masked_BV, state.keys_B, decode.num_positions_B))
+            token_B = jnp.where(over_B, special.end_of_text, choose(masked_BV, state.keys_B2, decode.num_positions_B))
             active_B = phase_B != DONE
             outputs = _record(outputs, token_B, active_B, logits_BV)
             slots = token_slots(token_B, active_B, inputs, model)
@@ -185,8 +193,7 @@ def jit_served_step(step: StepFunction, mesh: Mesh, model: ModelConfig, state: S
 
     whole = NamedSharding(mesh, PartitionSpec())
     params_format = jax.tree.map(free, param_sharding(transformer.specs(model), mesh))
-    split = jax.tree.map(lambda entry: free(NamedSharding(mesh, entry)), partition(state))
-    state_format = replace(split, keys_B=whole)
+    state_format = jax.tree.map(lambda entry: free(NamedSharding(mesh, entry)), partition(state))
     return jax.jit(
         step,
         donate_argnums=1,
@@ -251,8 +258,8 @@ def _likeliest(logits_BV: Float32[Array, "B V"], *_: jax.Array) -> Int32[Array, 
 
 
 def _sampler(temperature: float) -> Callable[..., Int32[Array, "B"]]:
-    def sample(logits_BV: jax.Array, keys_B: jax.Array, positions_B: jax.Array) -> jax.Array:
-        keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+    def sample(logits_BV: jax.Array, keys_B2: jax.Array, positions_B: jax.Array) -> jax.Array:
+        keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), positions_B)
         return jax.vmap(jax.random.categorical)(keys_B, logits_BV / temperature).astype(jnp.int32)
 
     return sample

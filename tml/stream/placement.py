@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tml.config import MatmulBackend, MeshConfig, ModelConfig, StreamConfig
-from tml.mesh import make_mesh
+from tml.mesh import make_mesh, param_sharding
 from tml.model import embed, transformer
 from tml.params import ParamSpec, PyTree, Update, map_specs
 
@@ -58,6 +58,15 @@ def check_backend(backend: MatmulBackend, platform: str) -> None:
     platform = "gpu" if platform in ("cuda", "rocm") else platform
     if backend in (MatmulBackend.TPU, MatmulBackend.GPU) and backend.value != platform:
         raise ValueError(f"stream.backend = {backend.value} is a kernel for {backend.value}, not for {platform}")
+
+
+def place_params(params: PyTree, model: ModelConfig, stream: StreamConfig) -> PyTree:
+    """Puts parameters on the devices that share them; where there is one, on the first of this process."""
+    if stream.tensor == 1:
+        (device, *_) = jax.local_devices()
+        check_backend(stream.backend, device.platform)
+        return jax.device_put(params, device)
+    return jax.device_put(params, param_sharding(transformer.specs(model.streamed), stream_mesh(model, stream)))
 
 
 def served_params(model: ModelConfig) -> PyTree:
