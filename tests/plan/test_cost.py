@@ -90,6 +90,16 @@ def test_a_kernel_costs_what_it_states():
     assert found.category == ATTENTION
 
 
+def test_a_kernel_for_gpu_states_its_cost_beside_it():
+    stated = r'backend_config={num_warps = 4 : i32, serialized_metadata = "{\22flops\22: \22989000000000\22, '
+    stated += r'\22bytes_accessed\22: \221000\22}"}'
+    scope = 'metadata={op_name="jit(f)/mlp/experts/kernel"}, '
+    found = cost_of(KERNEL.replace("tpu_custom_call", "__gpu$xla.gpu.triton") + scope + stated, chip=CHIPS["h200"])
+    assert (found.flops, found.hbm_bytes, found.unknown) == (989e9, 1000, "")
+    assert found.seconds == pytest.approx(1e-3)
+    assert found.category == GROUPED_MATMUL
+
+
 def test_a_kernel_that_states_nothing_is_named():
     found = cost_of(KERNEL + "backend_config={}")
     assert "tpu_custom_call" in found.unknown

@@ -54,7 +54,13 @@ def apply(
             h_BSD = moe.apply_dense(params["mlp"], h_BSD, functions.add_shards)
         else:
             h_BSD, load = moe.apply_moe(
-                params["mlp"], h_BSD, functions.valid, functions.experts, functions.add_shards, cfg.moe
+                params["mlp"],
+                h_BSD,
+                functions.valid,
+                functions.experts,
+                functions.shared_experts,
+                functions.add_shards,
+                cfg.moe,
             )
         h_BSD, state = functions.conv("mlp", h_BSD, params["mlp_conv"], state)
         return x_BSD + h_BSD, state, load

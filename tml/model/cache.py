@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int16, Int32, UInt8
 
 from tml.config import MatmulBackend, MeshConfig, ModelConfig
 from tml.model import embed, transformer
-from tml.model.expert_dispatch import streaming_experts
+from tml.model.expert_dispatch import streaming_experts, streaming_heads, streaming_shared_experts
 from tml.model.layer_functions import Bias, LayerFunctions, LayerState, LiveLayer
 from tml.ops.attention import attend_cache
 from tml.ops.collectives import sum_over
@@ -173,6 +173,15 @@ def feed(
             v_LBTKH=stack.v_LBTKH.at[index, rows_B1, places_BW].set(v, mode="drop"),
         )
         window = None if is_global else cfg.attention.window
+        if is_global and num_slots > 1 and backend is MatmulBackend.TPU:
+            # One session's logits stay in vector memory; those of all sessions do not.
+            def attend_row(row: jax.Array) -> jax.Array:
+                r, profiles = bias
+                caches = stack.k_LBTKH[index, row][None], stack.v_LBTKH[index, row][None]
+                held = positions_BW[row][None], key_positions_BT[row][None]
+                return attend_cache(q[row][None], *caches, r[row][None], profiles, *held, window)[0]
+
+            return jax.lax.map(attend_row, rows_B1[:, 0]), LiveLayer(stack, index)
         k_BTKH, v_BTKH = stack.k_LBTKH[index], stack.v_LBTKH[index]
         out = attend_cache(q, k_BTKH, v_BTKH, *bias, positions_BW, key_positions_BT, window)
         return out, LiveLayer(stack, index)
@@ -182,7 +191,9 @@ def feed(
         valid=valid_BW,
         conv=conv,
         attend=attend,
+        heads=streaming_heads(backend),
         experts=streaming_experts(valid_BW, backend, cfg.moe),
+        shared_experts=streaming_shared_experts(backend),
         add_shards=lambda x: sum_over(x, ("tensor",), mesh),
     )
     x_BWD, layers = transformer.run_live_layers(params["stages"], x_BWD, state.layers, functions, cfg)

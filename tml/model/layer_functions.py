@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from tml.config import AttentionBackend, AttentionConfig, MeshConfig, ModelConfig
-from tml.model.expert_dispatch import ExpertFunction, expert_function
+from tml.model.expert_dispatch import (
+    ExpertFunction,
+    SharedFunction,
+    expert_function,
+    project_heads,
+    shared_experts,
+)
 from tml.ops import context
 from tml.ops.attention import attend
 from tml.ops.collectives import sum_over
@@ -59,7 +65,9 @@ class LayerFunctions(NamedTuple):
         valid: slots that hold something; padding does not count as load.
         conv: (name, inputs, taps, state) to (outputs, state).
         attend: (is_global, q, k, v, bias, state) to (outputs, state).
+        heads: (what all heads give, their matrix) to the model's width.
         experts: the expert matmuls.
+        shared_experts: those of the shared experts.
         add_shards: sums partial outputs over the devices that split heads or hidden units.
     """
 
@@ -67,7 +75,9 @@ class LayerFunctions(NamedTuple):
     valid: Bool[Array, "B S"]
     conv: Callable[[str, jax.Array, jax.Array, LiveLayer | None], tuple[jax.Array, LiveLayer | None]]
     attend: Callable[..., tuple[jax.Array, LiveLayer | None]]
+    heads: Callable[..., jax.Array]
     experts: ExpertFunction
+    shared_experts: SharedFunction
     add_shards: Callable[[jax.Array], jax.Array]
 
 
@@ -95,7 +105,9 @@ def row_functions(
         valid=segment_ids_BS > 0,
         conv=conv,
         attend=look_back,
+        heads=project_heads,
         experts=expert_function(cfg.moe, mesh),
+        shared_experts=shared_experts,
         add_shards=lambda x: sum_over(x, ("tensor",), mesh),
     )
 

@@ -251,13 +251,24 @@ def run_live_layers(
     return x_BWD, after
 
 
+WITHIN_STACKS = {
+    "attention": ("o",),
+    "mlp": ("gate_up", "down", "shared_gate_up", "shared_down"),
+}
+"""Matrices that are read where they are in their stacks; XLA would cut them out before it multiplies them."""
+
+
 def _params_of_layer(stacked: Mapping[str, PyTree], index: jax.Array | int) -> dict[str, PyTree]:
-    """The parameters of one layer of a stack; its experts as their whole stacks and the layer's place."""
-    mlp = stacked["mlp"]
-    experts = {name: ExpertStack(mlp[name], index) for name in ("gate_up", "down") if "router" in mlp}
-    rest = {**stacked, "mlp": {name: leaf for name, leaf in mlp.items() if name not in experts}}
-    of_layer = jax.tree.map(lambda leaf: leaf[index], rest)
-    return {**of_layer, "mlp": {**of_layer["mlp"], **experts}}
+    """The parameters of one layer of a stage; experts and heads as their whole stacks and the layer's place."""
+
+    def of_part(part: str, params: PyTree) -> PyTree:
+        # A dense MLP has no experts.
+        within = WITHIN_STACKS.get(part, ()) if part != "mlp" or "router" in params else ()
+        if not within:
+            return jax.tree.map(lambda leaf: leaf[index], params)
+        return {name: ExpertStack(leaf, index) if name in within else leaf[index] for name, leaf in params.items()}
+
+    return {part: of_part(part, params) for part, params in stacked.items()}
 
 
 def _stack_runs(places: list[PyTree], runs: list[tuple[LayerKind, int]]) -> list[PyTree]:

@@ -259,8 +259,7 @@ def cache_bias(
     turn_BCM = (places[None, :, None] == source_BM[:, None, :]).astype(near_BNWC.dtype)
     turned_BNWM = jnp.einsum("BNWC,BCM->BNWM", near_BNWC, turn_BCM, precision="highest")
     repeats = -(-num_entries // period)
-    repeated = jnp.broadcast_to(turned_BNWM[:, :, :, None], (*turned_BNWM.shape[:3], repeats, period))
-    return repeated.reshape(*turned_BNWM.shape[:3], -1)[..., :num_entries]
+    return jnp.concatenate([turned_BNWM] * repeats, axis=-1)[..., :num_entries]
 
 
 def _attend(

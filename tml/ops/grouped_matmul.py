@@ -195,9 +195,10 @@ def multiply_rows_of_layer_reference(
     layer: jax.Array | int,
     group_sizes_E: Int32[Array, "E"],
     usual_groups: float,
-) -> Float[Array, "R Z F"]:
+) -> Float[Array, "R O"]:
     """The definition of `LAYER_KERNELS`; zero in rows of no group."""
-    return jnp.einsum("RE,REZF->RZF", _owner(x_RD, group_sizes_E), jnp.einsum("RD,EZDF->REZF", x_RD, w_LEZDF[layer]))
+    y_REZF = jnp.einsum("RD,EZDF->REZF", x_RD, w_LEZDF[layer])
+    return jnp.einsum("RE,REZF->RZF", _owner(x_RD, group_sizes_E), y_REZF).reshape(x_RD.shape[0], -1)
 
 
 def sums_of_groups_reference(
@@ -313,5 +314,5 @@ LAYER_KERNELS: dict[MatmulBackend, Callable[..., jax.Array]] = {
     MatmulBackend.TPU: grouped_matmul_tpu.multiply_rows_of_layer,
     MatmulBackend.GPU: grouped_matmul_gpu.multiply_rows_of_layer,
 }
-"""(x_RD, w_LEZDF, layer, group_sizes_E, usual_groups) to x_R w_Z for the Z matrices of each row's expert, [R, Z, F];
-anything in rows of no group."""
+"""(x_RD, w_LEZDF, layer, group_sizes_E, usual_groups) to x_R w_Z for the Z matrices of each row's expert, side by
+side, [R, Z F]; anything in rows of no group."""

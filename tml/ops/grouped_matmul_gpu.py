@@ -212,8 +212,8 @@ def multiply_rows_of_layer(
     group_sizes_E: Int32[Array, "E"],
     usual_groups: float,
     interpret: bool = False,
-) -> Float[Array, "R Z F"]:
-    """A few rows times the Z matrices of their group in one layer of a stack; anything in rows of no group.
+) -> Float[Array, "R O"]:
+    """A few rows times the Z matrices of their group in one layer of a stack, side by side; anything in rows of none.
 
     Args:
         x_RD: rows, those of group 0 first.
@@ -235,7 +235,7 @@ def multiply_rows_of_layer(
         transcendentals=0,
         bytes_accessed=int(matrices_bytes + rows_bytes),
     )
-    result = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_layer_kernel, tiles=tiles),
         grid=(len(group), parts),
         out_shape=jax.ShapeDtypeStruct((num_rows, num_matrices * width), x_RD.dtype),
@@ -246,4 +246,3 @@ def multiply_rows_of_layer(
         interpret=interpret,
         name="grouped_matmul_layer",
     )(group, first, end, jnp.asarray(layer, jnp.int32).reshape(1), x_RD, w_LEZDF)
-    return result.reshape(num_rows, num_matrices, width)

@@ -68,7 +68,9 @@ def _plan_visits(
     ends_E = jnp.cumsum(visits_E, dtype=jnp.int32)
     visit = jnp.arange(num_tiles + num_groups, dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(visit[:, None] >= ends_E[None], axis=1, dtype=jnp.int32), num_groups - 1)
-    tile = first_tile_E[group] + visit - (ends_E - visits_E)[group]
+    # The sum of one value and zeros: single numbers are gathered slower.
+    is_group_VE = group[:, None] == jnp.arange(num_groups, dtype=jnp.int32)[None]
+    tile = visit + jnp.sum(jnp.where(is_group_VE, (first_tile_E - ends_E + visits_E)[None], 0), axis=1, dtype=jnp.int32)
     return _Visits(group, jnp.clip(tile, 0, num_tiles - 1), first_E, end_E), ends_E[-1]
 
 
@@ -252,8 +254,8 @@ def multiply_rows_of_layer(
     usual_groups: float,
     unit: int = LANES,
     interpret: bool = False,
-) -> Float[Array, "R Z F"]:
-    """A few rows times the Z matrices of their group in one layer of a stack; anything in rows of no group.
+) -> Float[Array, "R O"]:
+    """A few rows times the Z matrices of their group in one layer of a stack, side by side; anything in rows of none.
 
     The layer is told to the kernel: cut out of the stack, every matrix would be moved before any is used. The width
     of the result comes in two parts at least, one for each core of a v5p, which reads its part of the matrices.
@@ -268,8 +270,9 @@ def multiply_rows_of_layer(
         interpret: runs the kernel operation by operation, on any platform, for tests.
     """
     (num_rows, depth), (num_matrices, width) = x_RD.shape, (w_LEZDF.shape[2], w_LEZDF.shape[4])
-    tile_rows = min(FEW_ROWS, num_rows + -num_rows % SUBLANES)
-    x = _padded(x_RD, (tile_rows, 1))
+    assert width % unit == 0, f"a device's part of a matrix has {width} columns, which {unit} does not divide"
+    x = _padded(x_RD, (SUBLANES, 1))
+    tile_rows = _tile(x.shape[0], SUBLANES, FEW_ROWS)
     most = max(unit, min(num_matrices * width // 2, MATRIX_BYTES // (depth * x.dtype.itemsize)))
     tile_width = _tile(width, unit, most)
     num_tiles, per_matrix = x.shape[0] // tile_rows, width // tile_width
@@ -310,4 +313,4 @@ def multiply_rows_of_layer(
         interpret=interpret,
         name="grouped_matmul_layer",
     )(*visits, jnp.asarray(layer, jnp.int32).reshape(1), x, w_LEZDF)
-    return out[:num_rows].reshape(num_rows, num_matrices, width)
+    return out[:num_rows]

@@ -88,8 +88,12 @@ def short_conv_stream(
     for lag in range(1, num_taps):
         first = num_taps - 1 - lag
         out = out + line_BTD[:, first : first + num_slots] * taps_YD[first][None, None]
-    keep_BY = counts_B[:, None] + jnp.arange(num_taps - 1)[None]
-    history_BYD = jnp.take_along_axis(line_BTD, keep_BY[:, :, None], axis=1)
+    if num_slots == 1:
+        # A choice of two; rows are gathered slower.
+        history_BYD = jnp.where((counts_B > 0)[:, None, None], line_BTD[:, 1:], history_BYD)
+    else:
+        keep_BY = counts_B[:, None] + jnp.arange(num_taps - 1)[None]
+        history_BYD = jnp.take_along_axis(line_BTD, keep_BY[:, :, None], axis=1)
     return out.astype(x_BWD.dtype), history_BYD
 
 

@@ -127,6 +127,7 @@ def _top(n: Mapping[str, Any]) -> list[str]:
 
 def _unknown(n: Mapping[str, Any]) -> list[str]:
     known = [
+        f"starting {n['operations']:,.0f} operations one after another: on a GPU a microsecond or two each",
         "contention between collectives of different groups, and between links and memory",
         "the time of the vector units beside that of the bytes they read",
         "chips that wait for each other, the loader, checkpoints, restarts",
