@@ -77,7 +77,7 @@ def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: i
 
     def layer(is_global: bool, repeats: int) -> LayerState:
         shape = (repeats, num_rows, max_positions if is_global else ring, *heads)
-        histories = {name: zero_history(num_rows, cfg.conv_taps, width) for name, width in widths.items()}
+        histories = {name: zero_history(num_rows, cfg.conv_taps, width, dtype) for name, width in widths.items()}
         histories = {name: jnp.stack([history] * repeats) for name, history in histories.items()}
         return LayerState(k_LBTKH=jnp.zeros(shape, dtype), v_LBTKH=jnp.zeros(shape, dtype), histories=histories)
 

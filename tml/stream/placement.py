@@ -61,7 +61,11 @@ def check_backend(backend: MatmulBackend, platform: str) -> None:
 
 
 def place_params(params: PyTree, model: ModelConfig, stream: StreamConfig) -> PyTree:
-    """Puts parameters on the devices that share them; where there is one, on the first of this process."""
+    """Puts parameters, in the dtypes of `served_params`, on the devices that share them.
+
+    Where there is one, it is the first of this process.
+    """
+    params = jax.tree.map(lambda leaf, served: leaf.astype(served.dtype), params, served_params(model))
     if stream.tensor == 1:
         (device, *_) = jax.local_devices()
         check_backend(stream.backend, device.platform)
