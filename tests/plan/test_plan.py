@@ -107,8 +107,9 @@ def test_a_refusal_for_want_of_memory_says_how_much_was_wanted(message: str, wan
 
 
 def test_a_micro_turn_is_compiled_and_estimated(topology: Topology):
-    experiment = made_up_experiment()
-    experiment = replace(experiment, stream=StreamConfig(max_positions=64, tensor=2))
+    made_up = made_up_experiment()
+    model = replace(made_up.model, attention=replace(made_up.model.attention, num_kv_heads=2))
+    experiment = replace(made_up, model=model, stream=StreamConfig(max_positions=64, tensor=2))
     pair = replace(topology, devices=topology.devices[:2])
     kept: list[tuple[Compiled, Mesh]] = []
     plan = plan_decode_step(experiment, pair, 4, 9, keep=lambda *program: kept.append(program))
@@ -123,6 +124,7 @@ def test_a_micro_turn_is_compiled_and_estimated(topology: Topology):
     assert often["experts_read_per_layer"] == pytest.approx(4 * (1 - 0.5**4))
     assert "micro-turn" in decode_table(often)
     assert "of 4, if all are as likely" in decode_table(often)
+    assert f"starting {often['operations']:,.0f} operations" in decode_table(often)
     # One layer, sliding: no cache grows.
     assert often["cache_bytes_per_session_minute"] == 0
     # So many sessions more, and the chip is full.

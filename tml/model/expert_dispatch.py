@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +41,14 @@ class Dispatched(NamedTuple):
 
 
 ExpertFunction = Callable[
-    [Mapping[str, jax.Array], Float[Array, "t D"], Float[Array, "t k"], Int32[Array, "t k"], MoEConfig], Dispatched
+    [Mapping[str, Any], Float[Array, "t D"], Float[Array, "t k"], Int32[Array, "t k"], MoEConfig], Dispatched
 ]
-"""(weights, tokens, gate of each choice, expert of each choice, config) to the gated sum over the choices."""
+"""(weights, tokens, gate of each choice, expert of each choice, config) to the gated sum over the choices.
+
+Weights are arrays, or in live sessions `ExpertStack`s."""
 
 
-SharedFunction = Callable[[Mapping[str, jax.Array], Float[Array, "t D"], Float[Array, "t A"]], Float[Array, "t D"]]
+SharedFunction = Callable[[Mapping[str, Any], Float[Array, "t D"], Float[Array, "t A"]], Float[Array, "t D"]]
 """(weights, tokens, gate of each shared expert) to the gated sum over the shared experts."""
 
 

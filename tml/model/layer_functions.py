@@ -50,11 +50,11 @@ class LiveLayer(NamedTuple):
 
     Attributes:
         stack: what all of them remember.
-        index: which of them it is.
+        layer: which of them it is.
     """
 
     stack: LayerState
-    index: jax.Array | int
+    layer: jax.Array | int
 
 
 class LayerFunctions(NamedTuple):
@@ -73,7 +73,7 @@ class LayerFunctions(NamedTuple):
 
     positions: Int32[Array, "B S"]
     valid: Bool[Array, "B S"]
-    conv: Callable[[str, jax.Array, jax.Array, LiveLayer | None], tuple[jax.Array, LiveLayer | None]]
+    conv: Callable[..., tuple[jax.Array, LiveLayer | None]]
     attend: Callable[..., tuple[jax.Array, LiveLayer | None]]
     heads: Callable[..., jax.Array]
     experts: ExpertFunction
