@@ -1,4 +1,4 @@
-"""Interaction 276B: the announced size, 276.8 B parameters with its towers, 12.6 B active, on 512 chips of v5p.
+r"""Interaction 276B: the announced size, 276.8 B parameters with its towers, 12.6 B active, on 512 chips of v5p.
 
 Question: how fast does the whole model train on a pod, and what limits it? The batch is the product's: 2,048 rows
 of 4,096 positions. A listening turn of a session with video is [tick], 4 audio frames, the tiles of a picture of
@@ -11,6 +11,12 @@ Expected: no loss has been measured; nobody here has such a machine.
 Command:
 
     python -m launch.plan --config=experiments/interaction_276b.py --topology=v5p:8x8x8
+
+16 live sessions on eight chips (one key head each), by `stream.tensor` and not by `mesh`, which is training's:
+
+    python -m launch.plan --config=experiments/interaction_276b.py --step=decode --topology=v5p:2x2x2
+    python -m launch.plan --config=experiments/interaction_276b.py --step=decode --topology=h200:1x1x8 \
+        --config.stream.backend=gpu
 """
 
 from ml_collections import ConfigDict
@@ -86,6 +92,7 @@ def get_config() -> ConfigDict:
             optim=OptimConfig(optimizer=Optimizer.ADAMW, peak_lr=2e-4, warmup_steps=2_000, weight_decay=0.1),
             mesh=MeshConfig(fsdp=64, expert=8),
             train=TrainConfig(num_steps=1_200_000, checkpoint_every=500, peak_flops_per_s=459e12),
-            stream=StreamConfig(max_positions=32_768),
+            # One key head a chip; --config.stream.backend=gpu for GPUs.
+            stream=StreamConfig(max_positions=32_768, tensor=8, backend=MatmulBackend.TPU),
         )
     )

@@ -4,7 +4,8 @@ python -m launch.plan --config=experiments/interaction_1b.py --topology=v5p:2x2x
 
 The real step is compiled by the real compiler for the topology that is named, and estimated from the compiled
 program. Topologies: v5p:XxYxZ, v5e:XxY, v6e:XxY, tpu7x:XxYxZ (chips), and h100, h200 or b200:1xHOSTSxGPUS.
---step=decode plans a micro-turn of live sessions instead; --search=mesh,remat,rows ranks variants.
+--step=decode plans a micro-turn of live sessions on stream.tensor chips instead, with the experts' kernel that
+stream.backend names; --search=mesh,remat,rows ranks variants.
 Needs the extra `plan`: pip install 'tml-interaction[plan]'.
 """
 

@@ -33,6 +33,7 @@ from tml.stream import engine
 from tml.stream.engine import TurnOutputs
 from tml.stream.inputs import TurnInputs, join_sessions, session_inputs
 from tml.stream.outputs import Said, read_session
+from tml.stream.placement import place_params
 
 ENVELOPE_S = 0.025
 """Width of the window over which the envelope of speech is taken."""
@@ -171,7 +172,9 @@ class _Runner:
         tokenizer: Tokenizer,
         sessions: Sequence[EncodedSession],
     ) -> None:
-        self._params, self._model, self._layout, self._tokenizer = params, model, layout, tokenizer
+        # One device takes them where they are.
+        self._params = params if stream.tensor == 1 else place_params(params, model, stream)
+        self._model, self._layout, self._tokenizer = model, layout, tokenizer
         self._stream, self._num_slots = stream, min(num_slots, len(sessions))
         self._num_turns = max(layout.clock.num_turns(session.num_samples) for session in sessions)
         slots_in = max(int(session_inputs(layout, session, model).counts_B.sum()) for session in sessions)

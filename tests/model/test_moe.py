@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_model
 
 from tml.model import moe
-from tml.model.expert_dispatch import dense_experts
+from tml.model.expert_dispatch import dense_experts, shared_experts
 from tml.params import init_params
 
 
@@ -29,7 +29,9 @@ def test_a_mixture_is_the_gated_sum_of_chosen_and_shared_experts(num_shared):
     params = init_params(specs, jax.random.key(0))
     params["router_bias"] = jnp.array([0.3, -0.2, 0.0, 0.4, -0.1])
     h_BSD = jax.random.normal(jax.random.key(1), (1, 4, cfg.d_model))
-    out, load = moe.apply_moe(params, h_BSD, jnp.ones((1, 4), bool), dense_experts, lambda x: x, cfg.moe)
+    out, load = moe.apply_moe(
+        params, h_BSD, jnp.ones((1, 4), bool), dense_experts, shared_experts, lambda x: x, cfg.moe
+    )
     p = jax.tree.map(np.asarray, params)
     copies = np.zeros(5)
     for h_D, out_D in zip(np.asarray(h_BSD[0]), np.asarray(out[0]), strict=True):

@@ -111,25 +111,26 @@ def test_global_equals_the_definition_forward_and_gradient(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), ours, expected)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_cache_equals_the_definition(window: int | None) -> None:
-    q, k, v, r, profiles, _ = inputs(12, 6 if window else 20)
-    one_segment = jnp.ones((2, 12), jnp.int32)
+@pytest.mark.parametrize(
+    ("window", "extent", "num_entries"), [(None, 20, 300), (None, 150, 160), (None, 5, 31), (6, 6, 9), (6, 6, 14)]
+)
+def test_cache_equals_the_definition(window: int | None, extent: int, num_entries: int) -> None:
+    num_positions, num_queries = 30, 4
+    q, k, v, r, profiles, _ = inputs(num_positions, extent)
+    one_segment = jnp.ones((2, num_positions), jnp.int32)
     expected = attention.attention_reference(q, k, v, r, profiles, one_segment, window)
-    order = jax.random.permutation(jax.random.key(3), 12)
-    positions = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32)[None], (2, 12))
-    empty = jnp.full((2, 3), -1, jnp.int32)
-    junk = jnp.full((2, 3, 2, 8), 7.0)
-    got = jax.jit(attention.attend_cache, static_argnums=7)(
-        q,
-        jnp.concatenate([k[:, order], junk], axis=1),
-        jnp.concatenate([v[:, order], junk], axis=1),
-        r,
-        profiles,
-        positions,
-        jnp.concatenate([positions[:, order], empty], axis=1),
-        window,
-    )
+    # Sessions of different lengths; in a ring the places repeat, and what was never written is junk.
+    lengths = np.array([num_positions, 17])
+    cache_k, cache_v = (np.full((2, num_entries, *x.shape[2:]), 7.0, np.float32) for x in (k, v))
+    held = np.full((2, num_entries), -1, np.int32)
+    for row, length in enumerate(lengths):
+        for position in range(length):
+            place = position % num_entries
+            cache_k[row, place], cache_v[row, place] = k[row, position], v[row, position]
+            held[row, place] = position
+    asked = (lengths[:, None] - num_queries + np.arange(num_queries)).astype(np.int32)
+    q, r, expected = (jnp.take_along_axis(x, asked[:, :, None, None], axis=1) for x in (q, r, expected))
+    got = jax.jit(attention.attend_cache, static_argnums=7)(q, cache_k, cache_v, r, profiles, asked, held, window)
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 

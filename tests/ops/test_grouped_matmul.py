@@ -1,6 +1,7 @@
 """Block plan, dispatch and block matmul against loops over experts."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tml.ops.grouped_matmul import (
     dispatch,
     grouped_matmul_reference,
     kernel_grouped_matmul,
+    multiply_rows_of_layer_reference,
     plan_blocks,
 )
 
@@ -100,3 +102,52 @@ class TestTPU(GroupedMatmulTests):
 
 class TestGPU(GroupedMatmulTests):
     grouped_matmul = staticmethod(kernels_of(grouped_matmul_gpu))
+
+
+LAYER_KERNELS = {
+    "tpu": functools.partial(grouped_matmul_tpu.multiply_rows_of_layer, unit=4, interpret=True),
+    "gpu": functools.partial(grouped_matmul_gpu.multiply_rows_of_layer, interpret=True),
+}
+
+
+@pytest.mark.parametrize("kernel", LAYER_KERNELS.values(), ids=LAYER_KERNELS.keys())
+@pytest.mark.parametrize("sizes", [(9, 0, 17, 1, 13), (0, 0, 40, 0, 0), (3, 4, 0, 2, 0)], ids=str)
+def test_a_layer_of_a_stack_equals_the_definition(kernel: Callable, sizes: tuple[int, ...]) -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = jax.random.normal(keys[0], (40, 12)), jax.random.normal(keys[1], (3, 5, 2, 12, 20))
+    arguments = jnp.int32(1), jnp.asarray(sizes, jnp.int32)
+    expected = multiply_rows_of_layer_reference(x, w, *arguments, usual_groups=5.0)
+    got = jax.jit(functools.partial(kernel, usual_groups=5.0))(x, w, *arguments)
+    np.testing.assert_allclose(got[: sum(sizes)], expected[: sum(sizes)], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", LAYER_KERNELS.values(), ids=LAYER_KERNELS.keys())
+def test_a_row_has_the_same_bits_whatever_the_others_are(kernel: Callable) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], (40, 12)), jax.random.normal(keys[1], (3, 5, 2, 12, 20))
+    run = jax.jit(functools.partial(kernel, usual_groups=5.0))
+    among = run(x, w, jnp.int32(2), jnp.array([9, 0, 17, 1, 13], jnp.int32))[9:26]
+    others = jax.random.normal(keys[2], (40, 12)).at[:17].set(x[9:26])
+    alone = run(others, w, jnp.int32(2), jnp.array([0, 0, 17, 0, 0], jnp.int32))[:17]
+    np.testing.assert_array_equal(among, alone)
+
+
+@pytest.mark.parametrize("name", LAYER_KERNELS)
+def test_the_stated_cost_is_that_of_the_groups_that_usually_have_rows(name: str) -> None:
+    x = jax.ShapeDtypeStruct((96, 256), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((7, 256, 2, 256, 384), jnp.bfloat16)
+    kernel = {"tpu": grouped_matmul_tpu, "gpu": grouped_matmul_gpu}[name].multiply_rows_of_layer
+
+    def stated(usual_groups: float) -> tuple[int, int]:
+        run = functools.partial(kernel, usual_groups=usual_groups)
+        jaxpr = jax.make_jaxpr(run)(x, w, jnp.int32(0), jnp.zeros(256, jnp.int32))
+        (call,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "pallas_call")
+        cost = call.params["cost_estimate"]
+        return cost.flops, cost.bytes_accessed
+
+    (flops, num_bytes), (more_flops, more_bytes) = stated(80.9), stated(160.9)
+    matrices = 2 * 256 * 384
+    # Most bytes are those of the matrices; a visit multiplies a tile of rows, of which a group has one or two.
+    assert 80.9 * matrices * 2 < num_bytes < 1.6 * 80.9 * matrices * 2
+    assert more_bytes - num_bytes >= 80 * matrices * 2
+    assert 2 * 96 * matrices < flops < more_flops

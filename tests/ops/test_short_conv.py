@@ -33,7 +33,7 @@ def test_streaming_equals_the_row(chunks: list[int]) -> None:
     rng = np.random.default_rng(1)
     x, taps = rng.standard_normal((1, 12, 6), np.float32), rng.standard_normal((4, 6), np.float32)
     whole = jax.jit(short_conv_rows)(jnp.asarray(x), jnp.asarray(taps), jnp.arange(12, dtype=jnp.int32)[None])
-    history, first, outputs = zero_history(1, 4, 6), 0, []
+    history, first, outputs = zero_history(1, 4, 6, np.float32), 0, []
     for count in chunks:
         slots = np.full((1, 4, 6), 99.0, np.float32)
         slots[:, :count] = x[:, first : first + count]

@@ -90,6 +90,16 @@ def test_a_kernel_costs_what_it_states():
     assert found.category == ATTENTION
 
 
+def test_a_kernel_for_gpu_states_its_cost_beside_it():
+    stated = r'backend_config={num_warps = 4 : i32, serialized_metadata = "{\22flops\22: \22989000000000\22, '
+    stated += r'\22bytes_accessed\22: \221000\22}"}'
+    scope = 'metadata={op_name="jit(f)/mlp/experts/kernel"}, '
+    found = cost_of(KERNEL.replace("tpu_custom_call", "__gpu$xla.gpu.triton") + scope + stated, chip=CHIPS["h200"])
+    assert (found.flops, found.hbm_bytes, found.unknown) == (989e9, 1000, "")
+    assert found.seconds == pytest.approx(1e-3)
+    assert found.category == GROUPED_MATMUL
+
+
 def test_a_kernel_that_states_nothing_is_named():
     found = cost_of(KERNEL + "backend_config={}")
     assert "tpu_custom_call" in found.unknown
@@ -110,3 +120,44 @@ def test_a_library_matmul_costs_its_shapes():
   ROOT %it = (bf16[8,64,16]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", """
     batch = 'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_batch_dimensions":["0"]}}}'
     assert cost_of(body + batch).flops == pytest.approx(2 * 8 * 64 * 32 * 16)
+
+
+FUSED_SCATTER = """%fused (p: bf16[64,512,128], i: s32[16,2], q: bf16[16,128]) -> bf16[64,512,128] {
+  %p = bf16[64,512,128]{2,1,0} parameter(0)
+  %i = s32[16,2]{1,0} parameter(1)
+  %q = bf16[16,128]{1,0} parameter(2)
+  ROOT %update = bf16[64,512,128]{2,1,0} scatter(%p, %i, %q), update_window_dims={1}, inserted_window_dims={0,1}
+}
+"""
+
+
+def test_a_scatter_in_place_moves_what_it_updates():
+    body = """  %a = bf16[64,512,128]{2,1,0} parameter(0)
+  %b = s32[16,2]{1,0} parameter(1)
+  %c = bf16[16,128]{1,0} parameter(2)
+  ROOT %it = bf16[64,512,128]{2,1,0} fusion(%a, %b, %c), kind=kCustom, calls=%fused"""
+    found = cost_of(body, FUSED_SCATTER)
+    assert found.category == GATHER
+    # Rows are read, updated and written; the places are read.
+    assert found.hbm_bytes == 3 * 2 * 16 * 128 + 4 * 16 * 2
+
+
+HANDED_ON = """%inner (p: bf16[4096,1024]) -> bf16[4096,1024] {
+  %p = bf16[4096,1024]{0,1} parameter(0)
+  ROOT %same = bf16[4096,1024]{0,1} bitcast(%p)
+}
+
+%fused (w: bf16[4096,1024], x: bf16[16,4096]) -> bf16[16,1024] {
+  %w = bf16[4096,1024]{0,1} parameter(0)
+  %x = bf16[16,4096]{1,0} parameter(1)
+  %handed = bf16[4096,1024]{0,1} fusion(%w), kind=kLoop, calls=%inner
+  ROOT %dot = bf16[16,1024]{1,0} convolution(%x, %handed), dim_labels=bf_io->bf
+}
+"""
+
+
+def test_what_a_fusion_inside_hands_on_is_read():
+    body = """  %a = bf16[4096,1024]{0,1} parameter(0)
+  %b = bf16[16,4096]{1,0} parameter(1)
+  ROOT %it = bf16[16,1024]{1,0} fusion(%a, %b), kind=kOutput, calls=%fused"""
+    assert cost_of(body, HANDED_ON).hbm_bytes == 2 * (4096 * 1024 + 16 * 4096 + 16 * 1024)

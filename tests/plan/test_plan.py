@@ -9,7 +9,7 @@ from compile_programs import V5P, cube
 from jax.sharding import Mesh
 from made_up import made_up_experiment
 
-from tml.config import MeshConfig, Remat
+from tml.config import MeshConfig, Remat, StreamConfig
 from tml.flops import row_flops
 from tml.model import transformer
 from tml.params import count_params
@@ -107,21 +107,31 @@ def test_a_refusal_for_want_of_memory_says_how_much_was_wanted(message: str, wan
 
 
 def test_a_micro_turn_is_compiled_and_estimated(topology: Topology):
-    experiment = made_up_experiment(mesh=MeshConfig(fsdp=8))
-    experiment = replace(experiment, stream=replace(experiment.stream, max_positions=64))
+    made_up = made_up_experiment()
+    model = replace(made_up.model, attention=replace(made_up.model.attention, num_kv_heads=2))
+    experiment = replace(made_up, model=model, stream=StreamConfig(max_positions=64, tensor=2))
+    pair = replace(topology, devices=topology.devices[:2])
     kept: list[tuple[Compiled, Mesh]] = []
-    plan = plan_decode_step(experiment, topology, 4, 9, keep=lambda *program: kept.append(program))
+    plan = plan_decode_step(experiment, pair, 4, 9, keep=lambda *program: kept.append(program))
     ((compiled, mesh),) = kept
     often, program = plan.numbers(), parse(compiled.text)
     # The loop over output positions counts as often as the plan says.
-    seconds = [estimate(program, topology.fabric(list(mesh.devices.flat)), count).seconds for count in (1, 2, 9)]
+    seconds = [estimate(program, pair.fabric(list(mesh.devices.flat)), count).seconds for count in (1, 2, 9)]
     assert often["step_seconds_estimate"] == pytest.approx(seconds[2])
     assert seconds[2] - seconds[0] == pytest.approx(8 * (seconds[1] - seconds[0]))
     assert seconds[1] > 1.3 * seconds[0]
+    assert often["mesh"]["tensor"] == 2
     assert often["experts_read_per_layer"] == pytest.approx(4 * (1 - 0.5**4))
     assert "micro-turn" in decode_table(often)
+    assert "of 4, if all are as likely" in decode_table(often)
+    assert f"starting {often['operations']:,.0f} operations" in decode_table(often)
     # One layer, sliding: no cache grows.
     assert often["cache_bytes_per_session_minute"] == 0
+    # So many sessions more, and the chip is full.
+    each = (plan.memory.total_bytes - plan.param_bytes) / 4
+    assert often["most_sessions"] * each + plan.param_bytes <= V5P.hbm_bytes
+    with pytest.raises(ValueError, match=r"set stream\.tensor=8"):
+        plan_decode_step(experiment, topology, 4, 9)
 
 
 def test_meshes_of_a_search_use_every_device():

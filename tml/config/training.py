@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass
 
 from tml.config.checks import check_at_most, check_below_one, check_fraction, check_not_negative, check_positive
+from tml.config.model import MatmulBackend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +114,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """The streaming engine: how long a session may grow, and how its words are chosen."""
+    """The streaming engine: how long a session may grow, how its words are chosen, and what it runs on."""
 
     max_positions: int = 4_096
     """Positions that the global layers' cache holds for one session."""
     temperature: float = 0.0
     """Sampling temperature; 0 takes the likeliest token."""
+    tensor: int = 1
+    """Devices that share one model: heads, hidden units and vocabulary are split over them, caches by heads."""
+    backend: MatmulBackend = MatmulBackend.BLOCKED
+    """TPU and GPU: a kernel that reads every chosen expert once. Else XLA fetches each choice's, or all of them."""
 
     def __post_init__(self) -> None:
-        check_positive("stream", max_positions=self.max_positions)
+        check_positive("stream", max_positions=self.max_positions, tensor=self.tensor)
         check_not_negative("stream", temperature=self.temperature)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tml.config import ModelConfig
-from tml.model.layer_functions import LayerFunctions, LayerState, log_length_scale
+from tml.model.layer_functions import LayerFunctions, LiveLayer, log_length_scale
 from tml.model.remat import kept
 from tml.ops.norm import rms_norm
 from tml.ops.projection import project
@@ -43,11 +43,11 @@ def specs(is_global: bool, cfg: ModelConfig) -> dict[str, ParamSpec]:
 def apply(
     params: Mapping[str, PyTree],
     h_BSD: Float[Array, "B S D"],
-    state: LayerState | None,
+    state: LiveLayer | None,
     is_global: bool,
     functions: LayerFunctions,
     cfg: ModelConfig,
-) -> tuple[Float[Array, "B S D"], LayerState | None]:
+) -> tuple[Float[Array, "B S D"], LiveLayer | None]:
     """Attends; logits are q.k / head_dim + bias, because q and k are normed per head (so 1/d, not 1/sqrt(d))."""
     dtype, eps, head_dim = h_BSD.dtype, cfg.norm_eps, cfg.attention.head_dim
     # Heads are joined in the matmuls and in what is kept of them: an axis of 16 would be stored as one of 128 lanes.
@@ -67,7 +67,7 @@ def apply(
     bias = r_BSNJ, params["profiles"].astype(dtype)
     with jax.named_scope("attend"):
         out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, v_BSKH, bias, state)
-    return kept(functions.add_shards(project(out_BSNH, params["o"].astype(dtype), num_summed=2))), state
+    return kept(functions.add_shards(functions.heads(out_BSNH, params["o"].astype(dtype)))), state
 
 
 def _joined(weights_DNH: Float[Array, "D N H"]) -> Float[Array, "D O"]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from tml.config import ModelConfig
 from tml.model import attention, moe
-from tml.model.layer_functions import LayerFunctions, LayerState
+from tml.model.layer_functions import LayerFunctions, LiveLayer
 from tml.ops.norm import rms_norm
 from tml.params import PyTree, scale, taps
 
@@ -36,11 +36,11 @@ def specs(kind: LayerKind, cfg: ModelConfig) -> dict[str, PyTree]:
 def apply(
     params: Mapping[str, PyTree],
     x_BSD: Float[Array, "B S D"],
-    state: LayerState | None,
+    state: LiveLayer | None,
     kind: LayerKind,
     functions: LayerFunctions,
     cfg: ModelConfig,
-) -> tuple[Float[Array, "B S D"], LayerState | None, moe.Load | None]:
+) -> tuple[Float[Array, "B S D"], LiveLayer | None, moe.Load | None]:
     """Runs the layer; returns its output, its state, and the load of its experts (None for a dense layer)."""
     with jax.named_scope("attention"):
         h_BSD = rms_norm(x_BSD, params["attention_norm"], cfg.norm_eps)
@@ -54,7 +54,13 @@ def apply(
             h_BSD = moe.apply_dense(params["mlp"], h_BSD, functions.add_shards)
         else:
             h_BSD, load = moe.apply_moe(
-                params["mlp"], h_BSD, functions.valid, functions.experts, functions.add_shards, cfg.moe
+                params["mlp"],
+                h_BSD,
+                functions.valid,
+                functions.experts,
+                functions.shared_experts,
+                functions.add_shards,
+                cfg.moe,
             )
         h_BSD, state = functions.conv("mlp", h_BSD, params["mlp_conv"], state)
         return x_BSD + h_BSD, state, load

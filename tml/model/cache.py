@@ -7,18 +7,19 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int16, Int32, UInt8
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Float32, Int16, Int32, UInt8
 
-from tml.config import MeshConfig, ModelConfig
+from tml.config import MatmulBackend, MeshConfig, ModelConfig
 from tml.model import embed, transformer
-from tml.model.expert_dispatch import streaming_experts
-from tml.model.layer_functions import Bias, LayerFunctions, LayerState
+from tml.model.expert_dispatch import streaming_experts, streaming_heads, streaming_shared_experts
+from tml.model.layer_functions import Bias, LayerFunctions, LayerState, LiveLayer
 from tml.ops.attention import attend_cache
+from tml.ops.collectives import sum_over
 from tml.ops.short_conv import short_conv_stream, zero_history
 from tml.params import Leaf, PyTree
 
 ONE_DEVICE = MeshConfig()
-"""Live sessions run on one device."""
 
 
 @flax.struct.dataclass
@@ -76,9 +77,9 @@ def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: i
 
     def layer(is_global: bool, repeats: int) -> LayerState:
         shape = (repeats, num_rows, max_positions if is_global else ring, *heads)
-        histories = {name: zero_history(num_rows, cfg.conv_taps, width) for name, width in widths.items()}
+        histories = {name: zero_history(num_rows, cfg.conv_taps, width, dtype) for name, width in widths.items()}
         histories = {name: jnp.stack([history] * repeats) for name, history in histories.items()}
-        return LayerState(k_BTKH=jnp.zeros(shape, dtype), v_BTKH=jnp.zeros(shape, dtype), histories=histories)
+        return LayerState(k_LBTKH=jnp.zeros(shape, dtype), v_LBTKH=jnp.zeros(shape, dtype), histories=histories)
 
     return DecodeState(
         layers=[
@@ -90,13 +91,53 @@ def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: i
     )
 
 
+def partition(state: DecodeState) -> DecodeState:
+    """How devices that share a model split its state: keys, values and what led to them by heads; the rest is whole."""
+    heads, whole = PartitionSpec(None, None, None, "tensor"), PartitionSpec()
+
+    def layer(of_layer: LayerState) -> LayerState:
+        histories = {name: heads if name in ("k", "v") else whole for name in of_layer.histories}
+        return LayerState(k_LBTKH=heads, v_LBTKH=heads, histories=histories)
+
+    return DecodeState(
+        layers=[[layer(of_layer) for of_layer in stage] for stage in state.layers],
+        num_positions_B=whole,
+        ring_positions_BT=whole,
+        full_positions_BT=whole,
+    )
+
+
 def append(
     params: Mapping[str, PyTree], state: DecodeState, slots: Slots, cfg: ModelConfig
 ) -> tuple[DecodeState, Float32[Array, "B W V"]]:
-    """Feeds the valid slots to the sessions; returns the state after them and the logits at every slot.
+    """Feeds the valid slots to the sessions on one device; returns the state and the logits at every slot.
 
     Logits at slots that are not valid mean nothing. A session whose global cache is full must
     not be fed: what is over `max_positions` would be lost (the engine checks).
+    """
+    state, x_BWD = feed(params, state, slots, cfg, ONE_DEVICE, MatmulBackend.BLOCKED)
+    return state, transformer.logits(params, x_BWD, cfg, ONE_DEVICE)
+
+
+def feed(
+    params: Mapping[str, PyTree],
+    state: DecodeState,
+    slots: Slots,
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+    backend: MatmulBackend,
+) -> tuple[DecodeState, Float[Array, "B W D"]]:
+    """Feeds the valid slots to the sessions; returns the state after them and the last layer's outputs at every slot.
+
+    Where devices share the model (`mesh.tensor`), this is the program of one of them, inside `shard_map`.
+
+    Args:
+        params: parameters, or this device's parts.
+        state: the state, or this device's part.
+        slots: what comes in.
+        cfg: the model.
+        mesh: sizes of the axes, of which `tensor` alone may be more than 1.
+        backend: who multiplies experts.
     """
     num_slots = slots.tokens_BW.shape[1]
     valid_BW = jnp.arange(num_slots)[None] < slots.counts_B[:, None]
@@ -109,48 +150,62 @@ def append(
         slots.tiles_BP,
         slots.tile_index_BW,
         cfg,
-        ONE_DEVICE,
+        mesh,
     )
+    rows_B1 = jnp.arange(slots.counts_B.shape[0])[:, None]
     ring_BW = _places(positions_BW, valid_BW, state.ring_positions_BT.shape[1])
     full_BW = _places(positions_BW, valid_BW, state.full_positions_BT.shape[1])
-    ring_positions_BT = _write(state.ring_positions_BT, ring_BW, positions_BW)
-    full_positions_BT = _write(state.full_positions_BT, full_BW, positions_BW)
+    ring_positions_BT = state.ring_positions_BT.at[rows_B1, ring_BW].set(positions_BW, mode="drop")
+    full_positions_BT = state.full_positions_BT.at[rows_B1, full_BW].set(positions_BW, mode="drop")
 
-    def conv(name: str, x: jax.Array, taps: jax.Array, layer: PyTree) -> tuple[jax.Array, PyTree]:
-        out, history = short_conv_stream(x, taps, layer.histories[name], slots.counts_B)
-        return out, replace(layer, histories={**layer.histories, name: history})
+    def conv(name: str, x: jax.Array, taps: jax.Array, live: LiveLayer) -> tuple[jax.Array, LiveLayer]:
+        stack, index = live
+        out, history = short_conv_stream(x, taps, stack.histories[name][index], slots.counts_B)
+        histories = {**stack.histories, name: stack.histories[name].at[index].set(history)}
+        return out, LiveLayer(replace(stack, histories=histories), index)
 
-    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias, layer: LayerState) -> PyTree:
+    def attend(is_global: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias, live: LiveLayer) -> PyTree:
+        stack, index = live
         places_BW, key_positions_BT = (full_BW, full_positions_BT) if is_global else (ring_BW, ring_positions_BT)
-        layer = replace(layer, k_BTKH=_write(layer.k_BTKH, places_BW, k), v_BTKH=_write(layer.v_BTKH, places_BW, v))
+        stack = replace(
+            stack,
+            k_LBTKH=stack.k_LBTKH.at[index, rows_B1, places_BW].set(k, mode="drop"),
+            v_LBTKH=stack.v_LBTKH.at[index, rows_B1, places_BW].set(v, mode="drop"),
+        )
         window = None if is_global else cfg.attention.window
-        out = attend_cache(q, layer.k_BTKH, layer.v_BTKH, *bias, positions_BW, key_positions_BT, window)
-        return out, layer
+        if is_global and num_slots > 1 and backend is MatmulBackend.TPU:
+            # One session's logits stay in vector memory; those of all sessions do not.
+            def attend_row(row: jax.Array) -> jax.Array:
+                r, profiles = bias
+                caches = stack.k_LBTKH[index, row][None], stack.v_LBTKH[index, row][None]
+                held = positions_BW[row][None], key_positions_BT[row][None]
+                return attend_cache(q[row][None], *caches, r[row][None], profiles, *held, window)[0]
+
+            return jax.lax.map(attend_row, rows_B1[:, 0]), LiveLayer(stack, index)
+        k_BTKH, v_BTKH = stack.k_LBTKH[index], stack.v_LBTKH[index]
+        out = attend_cache(q, k_BTKH, v_BTKH, *bias, positions_BW, key_positions_BT, window)
+        return out, LiveLayer(stack, index)
 
     functions = LayerFunctions(
         positions=positions_BW,
         valid=valid_BW,
         conv=conv,
         attend=attend,
-        experts=streaming_experts(valid_BW.size, cfg.moe),
-        add_shards=lambda x: x,
+        heads=streaming_heads(backend),
+        experts=streaming_experts(valid_BW, backend, cfg.moe),
+        shared_experts=streaming_shared_experts(backend),
+        add_shards=lambda x: sum_over(x, ("tensor",), mesh),
     )
-    layers: PyTree
-    (x_BWD,), layers, _ = transformer.run_layers(params["stages"], [x_BWD], state.layers, [functions], cfg, ONE_DEVICE)
+    x_BWD, layers = transformer.run_live_layers(params["stages"], x_BWD, state.layers, functions, cfg)
     state = DecodeState(
         layers=layers,
         num_positions_B=state.num_positions_B + slots.counts_B,
         ring_positions_BT=ring_positions_BT,
         full_positions_BT=full_positions_BT,
     )
-    return state, transformer.logits(params, x_BWD, cfg)
+    return state, x_BWD
 
 
 def _places(positions_BW: jax.Array, valid_BW: jax.Array, size: int) -> jax.Array:
     """The cache entry of every slot; slots that are not valid point past the end, where writes are dropped."""
     return jnp.where(valid_BW, positions_BW % size, size)
-
-
-def _write(cache_BT: jax.Array, places_BW: jax.Array, values_BW: jax.Array) -> jax.Array:
-    rows_B1 = jnp.arange(cache_BT.shape[0])[:, None]
-    return cache_BT.at[rows_B1, places_BW].set(values_BW, mode="drop")

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from tml.config import AttentionBackend, AttentionConfig, MeshConfig, ModelConfig
-from tml.model.expert_dispatch import ExpertFunction, expert_function
+from tml.model.expert_dispatch import (
+    ExpertFunction,
+    SharedFunction,
+    expert_function,
+    project_heads,
+    shared_experts,
+)
 from tml.ops import context
 from tml.ops.attention import attend
 from tml.ops.collectives import sum_over
@@ -26,17 +32,29 @@ Bias = tuple[Float[Array, "B S N J"], Float[Array, "J X"]]
 
 @flax.struct.dataclass
 class LayerState:
-    """What a live layer remembers.
+    """What the live layers of one place in a stage remember, stacked along L like their parameters.
 
     Attributes:
-        k_BTKH: key cache: a ring on sliding layers.
-        v_BTKH: value cache.
+        k_LBTKH: key caches: rings on sliding layers.
+        v_LBTKH: value caches.
         histories: by convolution name, its last inputs.
     """
 
-    k_BTKH: Leaf
-    v_BTKH: Leaf
+    k_LBTKH: Leaf
+    v_LBTKH: Leaf
     histories: dict[str, Leaf]
+
+
+class LiveLayer(NamedTuple):
+    """One of those layers. What it writes goes into the stack, in place: no cache is ever cut out or copied.
+
+    Attributes:
+        stack: what all of them remember.
+        layer: which of them it is.
+    """
+
+    stack: LayerState
+    layer: jax.Array | int
 
 
 class LayerFunctions(NamedTuple):
@@ -47,15 +65,19 @@ class LayerFunctions(NamedTuple):
         valid: slots that hold something; padding does not count as load.
         conv: (name, inputs, taps, state) to (outputs, state).
         attend: (is_global, q, k, v, bias, state) to (outputs, state).
+        heads: (what all heads give, their matrix) to the model's width.
         experts: the expert matmuls.
+        shared_experts: those of the shared experts.
         add_shards: sums partial outputs over the devices that split heads or hidden units.
     """
 
     positions: Int32[Array, "B S"]
     valid: Bool[Array, "B S"]
-    conv: Callable[[str, jax.Array, jax.Array, LayerState | None], tuple[jax.Array, LayerState | None]]
-    attend: Callable[..., tuple[jax.Array, LayerState | None]]
+    conv: Callable[..., tuple[jax.Array, LiveLayer | None]]
+    attend: Callable[..., tuple[jax.Array, LiveLayer | None]]
+    heads: Callable[..., jax.Array]
     experts: ExpertFunction
+    shared_experts: SharedFunction
     add_shards: Callable[[jax.Array], jax.Array]
 
 
@@ -83,7 +105,9 @@ def row_functions(
         valid=segment_ids_BS > 0,
         conv=conv,
         attend=look_back,
+        heads=project_heads,
         experts=expert_function(cfg.moe, mesh),
+        shared_experts=shared_experts,
         add_shards=lambda x: sum_over(x, ("tensor",), mesh),
     )
 

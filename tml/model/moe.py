@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from tml.config import ModelConfig, MoEConfig
-from tml.model.expert_dispatch import ExpertFunction
+from tml.model.expert_dispatch import ExpertFunction, SharedFunction
 from tml.model.remat import kept
 from tml.ops.projection import project
 from tml.params import Init, ParamSpec, PyTree, Update, param, scale
@@ -95,6 +95,7 @@ def apply_moe(
     h_BSD: Float[Array, "B S D"],
     valid_BS: Bool[Array, "B S"],
     experts: ExpertFunction,
+    shared_experts: SharedFunction,
     add_shards: Callable[[jax.Array], jax.Array],
     cfg: MoEConfig,
 ) -> tuple[Float[Array, "B S D"], Load]:
@@ -110,23 +111,9 @@ def apply_moe(
         out_TD, num_dropped = experts(weights, h_TD, gates_TK.astype(dtype), experts_TK, cfg)
     if cfg.num_shared_experts:
         with jax.named_scope("shared_experts"):
-            out_TD = out_TD + _shared_experts(params, h_TD, shared_gates_TA)
+            weights = {name: params[f"shared_{name}"].astype(dtype) for name in ("gate_up", "down")}
+            out_TD = out_TD + shared_experts(weights, h_TD, shared_gates_TA)
     return kept(add_shards(out_TD)).reshape(h_BSD.shape), Load(load_E, num_dropped)
-
-
-def _shared_experts(
-    params: Mapping[str, PyTree], h_TD: Float[Array, "t D"], gates_TA: Float32[Array, "t A"]
-) -> Float[Array, "t D"]:
-    """Every shared expert on every token, as two plain matmuls, the second of which adds the experts up in float32.
-
-    With an axis of experts XLA makes a convolution of them, which took a fifth of the 276B step on v5p.
-    """
-    dtype, num_experts, dim = h_TD.dtype, gates_TA.shape[1], h_TD.shape[1]
-    gate_up_DAZF = jnp.moveaxis(params["shared_gate_up"].astype(dtype), 0, 1)
-    halves = jnp.split(kept(project(h_TD, gate_up_DAZF.reshape(dim, -1))), 2 * num_experts, axis=1)
-    pairs = zip(halves[::2], halves[1::2], range(num_experts), strict=True)
-    hidden = [jax.nn.silu(gate) * up * gates_TA[:, expert, None].astype(dtype) for gate, up, expert in pairs]
-    return project(jnp.concatenate(hidden, axis=1), params["shared_down"].astype(dtype).reshape(-1, dim))
 
 
 def balanced_bias(

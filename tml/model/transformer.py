@@ -13,8 +13,8 @@ from tml.batch import Batch
 from tml.config import MeshConfig, ModelConfig, MtpEmbedding, Remat
 from tml.model import block, embed, moe, mtp
 from tml.model.block import LayerKind
-from tml.model.expert_dispatch import keeps_experts_split
-from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
+from tml.model.expert_dispatch import ExpertStack, keeps_experts_split
+from tml.model.layer_functions import LayerFunctions, LayerState, LiveLayer, row_functions
 from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params
 from tml.ops.cross_entropy import Scores, score_in_chunks
@@ -128,7 +128,7 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
         )
     rows = [jnp.split(x, cfg.row_parts) for x in (x_BSD, batch.segment_ids_BS, batch.positions_BS)]
     functions = [row_functions(segments, positions, cfg, mesh) for segments, positions in zip(*rows[1:], strict=True)]
-    parts, _, load = run_layers(params["stages"], rows[0], None, functions, cfg, mesh)
+    parts, load = run_layers(params["stages"], rows[0], functions, cfg, mesh)
     last_BSD = jnp.concatenate(parts)
     with jax.named_scope("head"):
         norm_D = gather_params(params["norm"], head_specs(cfg)["norm"], mesh, last_BSD.dtype)
@@ -154,68 +154,121 @@ def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outpu
 def run_layers(
     stages: list[list[PyTree]],
     parts: list[Float[Array, "B S D"]],
-    states: list[list[LayerState]] | None,
     functions: list[LayerFunctions],
     cfg: ModelConfig,
     mesh: MeshConfig,
-) -> tuple[list[Float[Array, "B S D"]], list[list[LayerState]] | None, moe.Load]:
-    """Runs every stage.
+) -> tuple[list[Float[Array, "B S D"]], moe.Load]:
+    """Runs every stage over training rows.
 
     Args:
         stages: parameters, stacked along L within a stage.
-        parts: embedded inputs, in parts of rows that every layer takes side by side; one part where there are states.
-        states: states of the layers, stacked like the parameters; None for training rows.
+        parts: embedded inputs, in parts of rows that every layer takes side by side.
         functions: how the layers look back, for each part.
         cfg: the model.
         mesh: sizes of the axes; a layer's parameters are gathered when it runs.
 
     Returns:
-        Outputs, states, and the load of every mixture layer in order.
+        Outputs, and the load of every mixture layer in order.
     """
-    new_states: list[list[LayerState]] = []
     loads: list[moe.Load] = []
-    joins_runs = states is None and cfg.remat is not Remat.NONE
     for index, stage in enumerate(layer_stages(cfg)):
         runs = [(kind, len(list(run))) for kind, run in itertools.groupby(stage.kinds)]
-        runs = runs if joins_runs else [(kind, 1) for kind in stage.kinds]
+        runs = runs if cfg.remat is not Remat.NONE else [(kind, 1) for kind in stage.kinds]
 
         def group(
             parts: list[jax.Array],
-            layers: PyTree,
+            run_params: PyTree,
             runs: list[tuple[LayerKind, int]] = runs,
             repeats: int = stage.repeats,
-        ) -> tuple[list[jax.Array], PyTree]:
-            run_params, run_states = layers
-            after, group_loads = [], []
-            for place, (kind, count) in enumerate(runs):
+        ) -> tuple[list[jax.Array], moe.Load | None]:
+            group_loads = []
+            for (kind, count), of_run in zip(runs, run_params, strict=True):
 
                 def layer(
-                    parts: list[jax.Array], layer: PyTree, kind: LayerKind = kind, in_loop: bool = repeats * count > 1
-                ) -> tuple[list[jax.Array], PyTree]:
-                    params, state = layer
-                    parts, state, load = _layer(params, state, parts, kind, functions, cfg, mesh, in_loop)
-                    return parts, (state, load)
+                    parts: list[jax.Array], params: PyTree, kind: LayerKind = kind, in_loop: bool = repeats * count > 1
+                ) -> tuple[list[jax.Array], moe.Load | None]:
+                    return _layer(params, parts, kind, functions, cfg, mesh, in_loop)
 
-                of_run = run_params[place], None if run_states is None else run_states[place]
-                parts, (state, load) = layer(parts, of_run) if count == 1 else jax.lax.scan(layer, parts, of_run)
-                after.append(state)
+                parts, load = layer(parts, of_run) if count == 1 else jax.lax.scan(layer, parts, of_run)
                 if load is not None:
                     group_loads.append(load if count > 1 else _add_axis(load))
-            return parts, (None if run_states is None else after, _join(group_loads) if group_loads else None)
+            return parts, _join(group_loads) if group_loads else None
 
-        layers = _stack_runs(stages[index], runs), None if states is None else states[index]
+        layers = _stack_runs(stages[index], runs)
         if stage.repeats == 1:
-            parts, results = group(parts, jax.tree.map(lambda leaf: leaf[0], layers))
-            results = _add_axis(results)
+            parts, load = group(parts, jax.tree.map(lambda leaf: leaf[0], layers))
+            load = _add_axis(load)
         else:
-            parts, results = jax.lax.scan(group, parts, layers)
-        after, load = results
-        new_states.append(after)
+            parts, load = jax.lax.scan(group, parts, layers)
         if load is not None:
             # In the order of the layers: repetition by repetition, then place by place.
             loads.append(jax.tree.map(lambda x_LG: x_LG.reshape(-1, *x_LG.shape[2:]), load))
     none = moe.Load(jnp.zeros((0, cfg.moe.num_experts), jnp.float32), jnp.zeros(0, jnp.int32))
-    return parts, None if states is None else new_states, _join(loads) if loads else none
+    return parts, _join(loads) if loads else none
+
+
+def run_live_layers(
+    stages: list[list[PyTree]],
+    x_BWD: Float[Array, "B W D"],
+    states: list[list[LayerState]],
+    functions: LayerFunctions,
+    cfg: ModelConfig,
+) -> tuple[Float[Array, "B W D"], list[list[LayerState]]]:
+    """Runs every stage over the next slots of live sessions.
+
+    Stacks of states are carried along and written in place. Stacks of experts stay whole: whoever multiplies them is
+    told the layer, so that only the matrices of chosen experts are ever read.
+
+    Args:
+        stages: parameters, stacked along L within a stage; on a mesh, this device's parts.
+        x_BWD: embedded inputs.
+        states: states of the layers, stacked like the parameters.
+        functions: how the layers look back.
+        cfg: the model.
+    """
+    after: list[list[LayerState]] = []
+    for stage, places, stacks in zip(layer_stages(cfg), stages, states, strict=True):
+
+        def group(
+            carry: tuple[jax.Array, list[LayerState]],
+            index: jax.Array | int,
+            kinds: tuple[LayerKind, ...] = stage.kinds,
+            places: list[PyTree] = places,
+        ) -> tuple[tuple[jax.Array, list[LayerState]], None]:
+            x_BWD, stacks = carry
+            written = []
+            for kind, params, state in zip(kinds, places, stacks, strict=True):
+                of_layer = _params_of_layer(params, index)
+                x_BWD, live, _ = block.apply(of_layer, x_BWD, LiveLayer(state, index), kind, functions, cfg)
+                assert live is not None
+                written.append(live.stack)
+            return (x_BWD, written), None
+
+        carry = x_BWD, stacks
+        carry, _ = group(carry, 0) if stage.repeats == 1 else jax.lax.scan(group, carry, jnp.arange(stage.repeats))
+        x_BWD, written = carry
+        after.append(written)
+    return x_BWD, after
+
+
+WITHIN_STACKS = {
+    "attention": ("o",),
+    "mlp": ("gate_up", "down", "shared_gate_up", "shared_down"),
+}
+"""Matrices that are read where they are in their stacks; XLA would cut them out before it multiplies them."""
+
+
+def _params_of_layer(stacked: Mapping[str, PyTree], index: jax.Array | int) -> dict[str, PyTree]:
+    """The parameters of one layer of a stage; experts and heads as their whole stacks and the layer's place."""
+
+    def of_part(part: str, params: PyTree) -> PyTree:
+        # A dense MLP has no experts.
+        within = WITHIN_STACKS.get(part, ()) if part != "mlp" or "router" in params else ()
+        if not within:
+            return jax.tree.map(lambda leaf: leaf[index], params)
+        return {name: ExpertStack(leaf, index) if name in within else leaf[index] for name, leaf in params.items()}
+
+    return {part: of_part(part, params) for part, params in stacked.items()}
 
 
 def _stack_runs(places: list[PyTree], runs: list[tuple[LayerKind, int]]) -> list[PyTree]:
@@ -237,22 +290,21 @@ def _join(trees: list[PyTree]) -> PyTree:
 
 def _layer(
     params: PyTree,
-    state: LayerState | None,
     parts: list[jax.Array],
     kind: LayerKind,
     functions: list[LayerFunctions],
     cfg: ModelConfig,
     mesh: MeshConfig,
     in_loop: bool,
-) -> tuple[list[jax.Array], LayerState | None, moe.Load | None]:
-    def run(params: PyTree, parts: list[jax.Array]) -> tuple[list[jax.Array], LayerState | None, moe.Load | None]:
+) -> tuple[list[jax.Array], moe.Load | None]:
+    def run(params: PyTree, parts: list[jax.Array]) -> tuple[list[jax.Array], moe.Load | None]:
         with jax.named_scope("gather"):
             split_experts = keeps_experts_split(cfg.moe, mesh)
             params = gather_params(params, block.specs(kind, cfg), mesh, embed.compute_dtype(cfg), split_experts)
         # No part needs another's results, so XLA may let one travel while another is computed.
-        results = [block.apply(params, x, state, kind, f, cfg) for x, f in zip(parts, functions, strict=True)]
-        after, states, loads = zip(*results, strict=True)
-        return list(after), states[0], None if kind.is_dense else jax.tree.map(lambda *of_part: sum(of_part), *loads)
+        results = [block.apply(params, x, None, kind, f, cfg) for x, f in zip(parts, functions, strict=True)]
+        after, _, loads = zip(*results, strict=True)
+        return list(after), None if kind.is_dense else jax.tree.map(lambda *of_part: sum(of_part), *loads)
 
     return recomputed(run, Remat(cfg.remat), mesh, in_loop)(params, parts)
 
@@ -268,9 +320,15 @@ def unembed(unembed_DV: Float[Array, "D V"], h_BSD: Float[Array, "B S D"], cfg: 
     return project(h_BSD, unembed_DV, out_dtype=jnp.float32)
 
 
-def logits(params: Mapping[str, PyTree], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S V"]:
-    """The head: norm, muP divisor, unembedding, cut to the unpadded vocabulary."""
-    return unembed(params["unembed"], head_input(params["norm"], x_BSD, cfg), cfg)
+def logits(
+    params: Mapping[str, PyTree], x_BSD: Float[Array, "B S D"], cfg: ModelConfig, mesh: MeshConfig
+) -> Float32[Array, "B S V"]:
+    """The head: norm, muP divisor, unembedding, cut to the unpadded vocabulary; whole on every device."""
+    h_BSD = head_input(params["norm"], x_BSD, cfg)
+    if mesh.tensor == 1:
+        return unembed(params["unembed"], h_BSD, cfg)
+    part_BSV = project(h_BSD, params["unembed"].astype(h_BSD.dtype), out_dtype=jnp.float32)
+    return jax.lax.all_gather(part_BSV, "tensor", axis=2, tiled=True)[..., : cfg.num_logits]
 
 
 def score(

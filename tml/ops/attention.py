@@ -24,6 +24,9 @@ SLIDING_BLOCK_SLOTS = 64
 GLOBAL_BLOCK_SLOTS = 128
 """Queries of one block of global attention: the blocks before a query's end cost, those after do not."""
 
+LANES = 128
+"""Values in a row of a TPU's vector register."""
+
 MASKED = -1e30
 """Logit of a key that is not seen; finite, so that a fully masked row is no NaN."""
 
@@ -202,7 +205,7 @@ def attend_cache(
     key_positions_BT: Int32[Array, "B T"],
     window: int | None,
 ) -> Float[Array, "B W N H"]:
-    """Attention of the next W positions of live sessions to a cache that already holds them.
+    """Attention of the next W positions of live sessions, one behind the other, to a cache that holds them already.
 
     Args:
         q_BWNH: scaled queries.
@@ -214,18 +217,49 @@ def attend_cache(
         key_positions_BT: positions of the cache's entries; negative where empty.
         window: distances seen; None sees all.
     """
-    extent = profiles_JX.shape[-1]
     distance_BWT = query_positions_BW[:, :, None] - key_positions_BT[:, None, :]
     seen_BWT = (distance_BWT >= 0) & (key_positions_BT >= 0)[:, None, :]
     if window is not None:
         seen_BWT &= distance_BWT < window
-    bias_BNWX = jnp.einsum("BNWJ,JX->BNWX", r_BWNJ.swapaxes(1, 2), profiles_JX)
-    index_BNWT = jnp.broadcast_to(
-        jnp.clip(distance_BWT, 0, extent - 1)[:, None], (*bias_BNWX.shape[:3], k_BTKH.shape[1])
-    )
-    bias_BNWT = jnp.take_along_axis(bias_BNWX, index_BNWT, axis=-1)
-    bias_BNWT = jnp.where((distance_BWT < extent)[:, None], bias_BNWT, jnp.zeros_like(bias_BNWT))
+    first_B, num_entries = query_positions_BW[:, 0], k_BTKH.shape[1]
+    bias_BNWT = cache_bias(r_BWNJ, profiles_JX, first_B, num_entries, is_ring=window is not None)
+    bias_BNWT = jnp.where((distance_BWT < profiles_JX.shape[-1])[:, None], bias_BNWT, jnp.zeros_like(bias_BNWT))
     return _attend(q_BWNH, k_BTKH, v_BTKH, bias_BNWT, seen_BWT)
+
+
+def cache_bias(
+    r_BWNJ: Float[Array, "B W N J"],
+    profiles_JX: Float[Array, "J X"],
+    first_B: Int32[Array, "B"],
+    num_entries: int,
+    is_ring: bool,
+) -> Float[Array, "B N W T"]:
+    """The bias of W consecutive queries for the entries of a cache; it means nothing at distances beyond X.
+
+    An entry's place is its position, in a ring modulo the ring's size. So the bias by place is the bias by distance,
+    skewed by one a query, which is the same for all sessions, and turned by each session's own position. It is turned
+    by a matmul with a permutation, which is exact; a gather along the last axis takes TPUs a time for every value.
+
+    Args:
+        r_BWNJ: what mixes the profiles into a bias.
+        profiles_JX: bias by distance, J of them.
+        first_B: position of the first query of each session.
+        num_entries: size of the cache.
+        is_ring: whether places repeat; the ring holds X + W - 1 entries at least.
+    """
+    num_queries, extent = r_BWNJ.shape[1], profiles_JX.shape[-1]
+    num_near = extent + num_queries - 1
+    # Where places do not repeat, the pattern does, in whole registers.
+    period = num_entries if is_ring else num_near + -num_near % LANES
+    # Of the X + W keys, the first is beyond every query's extent.
+    near_BNWC = skewed_bias(r_BWNJ, profiles_JX)[..., 1:]
+    near_BNWC = jnp.pad(near_BNWC, ((0, 0), (0, 0), (0, 0), (0, period - num_near)))
+    places = jnp.arange(period, dtype=jnp.int32)
+    source_BM = (places[None] - first_B[:, None] + extent - 1) % period
+    turn_BCM = (places[None, :, None] == source_BM[:, None, :]).astype(near_BNWC.dtype)
+    turned_BNWM = jnp.einsum("BNWC,BCM->BNWM", near_BNWC, turn_BCM, precision="highest")
+    repeats = -(-num_entries // period)
+    return jnp.concatenate([turned_BNWM] * repeats, axis=-1)[..., :num_entries]
 
 
 def _attend(

@@ -37,7 +37,7 @@ def gather_params(
         dtype: the compute dtype.
         split_experts: whether stacks of experts stay split along `expert`.
     """
-    if mesh.num_devices == 1:
+    if mesh.num_devices == mesh.tensor:
         return params
     leaves, structure = jax.tree.flatten(map_specs(_Leaf, specs, params), is_leaf=_is_leaf)
     packs: dict[tuple, list[tuple[int, int]]] = {}

@@ -189,6 +189,18 @@ def grouped_matmul_reference(
     return jnp.einsum("RE,REF->RF", _owner(x_RD, group_sizes_E), jnp.einsum("RD,EDF->REF", x_RD, w_EDF))
 
 
+def multiply_rows_of_layer_reference(
+    x_RD: Float[Array, "R D"],
+    w_LEZDF: Float[Array, "L E Z D F"],
+    layer: jax.Array | int,
+    group_sizes_E: Int32[Array, "E"],
+    usual_groups: float,
+) -> Float[Array, "R O"]:
+    """The definition of `LAYER_KERNELS`; zero in rows of no group."""
+    y_REZF = jnp.einsum("RD,EZDF->REZF", x_RD, w_LEZDF[layer])
+    return jnp.einsum("RE,REZF->RZF", _owner(x_RD, group_sizes_E), y_REZF).reshape(x_RD.shape[0], -1)
+
+
 def sums_of_groups_reference(
     x_RD: Float[Array, "R D"], y_RF: Float[Array, "R F"], group_sizes_E: Int32[Array, "E"]
 ) -> Float[Array, "E D F"]:
@@ -296,3 +308,11 @@ GROUPED_MATMULS: dict[MatmulBackend, Callable[[jax.Array, jax.Array, jax.Array],
     MatmulBackend.BLOCKED: blocked_grouped_matmul,
     **{backend: functools.partial(kernel_grouped_matmul, kernels) for backend, kernels in KERNELS.items()},
 }
+
+LAYER_KERNELS: dict[MatmulBackend, Callable[..., jax.Array]] = {
+    MatmulBackend.DENSE: multiply_rows_of_layer_reference,
+    MatmulBackend.TPU: grouped_matmul_tpu.multiply_rows_of_layer,
+    MatmulBackend.GPU: grouped_matmul_gpu.multiply_rows_of_layer,
+}
+"""(x_RD, w_LEZDF, layer, group_sizes_E, usual_groups) to x_R w_Z for the Z matrices of each row's expert, side by
+side, [R, Z F]; anything in rows of no group."""

@@ -18,8 +18,17 @@ from jaxtyping import Array, Float, Int32
 LANES = 128
 """Lanes of a vector register: tiles are multiples of it."""
 
+SUBLANES = 16
+"""Rows of a vector register of bfloat16."""
+
 TILE_ROWS, TILE_WIDTH = 256, 1_024
 """The largest tile of rows, and of the result's width. A tile that two groups share is computed twice."""
+
+FEW_ROWS = 128
+"""The largest tile of rows where a few rows meet many groups: most of a tile is not its group's."""
+
+MATRIX_BYTES = 4 * 2**20
+"""The largest part of a matrix that is fetched at once where rows are few: two are in vector memory."""
 
 TILE_DEPTH = 2_048
 """The largest tile of the other width of a group's sum: its float32 sums fill 8 MiB of vector memory."""
@@ -59,7 +68,9 @@ def _plan_visits(
     ends_E = jnp.cumsum(visits_E, dtype=jnp.int32)
     visit = jnp.arange(num_tiles + num_groups, dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(visit[:, None] >= ends_E[None], axis=1, dtype=jnp.int32), num_groups - 1)
-    tile = first_tile_E[group] + visit - (ends_E - visits_E)[group]
+    # The sum of one value and zeros: single numbers are gathered slower.
+    is_group_VE = group[:, None] == jnp.arange(num_groups, dtype=jnp.int32)[None]
+    tile = visit + jnp.sum(jnp.where(is_group_VE, (first_tile_E - ends_E + visits_E)[None], 0), axis=1, dtype=jnp.int32)
     return _Visits(group, jnp.clip(tile, 0, num_tiles - 1), first_E, end_E), ends_E[-1]
 
 
@@ -228,3 +239,78 @@ def multiply_groups(
         name="grouped_matmul_groups",
     )(*visits, x, y)
     return sums[:, :depth, :width]
+
+
+def _layer_kernel(*refs: Ref) -> None:
+    # The layer, behind the visits, is for the index maps alone.
+    _rows_kernel(*refs[:4], *refs[5:], is_transposed=False)
+
+
+def multiply_rows_of_layer(
+    x_RD: Float[Array, "R D"],
+    w_LEZDF: Float[Array, "L E Z D F"],
+    layer: jax.Array | int,
+    group_sizes_E: Int32[Array, "E"],
+    usual_groups: float,
+    unit: int = LANES,
+    interpret: bool = False,
+) -> Float[Array, "R O"]:
+    """A few rows times the Z matrices of their group in one layer of a stack, side by side; anything in rows of none.
+
+    The layer is told to the kernel: cut out of the stack, every matrix would be moved before any is used. The width
+    of the result comes in two parts at least, one for each core of a v5p, which reads its part of the matrices.
+
+    Args:
+        x_RD: rows, those of group 0 first.
+        w_LEZDF: matrices of every layer.
+        layer: which layer's.
+        group_sizes_E: rows of each group.
+        usual_groups: groups that usually have rows; the stated cost counts their matrices.
+        unit: what widths of tiles are multiples of.
+        interpret: runs the kernel operation by operation, on any platform, for tests.
+    """
+    (num_rows, depth), (num_matrices, width) = x_RD.shape, (w_LEZDF.shape[2], w_LEZDF.shape[4])
+    assert width % unit == 0, f"a device's part of a matrix has {width} columns, which {unit} does not divide"
+    x = _padded(x_RD, (SUBLANES, 1))
+    tile_rows = _tile(x.shape[0], SUBLANES, FEW_ROWS)
+    most = max(unit, min(num_matrices * width // 2, MATRIX_BYTES // (depth * x.dtype.itemsize)))
+    tile_width = _tile(width, unit, most)
+    num_tiles, per_matrix = x.shape[0] // tile_rows, width // tile_width
+    visits, num_visits = _plan_visits(group_sizes_E, num_tiles, tile_rows, 0)
+    usual_visits = num_tiles - 1 + usual_groups
+    matrices_bytes = usual_groups * num_matrices * depth * width * x.dtype.itemsize
+    # A tile of rows stays where it is while group after group visits it.
+    rows_bytes = x.shape[0] * (num_matrices * per_matrix * depth + num_matrices * width)
+    out = pl.pallas_call(
+        _layer_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(visits) + 1,
+            grid=(num_matrices * per_matrix, jnp.maximum(num_visits, 1)),
+            in_specs=[
+                pl.BlockSpec((tile_rows, depth), lambda n, v, group, tile, *_: (tile[v], 0)),
+                pl.BlockSpec(
+                    (None, None, None, depth, tile_width),
+                    lambda n, v, group, tile, first, end, layer: (
+                        layer[0],
+                        group[v],
+                        jax.lax.div(n, per_matrix),
+                        0,
+                        jax.lax.rem(n, per_matrix),
+                    ),
+                ),
+            ],
+            out_specs=pl.BlockSpec((tile_rows, tile_width), lambda n, v, group, tile, *_: (tile[v], n)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], num_matrices * width), x.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=int(2 * usual_visits * tile_rows * depth * num_matrices * width),
+            transcendentals=0,
+            bytes_accessed=int(matrices_bytes + rows_bytes * x.dtype.itemsize),
+        ),
+        interpret=interpret,
+        name="grouped_matmul_layer",
+    )(*visits, jnp.asarray(layer, jnp.int32).reshape(1), x, w_LEZDF)
+    return out[:num_rows]

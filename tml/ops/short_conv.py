@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 
@@ -76,23 +77,27 @@ def short_conv_stream(
     Args:
         x_BWD: inputs of this turn.
         taps_YD: taps, oldest first.
-        history_BYD: the last Y - 1 valid inputs (float32, zeros at the start of a session).
+        history_BYD: the last Y - 1 valid inputs, as they came (zeros at the start of a session).
         counts_B: valid slots of each session.
 
     Returns:
         The outputs, and the history after the valid slots.
     """
     num_taps, num_slots = taps_YD.shape[0], x_BWD.shape[1]
-    line_BTD = jnp.concatenate([history_BYD, x_BWD.astype(jnp.float32)], axis=1)
-    out = line_BTD[:, num_taps - 1 :] * (1.0 + taps_YD[-1])[None, None]
+    line_BTD = jnp.concatenate([history_BYD, x_BWD], axis=1)
+    out = x_BWD.astype(jnp.float32) * (1.0 + taps_YD[-1])[None, None]
     for lag in range(1, num_taps):
         first = num_taps - 1 - lag
-        out = out + line_BTD[:, first : first + num_slots] * taps_YD[first][None, None]
-    keep_BY = counts_B[:, None] + jnp.arange(num_taps - 1)[None]
-    history_BYD = jnp.take_along_axis(line_BTD, keep_BY[:, :, None], axis=1)
+        out = out + line_BTD[:, first : first + num_slots].astype(jnp.float32) * taps_YD[first][None, None]
+    if num_slots == 1:
+        # A choice of two; rows are gathered slower.
+        history_BYD = jnp.where((counts_B > 0)[:, None, None], line_BTD[:, 1:], history_BYD)
+    else:
+        keep_BY = counts_B[:, None] + jnp.arange(num_taps - 1)[None]
+        history_BYD = jnp.take_along_axis(line_BTD, keep_BY[:, :, None], axis=1)
     return out.astype(x_BWD.dtype), history_BYD
 
 
-def zero_history(num_rows: int, num_taps: int, width: int) -> Float[Array, "B y D"]:
-    """The history of a session that has not begun."""
-    return jnp.zeros((num_rows, num_taps - 1, width), jnp.float32)
+def zero_history(num_rows: int, num_taps: int, width: int, dtype: DTypeLike) -> Float[Array, "B y D"]:
+    """The history of a session that has not begun, in the dtype of the inputs."""
+    return jnp.zeros((num_rows, num_taps - 1, width), dtype)

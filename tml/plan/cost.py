@@ -104,7 +104,7 @@ class CostModel:
         if opcode == "dynamic-update-slice":
             return 2 * _hbm_bytes(operands[1])
         if opcode == "scatter":
-            return 3 * sum(_hbm_bytes(operand) for operand in operands[(len(operands) + 1) // 2 :])
+            return 3 * sum(_hbm_bytes(update) for update in _updates(computation, instruction))
         if opcode in ("copy-start", "slice-start"):
             return sum(array.hbm_bytes for array in instruction.arrays[:2])
         if opcode == "sort":
@@ -151,9 +151,9 @@ class CostModel:
         operands = [computation.instructions[name] for name in instruction.operands]
         moved = sum(_hbm_bytes(operand) for operand in operands) + _hbm_bytes(instruction)
         flops, unknown = 0.0, ""
-        stated = instruction.attribute(r'"cost_estimate":\{([^}]*)\}')
+        stated = _stated_cost(instruction)
         if stated:
-            numbers = dict(re.findall(r'"(\w+)":"?(\d+)', stated))
+            numbers = dict(re.findall(r'"(\w+)": ?"?(\d+)', stated))
             flops, moved = float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", moved))
         elif target.startswith(MATMUL_CALLS):
             flops = _library_matmul_flops(computation, instruction)
@@ -194,7 +194,7 @@ class CostModel:
 
     def _read_bytes(self, computation: Computation, name: str) -> float:
         """Bytes of a value that its users inside a fusion read; infinite for all of it."""
-        total = 0.0
+        total = math.inf if computation.root.name == name else 0.0
         for user in self._users_in(computation).get(name, []):
             if user.opcode == "bitcast":
                 total += self._read_bytes(computation, user.name)
@@ -202,10 +202,17 @@ class CostModel:
                 total += user.out_bytes
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 continue
+            elif user.opcode == "scatter" and name in user.operands[: len(user.operands) // 2]:
+                # In place too: what it updates is read, and nothing else.
+                total += sum(update.out_bytes for update in _updates(computation, user))
             elif user.opcode == "fusion":
                 inner = self._program.computations[user.called["calls"]]
                 places = [place for place, operand in enumerate(user.operands) if operand == name]
-                total += sum(self._read_bytes(inner, inner.parameters[place].name) for place in places)
+                for place in places:
+                    # A fusion inside may hand on what it gets, for others to read.
+                    hands_on = _without_bitcasts(inner, inner.root).name == inner.parameters[place].name
+                    reader, value = (computation, user.name) if hands_on else (inner, inner.parameters[place].name)
+                    total += self._read_bytes(reader, value)
             else:
                 return math.inf
         return total
@@ -226,7 +233,26 @@ class CostModel:
             result = scope.instructions[result.operands[0]]
         if result.opcode == "dynamic-update-slice":
             return scope.instructions[result.operands[1]].out_bytes
+        if result.opcode == "scatter":
+            return sum(update.out_bytes for update in _updates(scope, result))
         return result.out_bytes
+
+
+def _without_bitcasts(scope: Computation, instruction: Instruction) -> Instruction:
+    while instruction.opcode == "bitcast":
+        instruction = scope.instructions[instruction.operands[0]]
+    return instruction
+
+
+def _updates(scope: Computation, scatter: Instruction) -> list[Instruction]:
+    """What a scatter writes; its operands are the arrays that it writes into, the places, and as many updates."""
+    return [scope.instructions[name] for name in scatter.operands[len(scatter.operands) // 2 + 1 :]]
+
+
+def _stated_cost(kernel: Instruction) -> str | None:
+    """What a Pallas kernel says that it costs: for TPU by itself, for GPU in its metadata, with quotes in octal."""
+    beside = kernel.attribute(r'serialized_metadata = "([^"]*)"')
+    return beside.replace(r"\22", '"') if beside else kernel.attribute(r'"cost_estimate":\{([^}]*)\}')
 
 
 def _passing_places(fused: Computation) -> set[int]:

@@ -1,5 +1,6 @@
 """The plan of a micro-turn of live sessions: append what came in, then decode so many positions one after another."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,14 @@ from jax.sharding import Mesh
 
 from tml.config import Boundary, Experiment
 from tml.flops import param_table
-from tml.mesh import make_mesh
+from tml.mesh import param_sharding
 from tml.model import embed, transformer
+from tml.model.expert_dispatch import experts_chosen
 from tml.plan.estimate import Estimate, estimate
 from tml.plan.hlo import parse
-from tml.plan.program import Compiled, Memory, compile_decode_step, forget, planned_layout, served_params
+from tml.plan.program import Compiled, Memory, compile_decode_step, forget, planned_layout
 from tml.plan.topology import Topology
+from tml.stream.placement import served_params, stream_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +51,11 @@ class DecodePlan:
         """Whether the step fits into the chip's memory."""
         return not self.memory.is_refused and self.memory.total_bytes <= self.topology.chip.hbm_bytes
 
-    def experts_read(self, num_tokens: int) -> float:
-        """Distinct experts that so many tokens read in one layer, if every expert is as likely: E (1 - (1 - k/E)^n)."""
-        moe = self.experiment.model.moe
-        return moe.num_experts * (1 - (1 - moe.num_experts_per_token / moe.num_experts) ** num_tokens)
+    @property
+    def most_sessions(self) -> int:
+        """Sessions that fit, if all but the parameters grows with their number."""
+        each = (self.memory.total_bytes - self.param_bytes) / self.num_sessions
+        return int((self.topology.chip.hbm_bytes - self.param_bytes) / each)
 
     def cache_bytes_per_minute(self) -> float:
         """What a session's global caches grow by in a minute of sound, without pictures or typed text."""
@@ -64,7 +68,7 @@ class DecodePlan:
 
     def numbers(self) -> dict[str, Any]:
         """Everything as plain values."""
-        model = self.experiment.model.streamed
+        model, input_positions = self.experiment.model.streamed, planned_layout(self.experiment).max_slots_in
         whole = param_table(transformer.specs(model), model)[-1]
         found = self.estimated
         numbers: dict[str, Any] = {
@@ -75,7 +79,8 @@ class DecodePlan:
             "chips": self.topology.num_chips,
             "mesh": self.mesh_shape,
             "sessions": self.num_sessions,
-            "input_positions": planned_layout(self.experiment).max_slots_in,
+            "most_sessions": self.most_sessions,
+            "input_positions": input_positions,
             "output_positions": self.output_positions,
             "max_positions": self.experiment.stream.max_positions,
             "params_total": whole.total,
@@ -89,10 +94,9 @@ class DecodePlan:
             "temporary_bytes_per_chip": self.memory.temporary_bytes,
             "param_bytes_per_chip": self.param_bytes,
             "cache_bytes_per_session_minute": self.cache_bytes_per_minute(),
-            "experts_read_per_layer": self.experts_read(self.num_sessions),
-            "experts_read_per_layer_of_input": self.experts_read(
-                self.num_sessions * planned_layout(self.experiment).max_slots_in
-            ),
+            "experts_per_layer": model.moe.num_experts,
+            "experts_read_per_layer": experts_chosen(self.num_sessions, model.moe),
+            "experts_read_per_layer_of_input": experts_chosen(self.num_sessions * input_positions, model.moe),
             "compile_seconds": self.compile_seconds,
             "step_seconds_estimate": found.seconds if found else None,
             "step_seconds_lower": found.lower_seconds if found else None,
@@ -112,14 +116,17 @@ def plan_decode_step(
     `keep` gets the program before it is estimated: a compilation may take minutes.
 
     Raises:
-        ValueError: the mesh of the experiment does not fit the pod.
+        ValueError: `stream.tensor` is not the number of devices, or does not divide the model.
     """
-    mesh = make_mesh(experiment.mesh, topology.devices)
-    compiled = compile_decode_step(experiment, mesh, topology, num_sessions)
+    mesh = stream_mesh(experiment.model, experiment.stream, topology.devices)
+    compiled = compile_decode_step(experiment, topology, num_sessions)
     keep(compiled, mesh)
     fabric = topology.fabric(list(mesh.devices.flat))
-    params = jax.tree.leaves(served_params(experiment, mesh))
-    shards = [leaf.update(shape=leaf.sharding.shard_shape(leaf.shape)) for leaf in params]
+    model = experiment.model.streamed
+    params = jax.tree.leaves(served_params(model))
+    shardings = jax.tree.leaves(param_sharding(transformer.specs(model), mesh))
+    shapes = [sharding.shard_shape(leaf.shape) for leaf, sharding in zip(params, shardings, strict=True)]
+    held = sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in zip(params, shapes, strict=True))
     return DecodePlan(
         experiment=experiment,
         topology=topology,
@@ -127,7 +134,7 @@ def plan_decode_step(
         num_sessions=num_sessions,
         output_positions=output_positions,
         memory=compiled.memory,
-        param_bytes=float(sum(leaf.size * leaf.dtype.itemsize for leaf in shards)) * topology.chip.devices_per_chip,
+        param_bytes=float(held) * topology.chip.devices_per_chip,
         # The engine's loop ends when every session is done, so its count is what we say it is.
         estimated=estimate(parse(compiled.text), fabric, output_positions) if compiled.text else None,
         compile_seconds=compiled.compile_seconds,

@@ -6,8 +6,9 @@ often as they run; a conditional takes its longest branch, and its sums an equal
 everything overlap: it is the time of the busiest of the matmul units, main memory, the links, and the network
 between slices.
 
-Not known, and not in any number: contention for links between collectives of different groups, the time of the vector
-units, waiting of chips for each other, input of data, and what a loop runs whose count is decided while it runs.
+Not known, and not in any number: what it takes to start an operation (they are counted), contention for links
+between collectives of different groups, the time of the vector units, waiting of chips for each other, input of data,
+and what a loop runs whose count is decided while it runs.
 """
 
 import dataclasses
@@ -107,6 +108,7 @@ class Estimate:
         return {
             "categories": [_plain(line) for line in self.by_category().values()],
             "top_costs": [{**_plain(line), "scope": line.scope} for line in self.top(10)],
+            "operations": sum(line.count for line in self.lines),
             "unknown": self.unknown,
         }
 

@@ -4,21 +4,19 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from tml.batch import Batch, empty_rows, max_tiles_per_row
 from tml.config import Experiment
-from tml.mesh import param_sharding, replicated
 from tml.microturn import Clock, Layout, SpecialTokens
-from tml.model import embed, transformer
-from tml.params import ParamSpec, PyTree, Update, map_specs
 from tml.plan.topology import Topology
 from tml.stream import engine
 from tml.stream.inputs import TurnInputs
+from tml.stream.placement import served_params, stream_mesh
 from tml.train_step import abstract_state, make_train_step
 
 _OVER = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)")
@@ -92,40 +90,20 @@ def compile_train_step(experiment: Experiment, mesh: Mesh, topology: Topology) -
     return _compile(lower, topology)
 
 
-def compile_decode_step(experiment: Experiment, mesh: Mesh, topology: Topology, num_sessions: int) -> Compiled:
+def compile_decode_step(experiment: Experiment, topology: Topology, num_sessions: int) -> Compiled:
     """Compiles one micro-turn of `num_sessions` live sessions: the engine's step, its parameters ready to be served."""
 
     def lower() -> jax.stages.Lowered:
-        layout, model = planned_layout(experiment), experiment.model
-        step = engine.make_step(model, layout, experiment.stream)
-        state = jax.eval_shape(lambda: engine.init_state(model, layout, experiment.stream, num_sessions))
-        state = jax.tree.map(lambda leaf: _on_mesh(leaf, mesh, model.attention.num_kv_heads), state)
-        inputs = jax.tree.map(lambda leaf: _placed(leaf, replicated(mesh)), _abstract_inputs(experiment, num_sessions))
-        return jax.jit(step, donate_argnums=1).lower(served_params(experiment, mesh), state, inputs)
+        layout, model, stream = planned_layout(experiment), experiment.model, experiment.stream
+        mesh = stream_mesh(model, stream, topology.devices)
+        step = engine.make_step(model, layout, stream, topology.devices)
+        state = jax.eval_shape(lambda: engine.init_state(model, layout, stream, num_sessions))
+        inputs = _abstract_inputs(experiment, num_sessions)
+        return engine.jit_served_step(step, mesh, model.streamed, state).lower(
+            served_params(experiment.model), state, inputs
+        )
 
     return _compile(lower, topology)
-
-
-def served_params(experiment: Experiment, mesh: Mesh) -> PyTree:
-    """Parameters as a server keeps them: matrices and vocabulary tables in the compute dtype, the rest in float32."""
-    specs, dtype = transformer.specs(experiment.model.streamed), embed.compute_dtype(experiment.model)
-
-    def place(spec: ParamSpec, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        is_large = spec.update is Update.MATRIX or "V" in spec.axes
-        return jax.ShapeDtypeStruct(spec.shape, dtype if is_large else jnp.float32, sharding=sharding)
-
-    return map_specs(place, specs, param_sharding(specs, mesh))
-
-
-def _on_mesh(leaf: Any, mesh: Mesh, num_kv_heads: int) -> jax.ShapeDtypeStruct:
-    """Caches [layers, sessions, slots, heads, width] are split by heads over `tensor`; all else is on every device."""
-    splits = len(leaf.shape) == 5 and leaf.shape[3] == num_kv_heads and num_kv_heads % mesh.shape["tensor"] == 0
-    spec = PartitionSpec(None, None, None, "tensor") if splits else PartitionSpec()
-    return _placed(leaf, NamedSharding(mesh, spec))
-
-
-def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _abstract_inputs(experiment: Experiment, num_sessions: int) -> TurnInputs:

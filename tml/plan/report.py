@@ -75,7 +75,8 @@ def _state(n: Mapping[str, Any]) -> list[str]:
 def _caches(n: Mapping[str, Any]) -> list[str]:
     return [
         f"  parameters {n['param_bytes_per_chip'] / 1e9:.2f}; global caches grow by "
-        f"{n['cache_bytes_per_session_minute'] / 1e6:.1f} MB a minute of a session's sound",
+        f"{n['cache_bytes_per_session_minute'] / 1e6:.1f} MB a minute of a session's sound; "
+        f"about {n['most_sessions']} sessions fit",
     ]
 
 
@@ -83,8 +84,9 @@ def _decode_time(n: Mapping[str, Any]) -> list[str]:
     return [
         f"micro-turn {n['step_seconds_estimate'] * 1e3:.2f} ms estimated, at least "
         f"{n['step_seconds_lower'] * 1e3:.2f} ms (bound by {n['lower_limit']})",
-        f"experts read in a layer, if all are as likely: {n['experts_read_per_layer']:.1f} at an output position, "
-        f"{n['experts_read_per_layer_of_input']:.1f} at the input",
+        f"experts read in a layer, of {n['experts_per_layer']}, if all are as likely: "
+        f"{n['experts_read_per_layer']:.1f} at an output position, {n['experts_read_per_layer_of_input']:.1f} at the "
+        "input; kernels count so many",
     ]
 
 
@@ -125,6 +127,7 @@ def _top(n: Mapping[str, Any]) -> list[str]:
 
 def _unknown(n: Mapping[str, Any]) -> list[str]:
     known = [
+        f"starting {n['operations']:,.0f} operations one after another: on a GPU a microsecond or two each",
         "contention between collectives of different groups, and between links and memory",
         "the time of the vector units beside that of the bytes they read",
         "chips that wait for each other, the loader, checkpoints, restarts",

@@ -6,7 +6,7 @@ The output half is a small grammar, the one that `tml.microturn` lays out for tr
 then [listen] or [speak], own text, [end of text]. Tokens that cannot stand at a place are never chosen.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +14,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import layout as memory
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int32
 
-from tml.config import Control, ModelConfig, StreamConfig
+from tml.config import Control, MeshConfig, ModelConfig, StreamConfig
+from tml.mesh import param_partition, param_sharding
 from tml.microturn import Kind, Layout
-from tml.model import cache
+from tml.model import cache, transformer
 from tml.model.cache import DecodeState, Slots
 from tml.params import Leaf, PyTree
 from tml.stream.inputs import TurnInputs
+from tml.stream.placement import stream_mesh
 
 CONTROL, TEXT, ACTION, DONE = range(4)
 """Phases of the output half: at its start or after an action, in own text, in an action's payload, over."""
@@ -35,11 +39,11 @@ class StreamState:
 
     Attributes:
         decode: the network's state.
-        keys_B: the random key of each session; its samples do not depend on its slot.
+        keys_B2: data of the random key of each session; its samples do not depend on its slot.
     """
 
     decode: DecodeState
-    keys_B: Leaf
+    keys_B2: Leaf
 
 
 @flax.struct.dataclass
@@ -62,22 +66,69 @@ def init_state(model: ModelConfig, layout: Layout, stream: StreamConfig, num_slo
     max_slots = max(layout.max_slots_in, 1)
     decode = cache.init_state(model, num_slots, stream.max_positions, max_slots)
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(num_slots))
-    return StreamState(decode=decode, keys_B=keys_B)
+    return StreamState(decode=decode, keys_B2=jax.random.key_data(keys_B))
 
 
-def make_step(model: ModelConfig, layout: Layout, stream: StreamConfig) -> StepFunction:
-    """Builds the step for a model and a layout; jit it with the state donated (`jit_step`)."""
+def partition(state: StreamState) -> StreamState:
+    """How devices that share a model split the state of its sessions."""
+    return StreamState(decode=cache.partition(state.decode), keys_B2=PartitionSpec())
+
+
+def place_state(state: StreamState, model: ModelConfig, stream: StreamConfig) -> StreamState:
+    """Puts a state on the devices that share the model, as `placement.place_params` puts parameters."""
+    if stream.tensor == 1:
+        return jax.device_put(state, jax.local_devices()[0])
+    mesh = stream_mesh(model, stream)
+    return jax.device_put(state, jax.tree.map(lambda entry: NamedSharding(mesh, entry), partition(state)))
+
+
+def make_step(
+    model: ModelConfig, layout: Layout, stream: StreamConfig, devices: Sequence[jax.Device] | None = None
+) -> StepFunction:
+    """Builds the step for a model and a layout; jit it with the state donated (`jit_step`).
+
+    Args:
+        model: the model.
+        layout: how micro-turns are laid out.
+        stream: the engine's configuration.
+        devices: those that share the model, where `stream.tensor` is more than 1; the first ones here by default.
+    """
+    step = _make_part(model, layout, stream)
+    if stream.tensor == 1:
+        return step
+    mesh = stream_mesh(model, stream, devices)
+    params_partition = param_partition(transformer.specs(model.streamed), MeshConfig(tensor=stream.tensor))
+
+    def step_on_mesh(params: PyTree, state: StreamState, inputs: TurnInputs) -> tuple[StreamState, TurnOutputs]:
+        whole, split = PartitionSpec(), partition(state)
+        in_specs, out_specs = (params_partition, split, whole), (split, whole)
+        return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+            params, state, inputs
+        )
+
+    return step_on_mesh
+
+
+def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> StepFunction:
+    """The step of one of the devices that share the model: all of them choose the same tokens from whole logits."""
+    mesh = MeshConfig(tensor=stream.tensor)
     allowed_PV = jnp.asarray(allowed_tokens(layout, model.num_logits))
     choose = _likeliest if stream.temperature == 0 else _sampler(stream.temperature)
     special, turn = layout.special, layout.turn
     not_words = jnp.array([special.listen, special.speak, special.end_of_text])
 
+    def feed(params: PyTree, state: DecodeState, slots: Slots, wanted_B: jax.Array) -> tuple[DecodeState, jax.Array]:
+        """The state after the slots, and the logits at the slot of each session that is wanted."""
+        state, x_BWD = cache.feed(params, state, slots, model, mesh, stream.backend)
+        wanted_B1D = jnp.take_along_axis(x_BWD, wanted_B[:, None, None], axis=1)
+        with jax.named_scope("head"):
+            return state, transformer.logits(params, wanted_B1D, model, mesh)[:, 0]
+
     def step(params: PyTree, state: StreamState, inputs: TurnInputs) -> tuple[StreamState, TurnOutputs]:
-        with jax.named_scope("turn_in"):
-            decode, logits_BWV = cache.append(params, state.decode, inputs.slots(), model)
         num_rows = inputs.counts_B.shape[0]
-        last_B = jnp.maximum(inputs.counts_B - 1, 0)
-        logits_BV = jnp.take_along_axis(logits_BWV, last_B[:, None, None], axis=1)[:, 0]
+        with jax.named_scope("turn_in"):
+            last_B = jnp.maximum(inputs.counts_B - 1, 0)
+            decode, logits_BV = feed(params, state.decode, inputs.slots(), last_B)
         phase_B = jnp.where(inputs.counts_B > 0, CONTROL, DONE).astype(jnp.int32)
         zero_B = jnp.zeros(num_rows, jnp.int32)
         outputs = TurnOutputs(
@@ -99,16 +150,17 @@ def make_step(model: ModelConfig, layout: Layout, stream: StreamConfig) -> StepF
                 can_act_B[:, None] | (jnp.arange(model.num_logits) != special.action)[None]
             )
             masked_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
-            token_B = jnp.where(over_B, special.end_of_text, choose(masked_BV, state.keys_B, decode.num_positions_B))
+            token_B = jnp.where(over_B, special.end_of_text, choose(masked_BV, state.keys_B2, decode.num_positions_B))
             active_B = phase_B != DONE
             outputs = _record(outputs, token_B, active_B, logits_BV)
-            decode, next_logits_BWV = cache.append(params, decode, token_slots(token_B, active_B, inputs, model), model)
+            slots = token_slots(token_B, active_B, inputs, model)
+            decode, next_logits_BV = feed(params, decode, slots, jnp.zeros_like(token_B))
             acting_B = (phase_B == ACTION) | ((phase_B == CONTROL) & (token_B == special.action))
             acted_B = acted_B + acting_B.astype(jnp.int32)
             speaking_B = active_B & ~acting_B & ~jnp.isin(token_B, not_words)
             said_B = said_B + speaking_B.astype(jnp.int32)
             phase_B = _next_phase(phase_B, token_B, layout)
-            return decode, next_logits_BWV[:, 0], phase_B, said_B, acted_B, outputs
+            return decode, next_logits_BV, phase_B, said_B, acted_B, outputs
 
         with jax.named_scope("turn_out"):
             carry = (decode, logits_BV, phase_B, zero_B, zero_B, outputs)
@@ -121,6 +173,33 @@ def make_step(model: ModelConfig, layout: Layout, stream: StreamConfig) -> StepF
 def jit_step(step: StepFunction) -> StepFunction:
     """Compiles a step; the state is donated, so that its caches are updated in place."""
     return jax.jit(step, donate_argnums=1)
+
+
+def jit_served_step(step: StepFunction, mesh: Mesh, model: ModelConfig, state: StreamState) -> jax.stages.Wrapped:
+    """Compiles a step ahead of time, for parameters and state in the memory layouts that the compiler wants.
+
+    Else what the network reads as one matrix, but stores as an array of more dimensions, would be laid out anew
+    whenever it is read. Lower it for shapes, compile, and put parameters and state where `input_formats` says.
+
+    Args:
+        step: the step.
+        mesh: the devices that share the model.
+        model: the model.
+        state: the state, or its shapes.
+    """
+
+    def free(sharding: NamedSharding) -> memory.Format:
+        return memory.Format(memory.Layout.AUTO, sharding)
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    params_format = jax.tree.map(free, param_sharding(transformer.specs(model), mesh))
+    state_format = jax.tree.map(lambda entry: free(NamedSharding(mesh, entry)), partition(state))
+    return jax.jit(
+        step,
+        donate_argnums=1,
+        in_shardings=(params_format, state_format, whole),
+        out_shardings=(state_format, whole),
+    )
 
 
 def allowed_tokens(layout: Layout, num_logits: int) -> np.ndarray:
@@ -179,8 +258,8 @@ def _likeliest(logits_BV: Float32[Array, "B V"], *_: jax.Array) -> Int32[Array, 
 
 
 def _sampler(temperature: float) -> Callable[..., Int32[Array, "B"]]:
-    def sample(logits_BV: jax.Array, keys_B: jax.Array, positions_B: jax.Array) -> jax.Array:
-        keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+    def sample(logits_BV: jax.Array, keys_B2: jax.Array, positions_B: jax.Array) -> jax.Array:
+        keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), positions_B)
         return jax.vmap(jax.random.categorical)(keys_B, logits_BV / temperature).astype(jnp.int32)
 
     return sample

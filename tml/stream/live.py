@@ -18,6 +18,7 @@ from tml.session import Session, Stream, TextEvent
 from tml.stream import engine
 from tml.stream.inputs import NO_OUTPUT, turn_inputs
 from tml.stream.outputs import OutputReader, Said
+from tml.stream.placement import place_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,8 @@ class LiveSession:
         stream: StreamConfig,
         tokenizer: Tokenizer,
     ) -> None:
-        # Committed to one device from the start: a state that comes back placed otherwise would compile again.
-        self._device = jax.local_devices()[0]
-        self._params = jax.device_put(params, self._device)
+        # Committed from the start: a state that comes back placed otherwise would compile again.
+        self._params = place_params(params, model, stream)
         self._model, self._layout, self._stream = model, layout, stream
         self._tokenizer = tokenizer
         self._step = _compiled_step(model, layout, stream)
@@ -88,7 +88,8 @@ class LiveSession:
         return self._step._cache_size()  # type: ignore[attr-defined]
 
     def _first_state(self) -> engine.StreamState:
-        return jax.device_put(engine.init_state(self._model, self._layout, self._stream, num_slots=1), self._device)
+        state = engine.init_state(self._model, self._layout, self._stream, num_slots=1)
+        return engine.place_state(state, self._model, self._stream)
 
     def _warm_up(self) -> None:
         """Compiles the step on a turn of silence, and forgets it."""
