@@ -26,7 +26,7 @@ def mixtral_like(num_experts: int) -> Experiment:
             vocab_size=8_192,
             attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64, window=512, global_extent=512),
             moe=MoEConfig(
-                num_experts=num_experts, num_experts_per_token=2, num_shared_experts=0, expert_dim=512, block_rows=128
+                num_experts=num_experts, num_experts_per_token=2, num_shared_experts=0, expert_dim=512, block_rows=64
             ),
         ),
         data=DataConfig(row_slots=512, rows_per_batch=8),

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int32
 
 from tml.config import ExpertDispatch, MatmulBackend, MeshConfig, MoEConfig
 from tml.ops.collectives import index_along
+from tml.ops.expert_blocks import multiply_blocks
 from tml.ops.grouped_matmul import (
-    block_matmul,
     collect,
     dispatch,
     grouped_matmul,
@@ -218,12 +218,11 @@ def run_blocks(
     """The gated MLP of each block's expert over the block's rows: all that a strategy asks of the matmuls."""
     num_local, backend = weights["down"].shape[0], MatmulBackend(cfg.backend)
     if backend is MatmulBackend.BLOCKED:
-        multiply = functools.partial(block_matmul, expert_of_block=expert_of_block)
-    else:
-        # Blocks stand in the order of their experts.
-        owner_CE = jax.nn.one_hot(expert_of_block, num_local, dtype=jnp.int32)
-        group_sizes_E = jnp.sum(owner_CE, axis=0) * (x_RD.shape[0] // expert_of_block.shape[0])
-        multiply = functools.partial(grouped_matmul, group_sizes_E=group_sizes_E, backend=backend)
+        return multiply_blocks(x_RD, _fused(weights["gate_up"]), weights["down"], expert_of_block)
+    # Blocks stand in the order of their experts.
+    owner_CE = jax.nn.one_hot(expert_of_block, num_local, dtype=jnp.int32)
+    group_sizes_E = jnp.sum(owner_CE, axis=0) * (x_RD.shape[0] // expert_of_block.shape[0])
+    multiply = functools.partial(grouped_matmul, group_sizes_E=group_sizes_E, backend=backend)
     gate, up = jnp.split(multiply(x_RD, _fused(weights["gate_up"])), 2, axis=-1)
     return multiply(jax.nn.silu(gate) * up, weights["down"])
 
