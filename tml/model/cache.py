@@ -132,7 +132,7 @@ def append(
         valid=valid_BW,
         conv=conv,
         attend=attend,
-        experts=streaming_experts(valid_BW.size, cfg.moe),
+        experts=streaming_experts(valid_BW, cfg.moe),
         add_shards=lambda x: x,
     )
     layers: PyTree

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from tml.config import ExpertDispatch, MatmulBackend, MeshConfig, MoEConfig
 from tml.ops.collectives import index_along
@@ -207,9 +207,44 @@ def gathered_experts(
     return Dispatched(jnp.sum(out_TKD * gates_TK[:, :, None], axis=1), jnp.int32(0))
 
 
-def streaming_experts(num_tokens: int, cfg: MoEConfig) -> ExpertFunction:
-    """Whichever reads fewer weights: those of every choice, or those of every expert once."""
-    return gathered_experts if num_tokens * cfg.num_experts_per_token < cfg.num_experts else dense_experts
+def chosen_experts(
+    weights: Mapping[str, jax.Array],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    valid_T: Bool[Array, "t"],
+    cfg: MoEConfig,
+) -> Dispatched:
+    """Streaming: the experts that any valid token chose, one after another on all tokens; no others are read.
+
+    A token adds up its own experts in their order and selects nothing of the others, so that no session can change
+    another's bits. XLA on CPU multiplies an expert's matrices where they lie; gathered, it writes them out transposed.
+    """
+    gate_up_EDF, down_EFD = _fused(weights["gate_up"]), weights["down"]
+    is_choice_TKE = experts_TK[:, :, None] == jnp.arange(cfg.num_experts, dtype=jnp.int32)[None, None]
+    is_chosen_ET = jnp.any(is_choice_TKE, axis=1).T
+    gate_ET = jnp.sum(jnp.where(is_choice_TKE, gates_TK[:, :, None], 0), axis=1).T
+    is_needed_E = jnp.any(is_chosen_ET & valid_T[None], axis=1)
+    needed_first_E = jnp.argsort(~is_needed_E, stable=True)
+
+    def add(place: jax.Array, out_TD: jax.Array) -> jax.Array:
+        expert = needed_first_E[place]
+        gate_TF, up_TF = jnp.split(h_TD @ gate_up_EDF[expert], 2, axis=1)
+        own_TD = (jax.nn.silu(gate_TF) * up_TF) @ down_EFD[expert]
+        return out_TD + jnp.where(is_chosen_ET[expert][:, None], own_TD * gate_ET[expert][:, None], 0)
+
+    num_needed = jnp.sum(is_needed_E.astype(jnp.int32))
+    return Dispatched(jax.lax.fori_loop(0, num_needed, add, jnp.zeros_like(h_TD)), jnp.int32(0))
+
+
+def streaming_experts(valid_BW: Bool[Array, "B W"], cfg: MoEConfig) -> ExpertFunction:
+    """Whichever reads fewest weights: those of the chosen experts where XLA runs them one after another, else those
+    of every choice, or of every expert once."""
+    if cfg.backend == MatmulBackend.BLOCKED:
+        return lambda weights, h, gates, experts, cfg: chosen_experts(
+            weights, h, gates, experts, valid_BW.reshape(-1), cfg
+        )
+    return gathered_experts if valid_BW.size * cfg.num_experts_per_token < cfg.num_experts else dense_experts
 
 
 def run_blocks(
