@@ -238,8 +238,10 @@ def chosen_experts(
 
 
 def streaming_experts(valid_BW: Bool[Array, "B W"], cfg: MoEConfig) -> ExpertFunction:
-    """Whichever reads fewest weights: those of the chosen experts where XLA runs them one after another, else those
-    of every choice, or of every expert once."""
+    """The way experts run in streaming: by XLA the chosen ones one after another, else what reads fewer weights.
+
+    Fewer weights are those of every choice, or those of every expert once.
+    """
     if cfg.backend == MatmulBackend.BLOCKED:
         return lambda weights, h, gates, experts, cfg: chosen_experts(
             weights, h, gates, experts, valid_BW.reshape(-1), cfg

@@ -50,9 +50,7 @@ def _forward(
     return out_RD, (x_RD, both_RF, gate_up_EDF, down_EFD, ends_E, expert_of_block)
 
 
-def _backward(
-    saved: tuple[jax.Array, ...], grad_RD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _backward(saved: tuple[jax.Array, ...], grad_RD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     x_RD, both_RF, gate_up_EDF, down_EFD, ends_E, expert_of_block = saved
     block_rows = x_RD.shape[0] // expert_of_block.shape[0]
 

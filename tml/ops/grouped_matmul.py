@@ -19,6 +19,7 @@ from tml.config import MatmulBackend
 from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu
 from tml.params import Leaf
 
+
 @flax.struct.dataclass
 class BlockPlan:
     """Where each copy of each token stands in the padded buffer of C blocks of b rows.
