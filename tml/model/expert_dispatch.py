@@ -227,14 +227,18 @@ def chosen_experts(
     is_needed_E = jnp.any(is_chosen_ET & valid_T[None], axis=1)
     needed_first_E = jnp.argsort(~is_needed_E, stable=True)
 
-    def add(place: jax.Array, out_TD: jax.Array) -> jax.Array:
-        expert = needed_first_E[place]
+    def add(expert: jax.Array, out_TD: jax.Array) -> jax.Array:
         gate_TF, up_TF = jnp.split(h_TD @ gate_up_EDF[expert], 2, axis=1)
         own_TD = (jax.nn.silu(gate_TF) * up_TF) @ down_EFD[expert]
         return out_TD + jnp.where(is_chosen_ET[expert][:, None], own_TD * gate_ET[expert][:, None], 0)
 
-    num_needed = jnp.sum(is_needed_E.astype(jnp.int32))
-    return Dispatched(jax.lax.fori_loop(0, num_needed, add, jnp.zeros_like(h_TD)), jnp.int32(0))
+    def add_if_needed(place: jax.Array, out_TD: jax.Array) -> jax.Array:
+        expert = needed_first_E[place]
+        return jax.lax.cond(is_needed_E[expert], add, lambda _, out_TD: out_TD, expert, out_TD)
+
+    # As often as there can be chosen experts, not as there are: a plan must be able to count it.
+    most = min(experts_TK.size, cfg.num_experts)
+    return Dispatched(jax.lax.fori_loop(0, most, add_if_needed, jnp.zeros_like(h_TD)), jnp.int32(0))
 
 
 def streaming_experts(valid_BW: Bool[Array, "B W"], cfg: MoEConfig) -> ExpertFunction:
