@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu
+from tml.ops.expert_blocks import multiply_blocks
 from tml.ops.grouped_matmul import (
     GroupedKernels,
-    block_matmul,
-    blocked_grouped_matmul,
     collect,
     dispatch,
     grouped_matmul_reference,
@@ -43,24 +42,33 @@ def test_every_copy_stands_once_in_a_block_of_its_expert(experts: np.ndarray, bl
 
 
 @pytest.mark.parametrize("experts", ROUTINGS.values(), ids=ROUTINGS.keys())
-def test_forward_and_gradients_equal_a_loop(experts: np.ndarray) -> None:
-    keys = jax.random.split(jax.random.key(0), 3)
+@pytest.mark.parametrize("block_rows", [1, 4])
+def test_blocks_of_experts_and_their_gradients_equal_a_loop(experts: np.ndarray, block_rows: int) -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (len(experts), 6))
-    w = jax.random.normal(keys[1], (5, 6, 7))
-    cotangent = jax.random.normal(keys[2], (*experts.shape, 7))
+    gate_up, down = jax.random.normal(keys[1], (5, 6, 14)), jax.random.normal(keys[2], (5, 7, 6))
+    cotangent = jax.random.normal(keys[3], (*experts.shape, 6))
 
-    def blocked(x, w):
-        plan = plan_blocks(jnp.asarray(experts, jnp.int32), 5, 4)
-        return jnp.sum(collect(block_matmul(dispatch(x, plan), w, plan.expert_of_block), plan) * cotangent)
+    def blocked(x, gate_up, down):
+        plan = plan_blocks(jnp.asarray(experts, jnp.int32), 5, block_rows)
+        out = multiply_blocks(dispatch(x, plan), gate_up, down, plan.expert_of_block)
+        return jnp.sum(collect(out, plan) * cotangent)
 
-    def looped(x, w):
+    def looped(x, gate_up, down):
         out = jnp.zeros(cotangent.shape)
         for expert in range(5):
-            out = out + jnp.where((experts == expert)[:, :, None], (x @ w[expert])[:, None], 0.0)
+            hidden = jax.nn.silu(x @ gate_up[expert, :, :7]) * (x @ gate_up[expert, :, 7:])
+            out = out + jnp.where((experts == expert)[:, :, None], (hidden @ down[expert])[:, None], 0.0)
         return jnp.sum(out * cotangent)
 
-    ours, reference = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, w) for f in (blocked, looped))
+    ours, reference = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(x, gate_up, down) for f in (blocked, looped))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, reference)
+
+
+def test_rows_of_blocks_without_an_expert_are_zero() -> None:
+    x, gate_up, down = jnp.ones((6, 4)), jnp.ones((2, 4, 6)), jnp.ones((2, 3, 4))
+    out = jax.jit(multiply_blocks)(x, gate_up, down, jnp.array([0, 1, 2], jnp.int32))
+    assert (np.asarray(out) != 0.0).any(axis=1).tolist() == [True] * 4 + [False] * 2
 
 
 class GroupedMatmulTests:
@@ -90,10 +98,6 @@ def kernels_of(module, **options) -> functools.partial:
         functools.partial(f, interpret=True, **options) for f in (module.multiply_rows, module.multiply_groups)
     )
     return functools.partial(kernel_grouped_matmul, GroupedKernels(rows, groups))
-
-
-class TestBlocked(GroupedMatmulTests):
-    grouped_matmul = staticmethod(blocked_grouped_matmul)
 
 
 class TestTPU(GroupedMatmulTests):

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Float32, Int16, Int32, UInt8
 
 from tml.config import MatmulBackend, MeshConfig, ModelConfig
 from tml.model import embed, transformer
-from tml.model.expert_dispatch import streaming_experts, streaming_heads, streaming_shared_experts
 from tml.model.layer_functions import Bias, LayerFunctions, LayerState, LiveLayer
+from tml.model.live_experts import streaming_experts, streaming_heads, streaming_shared_experts
 from tml.ops.attention import attend_cache
 from tml.ops.collectives import sum_over
 from tml.ops.short_conv import short_conv_stream, zero_history
@@ -192,7 +192,7 @@ def feed(
         conv=conv,
         attend=attend,
         heads=streaming_heads(backend),
-        experts=streaming_experts(valid_BW, backend, cfg.moe),
+        experts=streaming_experts(valid_BW, backend),
         shared_experts=streaming_shared_experts(backend),
         add_shards=lambda x: sum_over(x, ("tensor",), mesh),
     )

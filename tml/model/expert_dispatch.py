@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from tml.config import ExpertDispatch, MatmulBackend, MeshConfig, MoEConfig
 from tml.model.remat import kept
 from tml.ops.collectives import index_along
+from tml.ops.expert_blocks import multiply_blocks
 from tml.ops.grouped_matmul import (
-    LAYER_KERNELS,
-    block_matmul,
     collect,
     dispatch,
     grouped_matmul,
@@ -203,125 +201,9 @@ def buffer_rows(balanced_copies: int, cfg: MoEConfig, mesh: MeshConfig) -> int:
     return math.ceil(factor * balanced_copies / cfg.block_rows) * cfg.block_rows
 
 
-class ExpertStack(NamedTuple):
-    """One layer's matrices within the stack of a stage, which are read where they are.
-
-    Attributes:
-        stack: those of all the stage's layers, [L, E, ...].
-        layer: which of them.
-    """
-
-    stack: jax.Array
-    layer: jax.Array | int
-
-    def astype(self, dtype: DTypeLike) -> "ExpertStack":
-        """The same in another dtype; of the same dtype, untouched."""
-        return ExpertStack(self.stack.astype(dtype), self.layer)
-
-    def cut(self) -> jax.Array:
-        """The layer's matrices by themselves."""
-        return self.stack[self.layer]
-
-
 def project_heads(out_BSNH: Float[Array, "B S N H"], o_NHD: Float[Array, "N H D"]) -> Float[Array, "B S D"]:
     """What all heads give, on its way back to the model's width."""
     return project(out_BSNH, o_NHD, num_summed=2)
-
-
-def streaming_heads(backend: MatmulBackend) -> Callable[..., jax.Array]:
-    """The same in live sessions, its matrix within its stack: for a kernel, the one expert of all tokens."""
-
-    def run(out_BWNH: jax.Array, o: ExpertStack) -> jax.Array:
-        if backend not in LAYER_KERNELS:
-            return project_heads(out_BWNH, o.cut())
-        rows_RD = out_BWNH.reshape(math.prod(out_BWNH.shape[:2]), -1)
-        o_LEZDF = o.stack.reshape(o.stack.shape[0], 1, 1, rows_RD.shape[1], -1)
-        sizes_E = jnp.full(1, rows_RD.shape[0], jnp.int32)
-        out_RD = LAYER_KERNELS[backend](rows_RD, o_LEZDF, o.layer, sizes_E, usual_groups=1.0)
-        return out_RD.reshape(*out_BWNH.shape[:2], -1)
-
-    return run
-
-
-def experts_chosen(num_tokens: int, cfg: MoEConfig) -> float:
-    """Distinct experts that so many tokens choose in one layer, if all are as likely: E (1 - (1 - k/E)^n)."""
-    return cfg.num_experts * (1 - (1 - cfg.num_experts_per_token / cfg.num_experts) ** num_tokens)
-
-
-def streaming_experts(valid_BW: Bool[Array, "B W"], backend: MatmulBackend, cfg: MoEConfig) -> ExpertFunction:
-    """The way experts run on the next slots of live sessions; no session can change another's bits.
-
-    Without a platform's kernel, whichever reads fewer weights: those of every choice, or those of every expert once.
-    """
-    if backend in LAYER_KERNELS:
-
-        def run(weights: Mapping[str, ExpertStack], h: jax.Array, gates: jax.Array, experts: jax.Array, cfg: MoEConfig):
-            chosen = experts_chosen(valid_BW.size, cfg)
-            return served_experts(weights, h, gates, experts, valid_BW.reshape(-1), chosen, backend)
-
-        return run
-    is_few = valid_BW.size * cfg.num_experts_per_token < cfg.num_experts
-    strategy = gathered_experts if is_few else dense_experts
-
-    def run_cut(weights: Mapping[str, ExpertStack], h: jax.Array, gates: jax.Array, experts: jax.Array, cfg: MoEConfig):
-        return strategy({name: each.cut() for name, each in weights.items()}, h, gates, experts, cfg)
-
-    return run_cut
-
-
-def gathered_experts(
-    weights: Mapping[str, jax.Array],
-    h_TD: Float[Array, "t D"],
-    gates_TK: Float[Array, "t k"],
-    experts_TK: Int32[Array, "t k"],
-    cfg: MoEConfig,
-) -> Dispatched:
-    """Streaming: each of a few tokens fetches its own experts."""
-    both = jnp.einsum("tD,tkDF->tkF", h_TD, _fused(weights["gate_up"])[experts_TK])
-    gate, up = jnp.split(both, 2, axis=-1)
-    out_TKD = jnp.einsum("tkF,tkFD->tkD", jax.nn.silu(gate) * up, weights["down"][experts_TK])
-    return Dispatched(jnp.sum(out_TKD * gates_TK[:, :, None], axis=1), jnp.int32(0))
-
-
-def served_experts(
-    weights: Mapping[str, ExpertStack],
-    h_TD: Float[Array, "t D"],
-    gates_TK: Float[Array, "t k"],
-    experts_TK: Int32[Array, "t k"],
-    is_valid_T: Bool[Array, "t"],
-    usual_experts: float,
-    backend: MatmulBackend,
-) -> Dispatched:
-    """Streaming: copies sorted by expert, so that a kernel reads the matrices of every chosen expert once.
-
-    The choices of slots that are not valid belong to no expert; `usual_experts` are those that the stated cost counts.
-    """
-    (num_tokens, num_choices), num_experts = experts_TK.shape, weights["down"].stack.shape[1]
-    # Choice by choice: so the sum over them, in the end, is over the first axis.
-    expert_C = jnp.where(is_valid_T[:, None], experts_TK, num_experts).T.reshape(-1)
-    copy_C = jnp.arange(expert_C.size, dtype=jnp.int32)
-    sorted_C, copy_R = jax.lax.sort((expert_C, copy_C), num_keys=1, is_stable=True)
-    _, row_C = jax.lax.sort((copy_R, copy_C), num_keys=1)
-    sizes_E = jnp.sum(jax.nn.one_hot(sorted_C, num_experts, dtype=jnp.int32), axis=0)
-    y_RD = _gated_mlps(weights, h_TD[copy_R % num_tokens], sizes_E, usual_experts, backend)
-    out_KTD = y_RD[row_C].reshape(num_choices, num_tokens, -1) * gates_TK.T[:, :, None]
-    # What kernels leave in rows of no expert need not be a number.
-    return Dispatched(jnp.where(is_valid_T[:, None], jnp.sum(out_KTD, axis=0), 0), jnp.int32(0))
-
-
-def _gated_mlps(
-    weights: Mapping[str, ExpertStack],
-    x_RD: Float[Array, "r D"],
-    sizes_E: Int32[Array, "E"],
-    usual_experts: float,
-    backend: MatmulBackend,
-) -> Float[Array, "r D"]:
-    """The gated MLP of each row's expert, rows being sorted by expert."""
-    multiply = functools.partial(LAYER_KERNELS[backend], usual_groups=usual_experts)
-    gate_up, down = weights["gate_up"], weights["down"]
-    both_RF = multiply(x_RD, jnp.swapaxes(gate_up.stack, 2, 3), gate_up.layer, sizes_E)
-    gate_RF, up_RF = jnp.split(both_RF, 2, axis=1)
-    return multiply(jax.nn.silu(gate_RF) * up_RF, down.stack[:, :, None], down.layer, sizes_E)
 
 
 def shared_experts(
@@ -332,26 +214,16 @@ def shared_experts(
     With an axis of experts XLA makes a convolution of them, which took a fifth of the 276B step on v5p.
     """
     dtype, num_experts, dim = h_TD.dtype, gates_TA.shape[1], h_TD.shape[1]
-    gate_up_DAZF = jnp.moveaxis(weights["gate_up"], 0, 1)
-    halves = jnp.split(kept(project(h_TD, gate_up_DAZF.reshape(dim, -1))), 2 * num_experts, axis=1)
+    if h_TD.shape[0] < dim:
+        # Fewer tokens than a matrix has rows: to lay the matrices side by side would take longer than to multiply.
+        both = [kept(project(h_TD, gate_up_DZF.reshape(dim, -1))) for gate_up_DZF in weights["gate_up"]]
+        halves = [half for pair in both for half in jnp.split(pair, 2, axis=1)]
+    else:
+        gate_up_DAZF = jnp.moveaxis(weights["gate_up"], 0, 1)
+        halves = jnp.split(kept(project(h_TD, gate_up_DAZF.reshape(dim, -1))), 2 * num_experts, axis=1)
     pairs = zip(halves[::2], halves[1::2], range(num_experts), strict=True)
     hidden = [jax.nn.silu(gate) * up * gates_TA[:, expert, None].astype(dtype) for gate, up, expert in pairs]
     return project(jnp.concatenate(hidden, axis=1), weights["down"].reshape(-1, dim))
-
-
-def streaming_shared_experts(backend: MatmulBackend) -> SharedFunction:
-    """The way shared experts run in live sessions: for a kernel, they are experts that every token chooses."""
-
-    def run(weights: Mapping[str, ExpertStack], h_TD: jax.Array, gates_TA: jax.Array) -> jax.Array:
-        if backend not in LAYER_KERNELS:
-            return shared_experts({name: each.cut() for name, each in weights.items()}, h_TD, gates_TA)
-        num_tokens, num_shared = gates_TA.shape
-        sizes_A = jnp.full(num_shared, num_tokens, jnp.int32)
-        y_RD = _gated_mlps(weights, jnp.concatenate([h_TD] * num_shared), sizes_A, float(num_shared), backend)
-        y_ATD = y_RD.reshape(num_shared, num_tokens, -1)
-        return jnp.sum(y_ATD * gates_TA.T.astype(h_TD.dtype)[:, :, None], axis=0)
-
-    return run
 
 
 def run_blocks(
@@ -360,12 +232,11 @@ def run_blocks(
     """The gated MLP of each block's expert over the block's rows: all that a strategy asks of the matmuls."""
     num_local, backend = weights["down"].shape[0], MatmulBackend(cfg.backend)
     if backend is MatmulBackend.BLOCKED:
-        multiply = functools.partial(block_matmul, expert_of_block=expert_of_block)
-    else:
-        # Blocks stand in the order of their experts.
-        owner_CE = jax.nn.one_hot(expert_of_block, num_local, dtype=jnp.int32)
-        group_sizes_E = jnp.sum(owner_CE, axis=0) * (x_RD.shape[0] // expert_of_block.shape[0])
-        multiply = functools.partial(grouped_matmul, group_sizes_E=group_sizes_E, backend=backend)
+        return multiply_blocks(x_RD, _fused(weights["gate_up"]), weights["down"], expert_of_block)
+    # Blocks stand in the order of their experts.
+    owner_CE = jax.nn.one_hot(expert_of_block, num_local, dtype=jnp.int32)
+    group_sizes_E = jnp.sum(owner_CE, axis=0) * (x_RD.shape[0] // expert_of_block.shape[0])
+    multiply = functools.partial(grouped_matmul, group_sizes_E=group_sizes_E, backend=backend)
     gate, up = jnp.split(multiply(x_RD, _fused(weights["gate_up"])), 2, axis=-1)
     return multiply(jax.nn.silu(gate) * up, weights["down"])
 

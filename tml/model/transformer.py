@@ -13,8 +13,9 @@ from tml.batch import Batch
 from tml.config import MeshConfig, ModelConfig, MtpEmbedding, Remat
 from tml.model import block, embed, moe, mtp
 from tml.model.block import LayerKind
-from tml.model.expert_dispatch import ExpertStack, keeps_experts_split
+from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, LiveLayer, row_functions
+from tml.model.live_experts import ExpertStack
 from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params
 from tml.ops.cross_entropy import Scores, score_in_chunks

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from tml.config import AttentionBackend
 from tml.ops.attention_gpu import attend_gpu
 from tml.ops.attention_tpu import attend_tpu
+from tml.ops.projection import project
 
 SLIDING_BLOCK_SLOTS = 64
 """The most queries in one block of sliding attention; a block sees its own keys and a window's worth before them."""
@@ -128,7 +129,7 @@ def skewed_bias(r_BANJ: Float[Array, "B A N J"], profiles_JX: Float[Array, "J X"
     num_rows, num_queries, num_heads, _ = r_BANJ.shape
     extent = profiles_JX.shape[-1]
     num_keys = extent + num_queries
-    bias_BNAX = jnp.einsum("BNAJ,JX->BNAX", r_BANJ.swapaxes(1, 2), profiles_JX[:, ::-1])
+    bias_BNAX = project(r_BANJ.swapaxes(1, 2), profiles_JX[:, ::-1])
     longer = jnp.pad(bias_BNAX, ((0, 0), (0, 0), (0, 0), (1, num_queries)))
     flat = longer.reshape(num_rows, num_heads, num_queries * (num_keys + 1))[..., : num_queries * num_keys]
     return flat.reshape(num_rows, num_heads, num_queries, num_keys)

@@ -1,10 +1,9 @@
 """Routing of token copies to experts and the matmuls over them.
 
-`grouped_matmul` multiplies rows that are sorted by expert; its back-ends are an enum.
-
-BLOCKED places the copies of each expert in a buffer whose parts are padded to whole blocks, so
+`plan_blocks` places the copies of each expert in a buffer whose parts are padded to whole blocks, so
 that every block belongs to one expert: the cost follows the copies, not the number of experts
-(`jax.lax.ragged_dot` computes every expert for every row on CPU).
+(`jax.lax.ragged_dot` computes every expert for every row on CPU). XLA multiplies such blocks in a loop
+(`tml.ops.expert_blocks`); `grouped_matmul` multiplies rows that are sorted by expert with a platform's kernels.
 """
 
 import functools
@@ -20,9 +19,6 @@ from tml.config import MatmulBackend
 from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu
 from tml.params import Leaf
 
-BLOCK_ROWS = 128
-"""Rows of a block where sorted rows are multiplied as padded blocks."""
-
 
 @flax.struct.dataclass
 class BlockPlan:
@@ -32,7 +28,7 @@ class BlockPlan:
         row_of_copy: buffer row of each copy.
         token_of_row: the token in each buffer row, or the number of tokens where the row is padding.
         copy_of_row: the copy (token * K + choice) in each buffer row, or the number of copies.
-        expert_of_block: the expert of each block.
+        expert_of_block: the expert of each block, ascending; the number of experts for blocks of none.
         holds_all: whether every copy has a row; where not, the row of a copy without one is the number of rows.
     """
 
@@ -78,7 +74,7 @@ def plan_blocks(
         row_of_copy=row_R.reshape(experts_TK.shape),
         token_of_row=copy_of_row // experts_TK.shape[1],
         copy_of_row=copy_of_row,
-        expert_of_block=jnp.minimum(expert, num_experts - 1),
+        expert_of_block=expert,
         holds_all=holds_all,
     )
 
@@ -125,37 +121,6 @@ def _collect_bwd(plan: BlockPlan, grad: jax.Array) -> tuple[jax.Array, None]:
 collect.defvjp(_collect_fwd, _collect_bwd)
 
 
-@jax.custom_vjp
-def block_matmul(
-    x_RD: Float[Array, "r D"], w_EDF: Float[Array, "E D F"], expert_of_block: Int32[Array, "C"]
-) -> Float[Array, "r F"]:
-    """Multiplies every block of rows with the matrix of its expert."""
-    x_CAD = x_RD.reshape(expert_of_block.shape[0], -1, x_RD.shape[-1])
-    return jnp.einsum("CAD,CDF->CAF", x_CAD, w_EDF[expert_of_block]).reshape(x_RD.shape[0], -1)
-
-
-def _block_matmul_fwd(
-    x_RD: jax.Array, w_EDF: jax.Array, expert_of_block: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return block_matmul(x_RD, w_EDF, expert_of_block), (x_RD, w_EDF, expert_of_block)
-
-
-def _block_matmul_bwd(
-    saved: tuple[jax.Array, jax.Array, jax.Array], grad_RF: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    x_RD, w_EDF, expert_of_block = saved
-    num_blocks = expert_of_block.shape[0]
-    x_CAD, grad_CAF = (x.reshape(num_blocks, -1, x.shape[-1]) for x in (x_RD, grad_RF))
-    grad_x_CAD = jnp.einsum("CAF,CDF->CAD", grad_CAF, w_EDF[expert_of_block])
-    grad_w_CDF = jnp.einsum("CAD,CAF->CDF", x_CAD, grad_CAF)
-    owner_EC = jax.nn.one_hot(expert_of_block, w_EDF.shape[0], axis=0, dtype=grad_w_CDF.dtype)
-    grad_w_EDF = jnp.einsum("EC,CDF->EDF", owner_EC, grad_w_CDF)
-    return grad_x_CAD.reshape(x_RD.shape), grad_w_EDF, None
-
-
-block_matmul.defvjp(_block_matmul_fwd, _block_matmul_bwd)
-
-
 def grouped_matmul(
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E D F"],
@@ -170,12 +135,12 @@ def grouped_matmul(
         x_RD: rows, those of expert 0 first.
         w_EDF: the experts' matrices.
         group_sizes_E: rows of each expert; rows that are left over belong to none and give zero.
-        backend: who computes it; one that the target platform does not have is an error of the compiler.
+        backend: whose kernels; one that the target platform does not have is an error of the compiler.
 
     Example:
-        >>> grouped_matmul(x_RD, w_EDF, jnp.array([3, 0, 5], jnp.int32), MatmulBackend.BLOCKED)
+        >>> grouped_matmul(x_RD, w_EDF, jnp.array([3, 0, 5], jnp.int32), MatmulBackend.TPU)
     """
-    return GROUPED_MATMULS[backend](x_RD, w_EDF, group_sizes_E)
+    return kernel_grouped_matmul(KERNELS[backend], x_RD, w_EDF, group_sizes_E)
 
 
 def grouped_matmul_reference(
@@ -213,17 +178,6 @@ def sums_of_groups_reference(
 
 def _owner(x_RD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     return jax.nn.one_hot(_expert_of_row(x_RD.shape[0], group_sizes_E), group_sizes_E.shape[0], dtype=x_RD.dtype)
-
-
-def blocked_grouped_matmul(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int32[Array, "E"]
-) -> Float[Array, "R F"]:
-    """As padded blocks of one expert each, by XLA on any platform."""
-    num_experts = w_EDF.shape[0]
-    expert_R = _expert_of_row(x_RD.shape[0], group_sizes_E)
-    plan = plan_blocks(jnp.minimum(expert_R, num_experts - 1)[:, None], num_experts, BLOCK_ROWS)
-    y_RF = collect(block_matmul(dispatch(x_RD, plan), w_EDF, plan.expert_of_block), plan)[:, 0]
-    return jnp.where((expert_R < num_experts)[:, None], y_RF, jnp.zeros((), y_RF.dtype))
 
 
 def _expert_of_row(num_rows: int, group_sizes_E: jax.Array) -> jax.Array:
@@ -303,11 +257,6 @@ def kernels_of(backend: MatmulBackend, usual_rows: int) -> GroupedKernels:
         return kernels
     return GroupedKernels(*(functools.partial(kernel, usual_rows=usual_rows) for kernel in kernels))
 
-
-GROUPED_MATMULS: dict[MatmulBackend, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
-    MatmulBackend.BLOCKED: blocked_grouped_matmul,
-    **{backend: functools.partial(kernel_grouped_matmul, kernels) for backend, kernels in KERNELS.items()},
-}
 
 LAYER_KERNELS: dict[MatmulBackend, Callable[..., jax.Array]] = {
     MatmulBackend.DENSE: multiply_rows_of_layer_reference,

@@ -42,7 +42,7 @@ class Exchange:
     Attributes:
         there: from rows sorted by expert to the devices of the experts.
         back: the way back.
-        expert_of_block: which of this device's experts each block of the buffer belongs to.
+        expert_of_block: which of this device's experts each block of the buffer belongs to, or how many these are.
         num_dropped: rows of this device that found no room.
         num_sent_rows: rows before the exchange.
         num_buffer_rows: rows of the receiver's buffer.
@@ -100,7 +100,7 @@ def plan_exchange(
             landings=arriving(starts_GE),
             received_sizes=sizes_E,
         ),
-        expert_of_block=jnp.minimum(expert, num_local - 1),
+        expert_of_block=expert,
         num_dropped=jnp.sum(here(counts_GE) - sizes_E),
         num_sent_rows=num_sent_rows,
         num_buffer_rows=buffer_rows,
