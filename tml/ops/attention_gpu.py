@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
+from tml.ops.kernel_cost import stated_in_scope
 from tml.params import Leaf, PyTree
 
 MASKED = -1e30
@@ -302,16 +303,17 @@ def _call(
         transcendentals=num_rows * num_heads * plan.block**2 * visited,
         bytes_accessed=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((inputs, outputs, memory))),
     )
-    results = pl.pallas_call(
-        functools.partial(kernel, plan=plan),
-        grid=grid,
-        out_shape=(*outputs, memory),
-        input_output_aliases=aliases,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        cost_estimate=cost,
-        interpret=plan.interpret,
-        name=kernel.__name__.strip("_"),
-    )(*inputs)
+    with stated_in_scope(cost):
+        results = pl.pallas_call(
+            functools.partial(kernel, plan=plan),
+            grid=grid,
+            out_shape=(*outputs, memory),
+            input_output_aliases=aliases,
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+            cost_estimate=cost,
+            interpret=plan.interpret,
+            name=kernel.__name__.strip("_"),
+        )(*inputs)
     return tuple(results[:-1])
 
 

@@ -78,8 +78,9 @@ def _is_leaf(value: Any) -> bool:
     return isinstance(value, _Leaf)
 
 
-PACK_ROWS, PACK_LANES = 8, 512
-"""Packed parameters travel as rows of so many values, in multiples of so many rows: whole tiles of a TPU."""
+PACK_ROWS, PACK_LANES = 16, 512
+"""Packed parameters travel as rows of so many values, in multiples of so many rows: whole tiles of a TPU. Eight rows a
+device libtpu (0.0.42) all-reduces on v6e, and with them what it joins to the same message."""
 
 
 MOST_PACKED_VALUES = 2**16

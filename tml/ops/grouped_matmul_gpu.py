@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
+from tml.ops.kernel_cost import stated_in_scope
+
 TILE_ROWS, TILE_WIDTH, TILE_DEPTH = 64, 128, 64
 """Rows and columns of an output tile, and how much of the summed axis is read at a time."""
 
@@ -108,7 +110,7 @@ def multiply_rows(
     usual_rows: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R F"]:
-    """Every row times the matrix of its group (or its transpose), summed in float32; zero in rows of no group.
+    """Every row times the matrix of its group (or its transpose), summed in float32; anything in rows of no group.
 
     `usual_rows` are those that the stated cost counts, where groups usually leave some of R over.
     """
@@ -123,16 +125,17 @@ def multiply_rows(
     tiles_before = tile_ends[group] - (group_sizes_E[group] + tiles[0] - 1) // tiles[0]
     first = ends[group] - group_sizes_E[group] + (tile - tiles_before) * tiles[0]
     out = jax.ShapeDtypeStruct((num_rows, width), x_RD.dtype)
-    result = pl.pallas_call(
-        functools.partial(_rows_kernel, tiles=tiles, is_transposed=is_transposed),
-        grid=(len(tile), pl.cdiv(width, tiles[2])),
-        out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        cost_estimate=_cost(x_RD, w_EDF, out, 2 * (usual_rows or num_rows) * depth * width),
-        interpret=interpret,
-        name="grouped_matmul_rows",
-    )(group, first, ends[group], x_RD, w_EDF)
-    return jnp.where((jnp.arange(num_rows) < ends[-1])[:, None], result, jnp.zeros((), result.dtype))
+    cost = _cost(x_RD, w_EDF, out, 2 * (usual_rows or num_rows) * depth * width)
+    with stated_in_scope(cost):
+        return pl.pallas_call(
+            functools.partial(_rows_kernel, tiles=tiles, is_transposed=is_transposed),
+            grid=(len(tile), pl.cdiv(width, tiles[2])),
+            out_shape=out,
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+            cost_estimate=cost,
+            interpret=interpret,
+            name="grouped_matmul_rows",
+        )(group, first, ends[group], x_RD, w_EDF)
 
 
 def multiply_groups(
@@ -147,12 +150,14 @@ def multiply_groups(
     tiles = _tile(num_rows, TILE_DEPTH), _tile(depth, TILE_ROWS), _tile(width, TILE_WIDTH)
     ends = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
     out = jax.ShapeDtypeStruct((len(group_sizes_E), depth, width), x_RD.dtype)
-    return pl.pallas_call(
-        functools.partial(_groups_kernel, tiles=tiles),
-        grid=(len(group_sizes_E), pl.cdiv(depth, tiles[1]), pl.cdiv(width, tiles[2])),
-        out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        cost_estimate=_cost(x_RD, y_RF, out, 2 * (usual_rows or num_rows) * depth * width),
-        interpret=interpret,
-        name="grouped_matmul_groups",
-    )(ends - group_sizes_E, ends, x_RD, y_RF)
+    cost = _cost(x_RD, y_RF, out, 2 * (usual_rows or num_rows) * depth * width)
+    with stated_in_scope(cost):
+        return pl.pallas_call(
+            functools.partial(_groups_kernel, tiles=tiles),
+            grid=(len(group_sizes_E), pl.cdiv(depth, tiles[1]), pl.cdiv(width, tiles[2])),
+            out_shape=out,
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+            cost_estimate=cost,
+            interpret=interpret,
+            name="grouped_matmul_groups",
+        )(ends - group_sizes_E, ends, x_RD, y_RF)

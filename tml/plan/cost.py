@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tml.ops.kernel_cost import cost_in_scope
 from tml.plan.chips import Chip
 from tml.plan.hlo import HBM, Computation, Instruction, Program, inner_instructions
 from tml.plan.links import COLLECTIVES
@@ -35,6 +36,8 @@ PASSING = (
     FREE | MOVING | {"fusion", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "broadcast"}
 )
 GATHERING = {"gather", "scatter"}
+SLICE_STARTS = {"slice-start", "dynamic-slice-start", "async-start"}
+"""What begins to fetch a part of an array: (source), part, state."""
 FREE_CALLS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ConcatBitcast")
 MATMUL_CALLS = ("__cublas", "__onednn$matmul")
 
@@ -105,8 +108,11 @@ class CostModel:
             return 2 * _hbm_bytes(operands[1])
         if opcode == "scatter":
             return 3 * sum(_hbm_bytes(operand) for operand in operands[(len(operands) + 1) // 2 :])
-        if opcode in ("copy-start", "slice-start"):
+        if opcode == "copy-start":
             return sum(array.hbm_bytes for array in instruction.arrays[:2])
+        if opcode in SLICE_STARTS:
+            source, part = instruction.arrays[:2]
+            return part.num_bytes * ((source.space == HBM) + (part.space == HBM))
         if opcode == "sort":
             passes = math.log2(max(2, max(instruction.arrays[0].dims, default=2)))
             return 2 * passes * _hbm_bytes(instruction)
@@ -155,6 +161,8 @@ class CostModel:
         if stated:
             numbers = dict(re.findall(r'"(\w+)":"?(\d+)', stated))
             flops, moved = float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", moved))
+        elif in_scope := cost_in_scope(instruction.op_name):
+            flops, moved = in_scope
         elif target.startswith(MATMUL_CALLS):
             flops = _library_matmul_flops(computation, instruction)
         else:

@@ -177,7 +177,7 @@ class _Replay:
             self._wait(instruction, clock, times)
         elif opcode == "fusion" and self._has_call(instruction, "AsyncCollectiveDone"):
             self._wait(self._from_start(computation, instruction), clock, times)
-        elif opcode in PREFETCH:
+        elif opcode in PREFETCH or self._is_wrapped_slice(instruction):
             self._prefetch(computation, instruction, clock, times)
         else:
             self._operation(computation, instruction, clock, times)
@@ -200,6 +200,11 @@ class _Replay:
                     continue
                 line.exposed_seconds += times * max(0.0, end - clock.now)
                 clock.now = max(clock.now, end)
+
+    def _is_wrapped_slice(self, instruction: Instruction) -> bool:
+        """Whether an instruction starts a computation that is one slice: how a TPU fetches ahead by parts."""
+        inner = instruction.called.get("calls") if instruction.opcode == "async-start" else None
+        return inner is not None and self.program.computations[inner].root.opcode in ("slice", "dynamic-slice")
 
     def _has_call(self, instruction: Instruction, target: str) -> bool:
         """Whether a fusion is an end of a collective that is spread over several fusions (TPU)."""
