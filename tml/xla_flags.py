@@ -153,24 +153,6 @@ XLA_FLAGS = (
         platform=Platform.CUDA,
     ),
     XlaFlag(
-        name="xla_gpu_enable_pipelined_all_gather",
-        value="true",
-        reason="Gathers the next layer's weights during this layer: the loop over layers hides its own traffic.",
-        platform=Platform.CUDA,
-    ),
-    XlaFlag(
-        name="xla_gpu_enable_pipelined_reduce_scatter",
-        value="true",
-        reason="Sends a layer's gradients off during the layer before it, in the backward loop.",
-        platform=Platform.CUDA,
-    ),
-    XlaFlag(
-        name="xla_gpu_enable_while_loop_double_buffering",
-        value="true",
-        reason="Unrolls the layer loop by two, without which pipelined collectives copy every buffer they carry.",
-        platform=Platform.CUDA,
-    ),
-    XlaFlag(
         name="xla_gpu_enable_highest_priority_async_stream",
         value="true",
         reason="Gives communication kernels the highest priority, so that a full GPU does not delay them.",

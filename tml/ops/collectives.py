@@ -101,6 +101,8 @@ def _gather_packed(parts: list[jax.Array], axes: tuple[str, ...], mesh: MeshConf
     """Gathers parts along their first dimensions, side by side in one array: one message for all small parameters."""
     flat = jnp.concatenate([part.reshape(-1) for part in parts])
     packed = jnp.pad(flat, (0, -flat.size % (PACK_ROWS * PACK_LANES))).reshape(-1, PACK_LANES)
+    # Without a barrier libtpu joins the scatter with the slice that takes the padding off: into a sum everywhere.
+    packed = jax.lax.optimization_barrier(packed)
     whole = jax.lax.all_gather(packed, axes, axis=0, tiled=True).reshape(mesh.product(axes), -1)
     ends = np.cumsum([part.size for part in parts]).tolist()
     return [whole[:, end - part.size : end].reshape(-1, *part.shape[1:]) for part, end in zip(parts, ends, strict=True)]
