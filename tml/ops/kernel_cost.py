@@ -1,6 +1,7 @@
 """What a kernel costs, said in the name of its scope: the way to a plan where a compiler drops the stated cost."""
 
 import re
+from contextlib import AbstractContextManager
 
 import jax
 from jax.experimental import pallas as pl
@@ -8,7 +9,7 @@ from jax.experimental import pallas as pl
 _SCOPE = re.compile(r"\bcost_(\d+)_flops_(\d+)_bytes\b")
 
 
-def stated_in_scope(cost: pl.CostEstimate) -> jax.named_scope:
+def stated_in_scope(cost: pl.CostEstimate) -> AbstractContextManager[None]:
     """A named scope around a kernel that XLA for CUDA compiles: its custom calls keep their scopes, not their costs.
 
     Example:
