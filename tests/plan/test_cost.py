@@ -1,8 +1,14 @@
 """Costs of single instructions, written as the TPU compiler writes them, against arithmetic."""
 
+import re
+
+import jax
+import jax.numpy as jnp
 import pytest
 from compile_programs import V5P
+from jax.experimental import pallas as pl
 
+from tml.ops.kernel_cost import stated_in_scope
 from tml.plan.chips import CHIPS
 from tml.plan.cost import ATTENTION, GATHER, GROUPED_MATMUL, MATMUL, MOVEMENT, Cost, CostModel
 from tml.plan.hlo import parse
@@ -88,6 +94,17 @@ def test_a_kernel_costs_what_it_states():
     assert (found.flops, found.hbm_bytes, found.unknown) == (459e9, 1000, "")
     assert found.seconds == pytest.approx(1e-3)
     assert found.category == ATTENTION
+
+
+def test_a_kernel_for_gpus_costs_what_its_scope_states():
+    def kernel(x: jax.Array) -> jax.Array:
+        with stated_in_scope(pl.CostEstimate(flops=459_000_000_000, transcendentals=0, bytes_accessed=1_000)):
+            return jnp.sin(x)
+
+    text = jax.jit(kernel).lower(jnp.ones(4)).as_text(debug_info=True)
+    (scope,) = set(re.findall(r"cost_\w+", text))
+    found = cost_of(KERNEL + f'metadata={{op_name="jit(f)/{scope}/kernel"}}')
+    assert (found.flops, found.hbm_bytes, found.unknown) == (459e9, 1000, "")
 
 
 def test_a_kernel_that_states_nothing_is_named():

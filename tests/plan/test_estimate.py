@@ -131,6 +131,31 @@ def test_what_stands_between_start_and_done_hides_the_transfer():
     assert found.lower_seconds == pytest.approx(max(dot_seconds, 2 * transfer_seconds))
 
 
+FETCHED_BY_PARTS = """HloModule m, is_scheduled=true, num_partitions=1
+
+%part (p: s8[67108864]) -> s8[4194304] {
+  %p = s8[67108864]{0} parameter(0)
+  ROOT %slice = s8[4194304]{0:S(1)} slice(%p), slice={[0:4194304]}
+}
+
+ENTRY %main (a: s8[67108864], b: f32[4096,4096]) -> (s8[4194304], f32[4096,4096]) {
+  %a = s8[67108864]{0} parameter(0)
+  %b = f32[4096,4096]{1,0} parameter(1)
+  %start = ((s8[67108864]{0}), s8[4194304]{0:S(1)}, s32[]{:S(2)}) async-start(%a), calls=%part
+  %dot = f32[4096,4096]{1,0} dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %done = s8[4194304]{0:S(1)} async-done(%start)
+  ROOT %out = (s8[4194304]{0:S(1)}, f32[4096,4096]{1,0}) tuple(%done, %dot)
+}
+"""
+
+
+def test_a_part_that_is_fetched_ahead_counts_its_own_bytes_beside_what_hides_it():
+    found = estimate(parse(FETCHED_BY_PARTS), cube())
+    dot_seconds = 2 * 4096**3 / V5P.peak_flops_per_s
+    assert found.seconds == pytest.approx(dot_seconds)
+    assert sum(line.hbm_bytes for line in found.lines) == 3 * 4 * 4096**2
+
+
 GROUPS = "replica_groups={{0,1,2,3,4,5,6,7}}"
 
 ON_SPARSE_CORES = f"""HloModule m, is_scheduled=true, num_partitions=8
