@@ -73,9 +73,7 @@ PODS = {
     # --topology=v5p:8x8x8
     "v5p": Pod(mesh=MeshConfig(fsdp=64, expert=8), peak_flops_per_s=459e12),
     # The same chips, rows of 32,768 positions: nine minutes of a session with video instead of one.
-    "v5p_long": Pod(
-        mesh=MeshConfig(fsdp=8, expert=8, context=8), peak_flops_per_s=459e12, rows=256, row_slots=32_768
-    ),
+    "v5p_long": Pod(mesh=MeshConfig(fsdp=8, expert=8, context=8), peak_flops_per_s=459e12, rows=256, row_slots=32_768),
     # --topology=v5p:8x8x8 --slices=2
     "v5p_slices": Pod(mesh=MeshConfig(replica=2, fsdp=64, expert=8), peak_flops_per_s=459e12, rows=4_096),
     # --topology=v6e:16x16; 32 GB a chip hold two rows, recomputed whole, and the logits of a quarter of one.
@@ -87,9 +85,7 @@ PODS = {
         chunk_positions=1_024,
     ),
     # --topology=tpu7x:4x8x8, two devices a chip; experts over the short axis, which is a ring of four chips.
-    "tpu7x": Pod(
-        mesh=MeshConfig(fsdp=128, expert=4), peak_flops_per_s=2_307e12 / 2, rows=4_096, remat=Remat.LAYER
-    ),
+    "tpu7x": Pod(mesh=MeshConfig(fsdp=128, expert=4), peak_flops_per_s=2_307e12 / 2, rows=4_096, remat=Remat.LAYER),
     # --topology=h100:1x64x8; experts over the NVLinks of a host, eight rows a GPU against the slow network.
     "h100": Pod(
         mesh=MeshConfig(fsdp=64, expert=8),

@@ -1,5 +1,7 @@
 """The estimator on programs whose cost is known by arithmetic."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +156,36 @@ def test_a_part_that_is_fetched_ahead_counts_its_own_bytes_beside_what_hides_it(
     dot_seconds = 2 * 4096**3 / V5P.peak_flops_per_s
     assert found.seconds == pytest.approx(dot_seconds)
     assert sum(line.hbm_bytes for line in found.lines) == 3 * 4 * 4096**2
+
+
+RENDEZVOUS = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="psum.1"}'
+
+OVER_SLICES = f"""HloModule m, is_scheduled=true, num_partitions=16
+
+ENTRY %main (a: f32[1048576], b: f32[4096,4096]) -> (f32[1048576], f32[4096,4096]) {{
+  %a = f32[1048576]{{0}} parameter(0)
+  %b = f32[4096,4096]{{1,0}} parameter(1)
+  %after = token[] after-all()
+  %send = (f32[1048576]{{0}}, u32[], token[]) send(%a, %after), channel_id=1, {RENDEZVOUS}
+  %sent = token[] send-done(%send), channel_id=1, {RENDEZVOUS}
+  %recv = (f32[1048576]{{0}}, u32[], token[]) recv(%sent), channel_id=2, {RENDEZVOUS}
+  %dot = f32[4096,4096]{{1,0}} dot(%b, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %received = (f32[1048576]{{0}}, token[]) recv-done(%recv), channel_id=2, {RENDEZVOUS}
+  %sum = f32[1048576]{{0}} get-tuple-element(%received), index=0
+  ROOT %out = (f32[1048576]{{0}}, f32[4096,4096]{{1,0}}) tuple(%sum, %dot)
+}}
+"""
+
+
+def test_a_sum_over_slices_takes_the_network_until_it_is_received():
+    pod = cube()
+    coords = np.concatenate([pod.coords, pod.coords + np.array([1, 0, 0, 0])])
+    found = estimate(parse(OVER_SLICES), dataclasses.replace(pod, coords=coords))
+    network_seconds = 4 * 2**20 / V5P.network_bytes_per_s
+    dot_seconds = 2 * 4096**3 / V5P.peak_flops_per_s
+    assert network_seconds > dot_seconds
+    assert found.seconds == pytest.approx(network_seconds)
+    assert (found.lower_seconds, found.lower_limit) == (pytest.approx(network_seconds), "network")
 
 
 GROUPS = "replica_groups={{0,1,2,3,4,5,6,7}}"

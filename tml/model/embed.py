@@ -64,7 +64,7 @@ def embed(
     x_BSD = jnp.where((kinds_BS == Kind.AUDIO)[:, :, None], audio_BSD, x_BSD)
     if "video" in params and tiles_BP.shape[1]:
         tower = functools.partial(embed_tiles, video=cfg.video, eps=cfg.norm_eps, dtype=dtype)
-        # What is between its folds, kept through all layers, is gigabytes; to make it anew takes a thousandth of a step.
+        # What is between its folds, kept through all layers, is gigabytes; making it anew takes a thousandth of a step.
         tower = tower if cfg.remat is Remat.NONE else jax.checkpoint(tower)
         video_BPD = tower(params["video"], tiles_BP)
         video_BSD = jnp.take_along_axis(video_BPD, tile_index_BS[:, :, None], axis=1)
