@@ -113,8 +113,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _readable(error: Exception) -> str:
-    """The message, cut down to file and reason where a config file could not be loaded."""
+    """The message, cut down to file and reason where a config file could not be loaded, or to what it raised itself."""
     text = str(error)
+    raised = re.search(r"Error whilst parsing config file:.*\nValueError: (.*)", text, re.DOTALL)
+    if raised:
+        return raised.group(1)
     found = re.search(r"Attempted \[[^]]*\]:\s*(\S+)\s*(\[Errno[^\n]*)", text)
     return f"config file {found.group(1)} cannot be loaded: {found.group(2)}" if found else text
 

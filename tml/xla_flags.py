@@ -37,8 +37,12 @@ class XlaFlag:
     chips: tuple[str, ...] = ()
 
 
-FUSING_CHIPS = ("v5e", "v6e", "tpu7x")
-"""Chips whose collectives run inside fusions: v5e has no SparseCores; on the others offloading was not tried."""
+FUSING_CHIPS = ("v5e",)
+"""Chips whose collectives run inside fusions, for want of SparseCores. On others libtpu (0.0.42) says of gathers in
+fusions: not supported, "incorrect results, hang, SDC"."""
+
+OFFLOADING_CHIPS = ("v5p", "v6e", "tpu7x")
+"""Chips whose SparseCores drive collectives."""
 
 XLA_FLAGS = (
     XlaFlag(
@@ -59,56 +63,56 @@ XLA_FLAGS = (
         value="false",
         reason="A gather inside a fusion is driven by the tensor core, so it cannot be the SparseCores'.",
         platform=Platform.TPU,
-        chips=("v5p",),
+        chips=OFFLOADING_CHIPS,
     ),
     XlaFlag(
         name="xla_tpu_enable_sparse_core_collective_offload_all_gather",
         value="true",
         reason="SparseCores gather weights and tokens while the tensor core multiplies: start and done, nothing fused.",
         platform=Platform.TPU,
-        chips=("v5p",),
+        chips=OFFLOADING_CHIPS,
     ),
     XlaFlag(
         name="xla_tpu_enable_sparse_core_collective_offload_2d_all_gather",
         value="true",
         reason="Does so for gathers over two axes of the torus: experts' weights over fsdp.",
         platform=Platform.TPU,
-        chips=("v5p",),
+        chips=OFFLOADING_CHIPS,
     ),
     XlaFlag(
         name="xla_tpu_enable_sparse_core_collective_offload_3d_all_gather",
         value="true",
         reason="Does so for gathers over all three axes: weights of attention and of shared experts.",
         platform=Platform.TPU,
-        chips=("v5p",),
+        chips=OFFLOADING_CHIPS,
     ),
     XlaFlag(
         name="xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
         value="true",
         reason="SparseCores scatter gradients and experts' sums; on the tensor core a reduce-scatter stops everything.",
         platform=Platform.TPU,
-        chips=("v5p",),
+        chips=OFFLOADING_CHIPS,
     ),
     XlaFlag(
         name="xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter",
         value="true",
         reason="Does so over several axes of the torus, as the gradients of all matrices travel.",
         platform=Platform.TPU,
-        chips=("v5p",),
+        chips=OFFLOADING_CHIPS,
     ),
     XlaFlag(
         name="xla_tpu_enable_concurrent_sparse_core_offloading",
         value="true",
         reason="Lets a collective start before the one before it is done; else weights wait behind tokens.",
         platform=Platform.TPU,
-        chips=("v5p",),
+        chips=OFFLOADING_CHIPS,
     ),
     XlaFlag(
         name="xla_tpu_enable_sparse_core_offload_queuing_in_lhs",
         value="true",
         reason="Tells the scheduler so: with this pair the planned step of the 276B took 6 % less.",
         platform=Platform.TPU,
-        chips=("v5p",),
+        chips=OFFLOADING_CHIPS,
     ),
     XlaFlag(
         name="xla_tpu_enable_async_collective_fusion_multiple_steps",
@@ -146,24 +150,6 @@ XLA_FLAGS = (
         name="xla_gpu_enable_latency_hiding_scheduler",
         value="true",
         reason="Orders the step so that collectives overlap matmuls; the default order is for the least memory.",
-        platform=Platform.CUDA,
-    ),
-    XlaFlag(
-        name="xla_gpu_enable_pipelined_all_gather",
-        value="true",
-        reason="Gathers the next layer's weights during this layer: the loop over layers hides its own traffic.",
-        platform=Platform.CUDA,
-    ),
-    XlaFlag(
-        name="xla_gpu_enable_pipelined_reduce_scatter",
-        value="true",
-        reason="Sends a layer's gradients off during the layer before it, in the backward loop.",
-        platform=Platform.CUDA,
-    ),
-    XlaFlag(
-        name="xla_gpu_enable_while_loop_double_buffering",
-        value="true",
-        reason="Unrolls the layer loop by two, without which pipelined collectives copy every buffer they carry.",
         platform=Platform.CUDA,
     ),
     XlaFlag(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
+from experiments import interaction_276b
 from tml.config import ComputeDtype, Experiment, MtpChain, MtpConfig, Optimizer, Remat, from_config_dict
 from tml.flops import param_table
 from tml.model import transformer
@@ -124,3 +125,21 @@ def test_the_pod_preset_trains_as_it_is_compared():
     assert experiment.optim.optimizer is Optimizer.ADAMW
     assert experiment.model.compute_dtype is ComputeDtype.BFLOAT16
     assert experiment.model.remat is not Remat.NONE
+
+
+@pytest.mark.parametrize("pod", interaction_276b.PODS)
+def test_every_pod_trains_the_same_model_on_whole_parts(pod: str):
+    there, here = from_config_dict(interaction_276b.get_config(pod)), experiment_of("interaction_276b")
+    settings = {
+        "remat": here.model.remat,
+        "attention": dataclasses.replace(there.model.attention, backend=here.model.attention.backend),
+        "moe": dataclasses.replace(there.model.moe, backend=here.model.moe.backend),
+    }
+    assert dataclasses.replace(there.model, **settings) == here.model
+    assert there.data.rows_per_batch % (there.mesh.replica * there.mesh.fsdp * there.mesh.expert) == 0
+    assert there.optim == here.optim
+
+
+def test_a_pod_without_settings_is_an_error_that_names_those_with():
+    with pytest.raises(ValueError, match="v5p, v5p_long, v5p_slices, v6e, tpu7x, h100"):
+        interaction_276b.get_config("v4")

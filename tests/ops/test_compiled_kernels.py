@@ -52,6 +52,16 @@ def test_attention_compiles_without_a_square_of_slots(target: str, window: int |
 
 
 @pytest.mark.slow
+def test_the_way_back_over_rows_of_32768_fits_the_memory_of_a_core() -> None:
+    shapes = [(1, 32_768, 4, 128), (1, 32_768, 1, 128), (1, 32_768, 1, 128), (1, 32_768, 4, RANK), (RANK, 1_024)]
+    sharding = tpu("v5p:2x2x1")
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+    segments = jax.ShapeDtypeStruct((1, 32_768), jnp.int32, sharding=sharding)
+    run = jax.jit(lambda *a: forward_and_backward(lambda *b: attend(*b, None, AttentionBackend.TPU), *a))
+    run.lower(*arrays, segments).compile()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_grouped_matmul_compiles(target: str) -> None:
     device, backend, options = TARGETS[target]

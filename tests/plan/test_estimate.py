@@ -1,5 +1,7 @@
 """The estimator on programs whose cost is known by arithmetic."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +131,61 @@ def test_what_stands_between_start_and_done_hides_the_transfer():
     assert by_name["again"].exposed_seconds == pytest.approx(transfer_seconds)
     assert found.seconds == pytest.approx(max(dot_seconds, transfer_seconds) + transfer_seconds)
     assert found.lower_seconds == pytest.approx(max(dot_seconds, 2 * transfer_seconds))
+
+
+FETCHED_BY_PARTS = """HloModule m, is_scheduled=true, num_partitions=1
+
+%part (p: s8[67108864]) -> s8[4194304] {
+  %p = s8[67108864]{0} parameter(0)
+  ROOT %slice = s8[4194304]{0:S(1)} slice(%p), slice={[0:4194304]}
+}
+
+ENTRY %main (a: s8[67108864], b: f32[4096,4096]) -> (s8[4194304], f32[4096,4096]) {
+  %a = s8[67108864]{0} parameter(0)
+  %b = f32[4096,4096]{1,0} parameter(1)
+  %start = ((s8[67108864]{0}), s8[4194304]{0:S(1)}, s32[]{:S(2)}) async-start(%a), calls=%part
+  %dot = f32[4096,4096]{1,0} dot(%b, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %done = s8[4194304]{0:S(1)} async-done(%start)
+  ROOT %out = (s8[4194304]{0:S(1)}, f32[4096,4096]{1,0}) tuple(%done, %dot)
+}
+"""
+
+
+def test_a_part_that_is_fetched_ahead_counts_its_own_bytes_beside_what_hides_it():
+    found = estimate(parse(FETCHED_BY_PARTS), cube())
+    dot_seconds = 2 * 4096**3 / V5P.peak_flops_per_s
+    assert found.seconds == pytest.approx(dot_seconds)
+    assert sum(line.hbm_bytes for line in found.lines) == 3 * 4 * 4096**2
+
+
+RENDEZVOUS = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="psum.1"}'
+
+OVER_SLICES = f"""HloModule m, is_scheduled=true, num_partitions=16
+
+ENTRY %main (a: f32[1048576], b: f32[4096,4096]) -> (f32[1048576], f32[4096,4096]) {{
+  %a = f32[1048576]{{0}} parameter(0)
+  %b = f32[4096,4096]{{1,0}} parameter(1)
+  %after = token[] after-all()
+  %send = (f32[1048576]{{0}}, u32[], token[]) send(%a, %after), channel_id=1, {RENDEZVOUS}
+  %sent = token[] send-done(%send), channel_id=1, {RENDEZVOUS}
+  %recv = (f32[1048576]{{0}}, u32[], token[]) recv(%sent), channel_id=2, {RENDEZVOUS}
+  %dot = f32[4096,4096]{{1,0}} dot(%b, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %received = (f32[1048576]{{0}}, token[]) recv-done(%recv), channel_id=2, {RENDEZVOUS}
+  %sum = f32[1048576]{{0}} get-tuple-element(%received), index=0
+  ROOT %out = (f32[1048576]{{0}}, f32[4096,4096]{{1,0}}) tuple(%sum, %dot)
+}}
+"""
+
+
+def test_a_sum_over_slices_takes_the_network_until_it_is_received():
+    pod = cube()
+    coords = np.concatenate([pod.coords, pod.coords + np.array([1, 0, 0, 0])])
+    found = estimate(parse(OVER_SLICES), dataclasses.replace(pod, coords=coords))
+    network_seconds = 4 * 2**20 / V5P.network_bytes_per_s
+    dot_seconds = 2 * 4096**3 / V5P.peak_flops_per_s
+    assert network_seconds > dot_seconds
+    assert found.seconds == pytest.approx(network_seconds)
+    assert (found.lower_seconds, found.lower_limit) == (pytest.approx(network_seconds), "network")
 
 
 GROUPS = "replica_groups={{0,1,2,3,4,5,6,7}}"

@@ -1,5 +1,6 @@
 """Input embeddings: tokens, dMel audio frames and hMLP image tiles, one vector a position."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int16, Int32, UInt8
 
 from tml.codec.video import normalise_tiles
-from tml.config import AudioConfig, ComputeDtype, MeshConfig, ModelConfig, VideoConfig
+from tml.config import AudioConfig, ComputeDtype, MeshConfig, ModelConfig, Remat, VideoConfig
 from tml.microturn import Kind
 from tml.ops.collectives import index_along, sum_over
 from tml.ops.norm import rms_norm
@@ -62,7 +63,9 @@ def embed(
     audio_BSD = embed_audio(params["audio"], levels_BSM, cfg.audio, cfg.norm_eps, dtype)
     x_BSD = jnp.where((kinds_BS == Kind.AUDIO)[:, :, None], audio_BSD, x_BSD)
     if "video" in params and tiles_BP.shape[1]:
-        video_BPD = embed_tiles(params["video"], tiles_BP, cfg.video, cfg.norm_eps, dtype)
+        make = functools.partial(embed_tiles, video=cfg.video, eps=cfg.norm_eps, dtype=dtype)
+        # What is between its folds, kept through all layers, is gigabytes; making it anew takes a thousandth of a step.
+        video_BPD = (make if cfg.remat is Remat.NONE else jax.checkpoint(make))(params["video"], tiles_BP)
         video_BSD = jnp.take_along_axis(video_BPD, tile_index_BS[:, :, None], axis=1)
         x_BSD = jnp.where((kinds_BS == Kind.TILE)[:, :, None], video_BSD, x_BSD)
     return x_BSD

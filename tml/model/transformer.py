@@ -350,7 +350,11 @@ def score(
         cfg: the model.
         mesh: sizes of the axes.
     """
-    unembed_DV = gather_params(params["unembed"].astype(h_BSD.dtype), head_specs(cfg)["unembed"], mesh, h_BSD.dtype)
+    unembed_DV = params["unembed"]
+    if mesh.num_devices > 1:
+        # Its gradient is scattered before the layers' way back begins: else it would be whole beside all of theirs.
+        h_BSD, unembed_DV = jax.lax.optimization_barrier((h_BSD, unembed_DV))
+    unembed_DV = gather_params(unembed_DV.astype(h_BSD.dtype), head_specs(cfg)["unembed"], mesh, h_BSD.dtype)
     if mesh.tensor == 1 and not chunk_positions:
         return score_logits(unembed(unembed_DV, h_BSD, cfg), targets_BS)
     chunk = chunk_positions or targets_BS.size

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
+from tml.ops.kernel_cost import stated
 from tml.params import Leaf, PyTree
 
 MASKED = -1e30
@@ -308,7 +309,7 @@ def _call(
         out_shape=(*outputs, memory),
         input_output_aliases=aliases,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        cost_estimate=cost,
+        **stated(cost),
         interpret=plan.interpret,
         name=kernel.__name__.strip("_"),
     )(*inputs)

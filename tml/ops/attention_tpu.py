@@ -41,6 +41,9 @@ NEAR_TILE_KEYS, FAR_TILE_KEYS = 640, 512
 STEP_QUERIES = 1_024
 """The most queries of one grid step."""
 
+LONG_ROW_KEYS, LONG_ROW_STEP_QUERIES = 16_384, 256
+"""Where more keys than this fill the vector memory, a step has fewer queries."""
+
 VMEM_LIMIT_BYTES = 60 * 2**20
 """What a kernel may take of a core's vector memory: v5p and tpu7x have 64 MiB (jax `pltpu.get_tpu_info`)."""
 
@@ -211,9 +214,15 @@ def _walk(
         jax.lax.fori_loop(0, num_far, far, None)
 
 
-def _copy_after_span(padded_ref: Ref, keys_ref: Ref, plan: Plan) -> None:
-    padded_ref[: plan.span, :] = jnp.zeros((plan.span, keys_ref.shape[1]), keys_ref.dtype)
-    padded_ref[plan.span :, :] = keys_ref[...]
+def _of_head(keys_ref: Ref, row: jax.Array, head: jax.Array, head_dim: int) -> Ref:
+    """The keys of a row and key/value head, in main memory."""
+    return keys_ref.at[row, :, pl.ds(pl.multiple_of(head * head_dim, head_dim), head_dim)]
+
+
+def _fetch_after_span(padded_ref: Ref, keys_ref: Ref, plan: Plan) -> None:
+    """Brings a head's keys from main memory: a window of them would be there twice, and once more padded."""
+    padded_ref[: plan.span, :] = jnp.zeros((plan.span, plan.head_dim), padded_ref.dtype)
+    pltpu.sync_copy(keys_ref, padded_ref.at[pl.ds(plan.span, padded_ref.shape[0] - plan.span), :])
 
 
 def _forward_kernel(
@@ -221,12 +230,12 @@ def _forward_kernel(
     out_ref, lse_ref, keys_ref, values_ref, max_ref, sum_ref, acc_ref, *, plan: Plan,
 ):  # fmt: skip
     tables = Tables(first_query, first_key, num_far)
-    b, step, blocks = pl.program_id(0), pl.program_id(2), plan.step // plan.block
+    b, head, step, blocks = pl.program_id(0), pl.program_id(1), pl.program_id(2), plan.step // plan.block
 
     @pl.when(step == 0)
     def _() -> None:
-        _copy_after_span(keys_ref, k_ref, plan)
-        _copy_after_span(values_ref, v_ref, plan)
+        _fetch_after_span(keys_ref, _of_head(k_ref, b, head, plan.head_dim), plan)
+        _fetch_after_span(values_ref, _of_head(v_ref, b, head, plan.head_dim), plan)
 
     def block_of_queries(index: jax.Array, _: None) -> None:
         row = pl.multiple_of(index * plan.block, plan.block)
@@ -265,13 +274,13 @@ def _backward_kernel(
     keys_ref, values_ref, dkeys_ref, dvalues_ref, dq_acc_ref, dr_acc_ref, *, plan: Plan,
 ):  # fmt: skip
     tables = Tables(first_query, first_key, num_far)
-    b, step, blocks = pl.program_id(0), pl.program_id(2), plan.step // plan.block
+    b, head, step, blocks = pl.program_id(0), pl.program_id(1), pl.program_id(2), plan.step // plan.block
     last, groups, dtype = pl.num_programs(2) - 1, plan.groups, q_ref.dtype
 
     @pl.when(step == 0)
     def _() -> None:
-        _copy_after_span(keys_ref, k_ref, plan)
-        _copy_after_span(values_ref, v_ref, plan)
+        _fetch_after_span(keys_ref, _of_head(k_ref, b, head, plan.head_dim), plan)
+        _fetch_after_span(values_ref, _of_head(v_ref, b, head, plan.head_dim), plan)
         dkeys_ref[...] = jnp.zeros_like(dkeys_ref)
         dvalues_ref[...] = jnp.zeros_like(dvalues_ref)
         dprofiles_ref[...] = jnp.zeros_like(dprofiles_ref)
@@ -314,13 +323,16 @@ def _backward_kernel(
 
     @pl.when(step == last)
     def _() -> None:
+        # Keys and values are not needed any more: their place takes the gradients on their way out.
         def block_of_keys(index: jax.Array, _: None) -> None:
-            here = pl.ds(pl.multiple_of(index * plan.block, plan.block), plan.block)
-            padded = pl.ds(pl.multiple_of(plan.span + index * plan.block, plan.block), plan.block)
-            dk_ref[here, :] = dkeys_ref[:, padded].T.astype(dk_ref.dtype)
-            dv_ref[here, :] = dvalues_ref[:, padded].T.astype(dv_ref.dtype)
+            here = pl.ds(pl.multiple_of(plan.span + index * plan.block, plan.block), plan.block)
+            keys_ref[here, :] = dkeys_ref[:, here].T.astype(keys_ref.dtype)
+            values_ref[here, :] = dvalues_ref[:, here].T.astype(values_ref.dtype)
 
-        jax.lax.fori_loop(0, dk_ref.shape[0] // plan.block, block_of_keys, None)
+        jax.lax.fori_loop(0, dk_ref.shape[1] // plan.block, block_of_keys, None)
+        for whole_ref, sums_ref in ((dk_ref, keys_ref), (dv_ref, values_ref)):
+            own_ref = _of_head(whole_ref, b, head, plan.head_dim)
+            pltpu.sync_copy(sums_ref.at[pl.ds(plan.span, dk_ref.shape[1]), :], own_ref)
 
 
 def _near_keys(first: int, plan: Plan) -> list[int]:
@@ -380,9 +392,8 @@ class _Arrays(NamedTuple):
 
 def _specs(arrays: _Arrays, plan: Plan) -> _Arrays:
     """How the grid (rows, key/value heads, steps) cuts the arrays."""
-    num_keys = arrays.k.shape[1]
     queries = pl.BlockSpec((None, plan.step, plan.groups * plan.head_dim), lambda b, k, i, *_: (b, i, k))
-    keys = pl.BlockSpec((None, num_keys, plan.head_dim), lambda b, k, i, *_: (b, 0, k))
+    keys = pl.BlockSpec(memory_space=pl.ANY)
     return _Arrays(
         q=queries,
         k=keys,
@@ -413,10 +424,9 @@ def _call(
     head_dim = plan.head_dim
     num_rows, num_keys, num_kv_heads = k.shape[0], k.shape[1], k.shape[2] // head_dim
     scratch_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in scratch)
-    keys_bytes = num_keys * head_dim * k.dtype.itemsize * 2 * (2 if products == 2 else 4)
-    if scratch_bytes + keys_bytes > VMEM_LIMIT_BYTES:
+    if scratch_bytes > VMEM_LIMIT_BYTES:
         raise ValueError(
-            f"attention over {num_keys} keys of {head_dim} takes {scratch_bytes + keys_bytes} bytes of vector memory, "
+            f"attention over {num_keys} keys of {head_dim} takes {scratch_bytes} bytes of vector memory, "
             f"the limit is {VMEM_LIMIT_BYTES}; use shorter rows"
         )
     return pl.pallas_call(
@@ -592,7 +602,7 @@ def attend_tpu(
         span=span,
         near_tile=_largest_divisor(span + block, block, NEAR_TILE_KEYS),
         far_tile=min(FAR_TILE_KEYS // block * block, span) if window is None else 0,
-        step=_largest_divisor(queries, block, STEP_QUERIES),
+        step=_largest_divisor(queries, block, STEP_QUERIES if keys <= LONG_ROW_KEYS else LONG_ROW_STEP_QUERIES),
         groups=num_heads // num_kv_heads,
         head_dim=head_dim,
         rank=rank,

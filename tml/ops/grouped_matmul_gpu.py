@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
+from tml.ops.kernel_cost import stated
+
 TILE_ROWS, TILE_WIDTH, TILE_DEPTH = 64, 128, 64
 """Rows and columns of an output tile, and how much of the summed axis is read at a time."""
 
@@ -122,7 +124,7 @@ def multiply_rows(
     usual_rows: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R F"]:
-    """Every row times the matrix of its group (or its transpose), summed in float32; zero in rows of no group.
+    """Every row times the matrix of its group (or its transpose), summed in float32; anything in rows of no group.
 
     `usual_rows` are those that the stated cost counts, where groups usually leave some of R over.
     """
@@ -131,17 +133,15 @@ def multiply_rows(
     tiles = _tile(num_rows, TILE_ROWS), _tile(depth, TILE_DEPTH), _tile(width, TILE_WIDTH)
     group, first, end = _plan_tiles(group_sizes_E, num_rows, tiles[0])
     out = jax.ShapeDtypeStruct((num_rows, width), x_RD.dtype)
-    result = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_rows_kernel, tiles=tiles, is_transposed=is_transposed),
         grid=(len(group), pl.cdiv(width, tiles[2])),
         out_shape=out,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        cost_estimate=_cost(x_RD, w_EDF, out, 2 * (usual_rows or num_rows) * depth * width),
+        **stated(_cost(x_RD, w_EDF, out, 2 * (usual_rows or num_rows) * depth * width)),
         interpret=interpret,
         name="grouped_matmul_rows",
     )(group, first, end, x_RD, w_EDF)
-    has_group_R1 = (jnp.arange(num_rows) < jnp.sum(group_sizes_E))[:, None]
-    return jnp.where(has_group_R1, result, jnp.zeros((), result.dtype))
 
 
 def multiply_groups(
@@ -161,7 +161,7 @@ def multiply_groups(
         grid=(len(group_sizes_E), pl.cdiv(depth, tiles[1]), pl.cdiv(width, tiles[2])),
         out_shape=out,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        cost_estimate=_cost(x_RD, y_RF, out, 2 * (usual_rows or num_rows) * depth * width),
+        **stated(_cost(x_RD, y_RF, out, 2 * (usual_rows or num_rows) * depth * width)),
         interpret=interpret,
         name="grouped_matmul_groups",
     )(ends - group_sizes_E, ends, x_RD, y_RF)
@@ -240,9 +240,7 @@ def multiply_rows_of_layer(
         grid=(len(group), parts),
         out_shape=jax.ShapeDtypeStruct((num_rows, num_matrices * width), x_RD.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
-        cost_estimate=cost,
-        # Triton's lowering (jax 0.10.2) drops the cost, but keeps what is said beside it.
-        metadata={"flops": str(cost.flops), "bytes_accessed": str(cost.bytes_accessed)},
+        **stated(cost),
         interpret=interpret,
         name="grouped_matmul_layer",
     )(group, first, end, jnp.asarray(layer, jnp.int32).reshape(1), x_RD, w_LEZDF)

@@ -35,6 +35,8 @@ PASSING = (
     FREE | MOVING | {"fusion", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "broadcast"}
 )
 GATHERING = {"gather", "scatter"}
+SLICE_STARTS = {"slice-start", "dynamic-slice-start", "async-start"}
+"""What begins to fetch a part of an array: (source), part, state."""
 FREE_CALLS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ConcatBitcast")
 MATMUL_CALLS = ("__cublas", "__onednn$matmul")
 
@@ -105,8 +107,11 @@ class CostModel:
             return 2 * _hbm_bytes(operands[1])
         if opcode == "scatter":
             return 3 * sum(_hbm_bytes(update) for update in _updates(computation, instruction))
-        if opcode in ("copy-start", "slice-start"):
+        if opcode == "copy-start":
             return sum(array.hbm_bytes for array in instruction.arrays[:2])
+        if opcode in SLICE_STARTS:
+            source, part = instruction.arrays[:2]
+            return part.num_bytes * ((source.space == HBM) + (part.space == HBM))
         if opcode == "sort":
             passes = math.log2(max(2, max(instruction.arrays[0].dims, default=2)))
             return 2 * passes * _hbm_bytes(instruction)

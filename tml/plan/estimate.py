@@ -15,6 +15,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tml.plan.cost import ELEMENTWISE, Cost, CostModel
 from tml.plan.hlo import Computation, Instruction, Program, inner_instructions
 from tml.plan.links import Fabric, Transfer, collective_kind, transfer
@@ -145,6 +147,7 @@ class _Clock:
 
     now: float = 0.0
     links_free: float = 0.0
+    network_free: float = 0.0
     memory_free: float = 0.0
     ends: dict[str, tuple[float, Line]] = field(default_factory=dict)
 
@@ -168,8 +171,13 @@ class _Replay:
 
     def _step(self, computation: Computation, instruction: Instruction, clock: _Clock, times: float) -> None:
         opcode = instruction.opcode
+        rendezvous = instruction.attribute(r'_xla_host_transfer_rendezvous="([^"]+)"')
         if opcode == "while":
             self._loop(computation, instruction, clock, times)
+        elif opcode == "send" and rendezvous:
+            self._send_to_slices(computation, instruction, rendezvous, clock, times)
+        elif opcode == "recv-done" and rendezvous:
+            self._wait(dataclasses.replace(instruction, operands=(rendezvous,)), clock, times)
         elif opcode == "conditional":
             branches = [self.program.computations[name] for name in instruction.branches]
             clock.now += max(self.run(branch, times / len(branches)) for branch in branches)
@@ -179,7 +187,7 @@ class _Replay:
             self._wait(instruction, clock, times)
         elif opcode == "fusion" and self._has_call(instruction, "AsyncCollectiveDone"):
             self._wait(self._from_start(computation, instruction), clock, times)
-        elif opcode in PREFETCH:
+        elif opcode in PREFETCH or self._is_wrapped_slice(instruction):
             self._prefetch(computation, instruction, clock, times)
         else:
             self._operation(computation, instruction, clock, times)
@@ -202,6 +210,27 @@ class _Replay:
                     continue
                 line.exposed_seconds += times * max(0.0, end - clock.now)
                 clock.now = max(clock.now, end)
+
+    def _send_to_slices(
+        self, computation: Computation, instruction: Instruction, rendezvous: str, clock: _Clock, times: float
+    ) -> None:
+        """A sum over slices of TPUs, which the hosts carry out between a send and a receive of one rendezvous."""
+        slices = len(np.unique(self.fabric.coords[:, 0]))
+        moved = computation.instructions[instruction.operands[0]].out_bytes
+        received = 2 * moved * (slices - 1) / slices
+        seconds = received / self.fabric.chip.network_bytes_per_s
+        line = self._line(instruction, "all-reduce")
+        line.count += times
+        line.transfer_bytes += times * received
+        line.link_seconds += times * seconds
+        self.network_seconds += times * seconds
+        clock.network_free = max(clock.network_free, clock.now) + seconds
+        clock.ends[rendezvous] = (clock.network_free, line)
+
+    def _is_wrapped_slice(self, instruction: Instruction) -> bool:
+        """Whether an instruction starts a computation that is one slice: how a TPU fetches ahead by parts."""
+        inner = instruction.called.get("calls") if instruction.opcode == "async-start" else None
+        return inner is not None and self.program.computations[inner].root.opcode in ("slice", "dynamic-slice")
 
     def _has_call(self, instruction: Instruction, target: str) -> bool:
         """Whether a fusion is an end of a collective that is spread over several fusions (TPU)."""

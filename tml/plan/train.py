@@ -31,7 +31,7 @@ class TrainPlan:
         mesh_shape: devices along each mesh axis.
         memory: bytes of one chip.
         state_bytes: parameters, moments and counters on one chip, by their shardings.
-        least_state_bytes: the whole state divided by the chips.
+        least_state_bytes: the whole state divided by the chips of a replica.
         estimated: the time; None when the compiler refused.
         compile_seconds: tracing and compiling on this machine.
     """
@@ -164,7 +164,8 @@ def plan_train_step(
 
 
 def bytes_of_state(experiment: Experiment, mesh: Mesh) -> tuple[float, float]:
-    """Bytes of the TrainState on one device: by its shardings, and if all of it were split evenly."""
+    """Bytes of the TrainState on one device: by its shardings, and if each replica's were split evenly."""
     leaves = jax.tree.leaves(abstract_state(experiment, mesh))
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-    return float(held), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / mesh.size
+    devices_of_replica = mesh.size // mesh.shape["replica"]
+    return float(held), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / devices_of_replica
