@@ -56,7 +56,7 @@ class BehaviourConfig:
     """
 
     turn_ms: int = 200
-    delay_s: float = 0.3
+    delay_s: float = 0.25
     window_s: float = 1.2
     time_tolerance_s: float = 0.5
     pause_range_s: tuple[float, float] = (0.4, 1.2)
