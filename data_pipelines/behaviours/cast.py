@@ -17,8 +17,10 @@ from data_pipelines.speech import Speaker, Utterance, utter
 Item = TypeVar("Item")
 Other = TypeVar("Other")
 
+PROMPT_LANGUAGES = ("fr", "it", "ru")
+"""Of the human speech that distracts; the English and Spanish speaker is the human test."""
+
 _MAX_PROMPT_S = 3.0
-_PROMPT_LANGUAGES = ("fr", "it", "ru")
 
 
 class Axis(enum.StrEnum):
@@ -142,7 +144,7 @@ class Cast:
     def distraction(self) -> tuple[str, Utterance]:
         """(Tag, sound) of something that asks for nothing: a statement, another language, a human prompt."""
         if self.chance(self.config.human_fraction):
-            language = self.one(_PROMPT_LANGUAGES)
+            language = self.one(PROMPT_LANGUAGES)
             prompt = self.one(prompts.silence_prompts(language, self.split, self.cache))
             self.prompts_used.append(f"{language}/{prompt.key}")
             return "human", prompts.utterance(prompt, _MAX_PROMPT_S)
