@@ -118,7 +118,9 @@ def _refuse_voices(split: str) -> None:
 def _held_out() -> tuple[Axis, ...]:
     unknown = sorted({*FLAGS.held_out} - {axis.value for axis in Axis})
     if unknown:
-        raise app.UsageError(f"--held_out={','.join(unknown)} must name some of {', '.join(axis.value for axis in Axis)}")
+        raise app.UsageError(
+            f"--held_out={','.join(unknown)} must name some of {', '.join(axis.value for axis in Axis)}"
+        )
     return tuple(axis for axis in Axis if axis.value in FLAGS.held_out)
 
 

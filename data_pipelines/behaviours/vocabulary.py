@@ -59,5 +59,18 @@ NEW_AFFIXES = (("can you", "please"), ("now", "please"), ("please can you", ""))
 
 def own_words() -> tuple[str, ...]:
     """Every word that the model may have to say, sorted."""
-    said = {*DIGITS, *COLOURS, *TIMED_WORDS, *SPANISH.values(), OWN_NOD, "yes", "no", "fast", "slow", "sorry", "it", "is"}
+    said = {
+        *DIGITS,
+        *COLOURS,
+        *TIMED_WORDS,
+        *SPANISH.values(),
+        OWN_NOD,
+        "yes",
+        "no",
+        "fast",
+        "slow",
+        "sorry",
+        "it",
+        "is",
+    }
     return tuple(sorted(said | {word for phrase in WAITING for word in phrase.split()}))
