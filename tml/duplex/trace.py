@@ -7,10 +7,13 @@ words are then the best that a model could have emitted. Times are seconds on th
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tml.microturn import Clock
 from tml.session import Session, Stream
-from tml.stream.outputs import Said
+
+if TYPE_CHECKING:
+    from tml.stream.outputs import Said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ def normalise(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-def trace_of_said(said: Sequence[Said], clock: Clock) -> Trace:
+def trace_of_said(said: "Sequence[Said]", clock: Clock) -> Trace:
     """What a streaming model put out; a word lasts until the end of the micro-turn in which it is heard."""
     turn_s = clock.turn_samples / clock.sample_rate_hz
     return Trace(
