@@ -41,7 +41,7 @@ def counting(stage: Stage, cast: Cast) -> int:
         begun = requests.ask(stage, cast, start, request)
     begin = -(-(begun + seconds(0.3) - first_frame) // FRAME_SAMPLES) + cast.number(2, 4)
     number = cast.number(1, MAX_COUNT)
-    events = _draw_events(cast, begin, number, 4, 6)
+    events = _draw_events(cast, begin, number, 4, 6 if number < MAX_COUNT - 1 else 5)
     other = _draw_events(cast, begin + cast.number(0, 3), cast.number(1, 5), 4, 8) if cast.chance(0.5) else []
     length = first_frame + max(events[-1], *other[-1:], begin) * FRAME_SAMPLES + seconds(config.window_s + 0.6)
     length = max(length, seconds(6.0))

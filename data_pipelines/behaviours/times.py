@@ -66,7 +66,7 @@ def cued(stage: Stage, cast: Cast) -> int:
     since = 2
     begun, windows = place, []
     for _ in range(cast.number(5, 7)):
-        if place > seconds(config.max_session_s - 2.5):
+        if place > seconds(config.max_session_s - 3.0):
             break
         is_cue = since >= 2 and cues_left > 0 and cast.chance(0.5)
         word = cue if is_cue else _other_word(cast, cue)
@@ -104,6 +104,8 @@ def simultaneous(stage: Stage, cast: Cast) -> int:
     words = tuple(SPANISH) if kind == "spanish" else DIGITS if kind == "repeat" else FILLERS
     previous: list[str] = []
     for _ in range(cast.number(5, 8)):
+        if place > seconds(config.max_session_s - 3.0):
+            break
         word = cast.one([word for word in words if word not in previous[-2:]])
         previous.append(word)
         end = stage.hear(place, cast.says(word))

@@ -36,6 +36,8 @@ STRESS_PITCH, STRESS_RATE, STRESS_GAIN = 18, 0.75, 1.6
 
 KINDS = ("pitch", "rate", "emphasis", "pause")
 _JOINT_S = 0.04
+_LONGEST_S = 7.0
+"""A slow sentence, its answer, and the gap behind it."""
 
 
 def tone(stage: Stage, cast: Cast) -> int:
@@ -48,6 +50,8 @@ def tone(stage: Stage, cast: Cast) -> int:
     voice = cast.speaker
     assert isinstance(voice, espeak.Voice), "only espeak's voices have a pitch and a rate"
     for _ in range(cast.number(2, 3)):
+        if place > seconds(cast.config.max_session_s - _LONGEST_S):
+            break
         kind = cast.one(KINDS)
         spoken, answer = {"pitch": _pitch, "rate": _rate, "emphasis": _emphasis, "pause": _pause}[kind](cast, voice)
         end = stage.hear(place, spoken)

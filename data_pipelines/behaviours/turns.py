@@ -18,7 +18,7 @@ from tml.session import ExpectationKind
 _WINDOW_S = 2.0
 """No other answer is due so long after a request."""
 
-_LONGEST_EXCHANGE_S = 8.0
+_LONGEST_EXCHANGE_S = 9.5
 """A slow request with two pauses, and an answer of five words."""
 
 
@@ -98,6 +98,8 @@ def _story(stage: Stage, cast: Cast) -> int:
         place = end + cast.samples(0.3, 0.6)
         stage.expect(ExpectationKind.SILENCE, 0, place, tag="opening")
     for _ in range(cast.number(2, 3)):
+        if place > seconds(cast.config.max_session_s - 5.0):
+            break
         subject, ending = cast.pair(STORY_SUBJECTS, STORY_ENDS, Axis.WORDING)
         end = place
         if cast.chance(0.4):

@@ -7,13 +7,27 @@ words are then the best that a model could have emitted. Times are seconds on th
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 from tml.microturn import Clock
 from tml.session import Session, Stream
 
-if TYPE_CHECKING:
-    from tml.stream.outputs import Said
+
+@runtime_checkable
+class Emission(Protocol):
+    """What a micro-turn put out, as a streaming engine tells it (`tml.stream.outputs.Said`)."""
+
+    @property
+    def emitted_s(self) -> float:
+        """When it was emitted."""
+
+    @property
+    def text(self) -> str:
+        """What was added to the text."""
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """Payloads of actions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +60,7 @@ def normalise(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-def trace_of_said(said: "Sequence[Said]", clock: Clock) -> Trace:
+def trace_of_said(said: Sequence[Emission], clock: Clock) -> Trace:
     """What a streaming model put out; a word lasts until the end of the micro-turn in which it is heard."""
     turn_s = clock.turn_samples / clock.sample_rate_hz
     return Trace(

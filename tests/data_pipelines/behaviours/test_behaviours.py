@@ -66,10 +66,13 @@ def test_wrong_words_and_calls_at_the_right_times_score_nothing_that_needs_words
 @each
 def test_words_of_another_session_score_little(behaviour):
     """What another session holds is no answer here: the input decides."""
+    telling = {Behaviour.BACKCHANNEL: "nodded", Behaviour.TOOLS: "right_call"}
+    asked = (Behaviour.TURN_TAKING, Behaviour.PAUSE_HANDLING, Behaviour.INTERRUPTION, Behaviour.TONE)
+    metric = telling.get(behaviour, "correct" if behaviour in asked else "on_time")
     sessions = both_splits(behaviour)
     traces = [trace_of_session(session, CLOCK) for session in sessions]
     found = score(sessions, [*traces[1:], traces[0]])[behaviour]
-    assert found.macro < 0.75
+    assert found.rate(metric).value < 0.6
 
 
 @each
@@ -94,7 +97,7 @@ def test_user_words_sound_where_they_stand(behaviour):
         for word in session.user_words:
             inside[max(word.start - 800, 0) : word.end + 1600] = True
             assert np.square(user[word.start : word.end]).mean() > 1e-5 * np.square(user).max(), word
-        assert not user[~inside].any()
+        assert np.square(user[~inside]).sum() < 0.02 * np.square(user).sum()
 
 
 @each
