@@ -29,7 +29,7 @@ def timed(stage: Stage, cast: Cast) -> int:
         stage.expect_silence(start, length, "statement")
         return length
     delay_word, word = cast.pair(SECONDS, TIMED_WORDS, Axis.TIME)
-    delay = seconds(DIGITS.index(delay_word))
+    delay = seconds(float(DIGITS.index(delay_word)))
     often = delay_word in ("two", "three") and cast.chance(0.5)
     text = f"{'every' if often else 'in'} {delay_word} seconds say {word}"
     request = Request(tag="every" if often else "in", parts=(cast.worded(text),), answer=(word,))

@@ -147,7 +147,7 @@ def _write(folder: Path, session: Session, trace: Trace, own: np.ndarray, sample
     soundfile.write(folder / "input.wav", user[span], rate, subtype="PCM_16")
     soundfile.write(folder / "output.wav", own[span], rate, subtype="PCM_16")
     begin_s, end_s = sample.start / rate, sample.end / rate
-    chunks = [
+    chunks: list[dict[str, Any]] = [
         {"text": word.text, "timestamp": [word.start_s - begin_s, min(word.end_s, end_s) - begin_s]}
         for word in trace.words
         if sample.said_from / rate <= word.start_s < end_s
