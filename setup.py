@@ -7,6 +7,7 @@ DATA = [
     "av>=15",
     "pocketsphinx>=5",
 ]
+BEAM = ["apache-beam>=2.77"]  # pins protobuf below 7 and pillow below 13, so not part of the test extra
 SERVE = ["tiktoken>=0.8"]
 # Compilers for pods that are not there, in the versions that jax itself asks for; no NVIDIA libraries.
 PLAN = ["jax[tpu,cuda12-local]>=0.10"]
@@ -63,6 +64,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
+        "beam": BEAM,
         "data": DATA,
         "plan": PLAN,
         "serve": SERVE,

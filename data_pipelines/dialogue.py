@@ -10,17 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import espeak, mixing
+from data_pipelines import mixing
 from data_pipelines.dialogue_script import NODS, Exchange, draw_exchange
 from data_pipelines.mixing import seconds
 from data_pipelines.request_session import SPLITS, Channel
 from data_pipelines.speech import SAMPLE_RATE_HZ, Speaker, Utterance, utter
-from data_pipelines.voices import DEFAULT_CACHE, draw_speaker
+from data_pipelines.voices import DEFAULT_CACHE, OWN_VOICE, draw_speaker
 from tml.codec.waveform import encode_clip
 from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent, Word
-
-OWN_VOICE = espeak.Voice(accent="en-us", variant="f3", pitch=50, rate=175)
-"""The model's own voice."""
 
 OWN_PEAK_DB = -6.0
 

@@ -1,6 +1,7 @@
 """Writes a data set of generated sessions with several processes; the bytes do not depend on how many."""
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -19,6 +20,8 @@ from data_pipelines.worker_process import end_with_parent
 from tml.session import ExpectationKind, Session, encode_session
 
 _POLL_S = 0.5
+_SESSIONS_MEASURED = 64
+_SESSIONS_PER_SHARD = 4_000
 
 
 @runtime_checkable
@@ -55,7 +58,9 @@ class GenerateSummary:
         self.audio_s += session.duration_s
         self.voices.update([session.meta["voice"]])
         self.tags.update(item.tag for item in session.expectations)
-        self.answers.update(item.text for item in session.expectations if item.kind is ExpectationKind.ANSWER)
+        self.answers.update(
+            item.text for item in session.expectations if item.kind in (ExpectationKind.ANSWER, ExpectationKind.SAY)
+        )
 
     def merge(self, other: "GenerateSummary") -> None:
         """Adds the counts of another part of the data set."""
@@ -64,6 +69,23 @@ class GenerateSummary:
         self.voices += other.voices
         self.tags += other.tags
         self.answers += other.answers
+
+
+def shard_bounds(num_sessions: int, num_shards: int) -> list[tuple[int, int]]:
+    """The sessions [first, last) of each shard."""
+    bounds = [num_sessions * i // num_shards for i in range(num_shards + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def shards_for(num_sessions: int) -> int:
+    """How many shards so many sessions should have: 8, and more from 32,000 on, so that none passes about 1 GB."""
+    return max(8, -(-num_sessions // _SESSIONS_PER_SHARD))
+
+
+def sessions_for(task: SessionTask, split: str, hours: float) -> int:
+    """How many sessions last about so many hours, by the mean length of the first 64; the same for any process."""
+    lengths_s = [task.session(split, index).duration_s for index in range(_SESSIONS_MEASURED)]
+    return max(1, round(hours * 3600 / (sum(lengths_s) / len(lengths_s))))
 
 
 def generate(
@@ -113,10 +135,9 @@ def generate(
     )
     try:
         try:
-            bounds = [num_sessions * i // num_shards for i in range(num_shards + 1)]
             jobs = [
-                pool.submit(_write, task, split, staging / shard_name(i, num_shards), bounds[i], bounds[i + 1])
-                for i in range(num_shards)
+                pool.submit(_write, task, split, staging / shard_name(i, num_shards), first, last)
+                for i, (first, last) in enumerate(shard_bounds(num_sessions, num_shards))
             ]
             waiting = set(jobs)
             while waiting:
@@ -162,19 +183,29 @@ def _begin_worker(counter: "Synchronized[int]", stop: Event, parent: int) -> Non
 
 
 def _write(task: SessionTask, split: str, path: Path, first: int, last: int) -> tuple[Shard, GenerateSummary]:
-    summary = GenerateSummary()
-
     [(counter, stop)] = _worker
+
+    def made() -> None:
+        with counter.get_lock():
+            counter.value += 1
+        if stop.is_set():
+            raise _StoppedError
+
+    return write_sessions(task, split, path, first, last, made)
+
+
+def write_sessions(
+    task: SessionTask, split: str, path: Path, first: int, last: int, made: Callable[[], None] = lambda: None
+) -> tuple[Shard, GenerateSummary]:
+    """Writes sessions [first, last) of a split as one shard; calls `made` after each."""
+    summary = GenerateSummary()
 
     def records() -> Iterator[bytes]:
         for index in range(first, last):
-            if stop.is_set():
-                raise _StoppedError
             session = task.session(split, index)
             summary.add(session)
             yield encode_session(session)
-            with counter.get_lock():
-                counter.value += 1
+            made()
 
     # Sound is FLAC already: compressing it again only takes time.
     return write_shard(path, records(), options=UNCOMPRESSED), summary

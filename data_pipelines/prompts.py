@@ -186,7 +186,7 @@ class HumanDigitTask:
             raise ValueError(f"human digits are for testing, split heldout, not {split!r}")
         rng = np.random.default_rng([self.seed, 2, index])
         prompt = digit_prompts(self.cache)[index % 10]
-        turn = Turn(utterance=_utterance(prompt), tag="human_digit", answer=DIGITS[index % 10])
+        turn = Turn(utterance=utterance(prompt), tag="human_digit", answer=DIGITS[index % 10])
         turns, num_samples = arrange(lambda: turn, 1, self.config, rng)
         surroundings = mixing.draw_surroundings(rng, quiet_probability=0.5, snr_range_db=(20.0, 40.0))
         return compose(
@@ -233,7 +233,7 @@ class HumanSilenceTask:
 
         def draw() -> Turn:
             used.append(prompts[int(rng.integers(len(prompts)))])
-            return Turn(utterance=_utterance(used[-1], self.max_clip_s), tag=f"human_{language}")
+            return Turn(utterance=utterance(used[-1], self.max_clip_s), tag=f"human_{language}")
 
         turns, num_samples = arrange(draw, 1 + int(rng.integers(self.config.max_utterances)), self.config, rng)
         return compose(
@@ -247,7 +247,8 @@ class HumanSilenceTask:
         )
 
 
-def _utterance(prompt: Prompt, max_clip_s: float = float("inf")) -> Utterance:
+def utterance(prompt: Prompt, max_clip_s: float = float("inf")) -> Utterance:
+    """A prompt from its first audible sample on, cut after `max_clip_s`."""
     speech = read_sound(prompt)
     end = min(speech.end, speech.start + round(min(max_clip_s, 3600.0) * SAMPLE_RATE_HZ))
     return Utterance(samples=speech.samples[speech.start : end], pauses=(), words=())

@@ -69,7 +69,7 @@ class RequestTask:
     def _draw_turn(self, speaker: Speaker, silent: bool, rng: np.random.Generator) -> Turn:
         distracts = rng.random() < self.config.distractor_fraction
         if silent or distracts:
-            tag, voice, text = _draw_distractor(speaker, rng)
+            tag, voice, text = draw_distractor(speaker, rng)
             return Turn(utterance=utter(voice, [text], []), tag=tag)
         kind = REQUEST_TYPES[int(np.searchsorted(_CUMULATIVE_WEIGHTS, rng.random(), side="right"))]
         request, answer = kind.requests[int(rng.integers(len(kind.requests)))]
@@ -84,7 +84,7 @@ class RequestTask:
         return Turn(utterance=utter(speaker, parts, pauses_s), tag=kind.tag, answer=answer)
 
 
-def _draw_distractor(speaker: Speaker, rng: np.random.Generator) -> tuple[str, Speaker, str]:
+def draw_distractor(speaker: Speaker, rng: np.random.Generator) -> tuple[str, Speaker, str]:
     """(Tag, voice, text) of something that asks for nothing; espeak voices also speak other languages."""
     foreign = rng.random() < 0.5
     statement = STATEMENTS[int(rng.integers(len(STATEMENTS)))]

@@ -17,6 +17,9 @@ MAKERS = ("espeak", "flite", "festival")
 DEFAULT_CACHE = Path("~/.cache/tml").expanduser()
 """Where Debian packages are unpacked unless another place is named."""
 
+OWN_VOICE = espeak.Voice(accent="en-us", variant="f3", pitch=50, rate=175)
+"""The model's own voice."""
+
 _STRETCHES = (0.85, 1.0, 1.2)
 _WARPS = (0.86, 0.9, 0.95, 1.0, 1.05, 1.1, 1.16)
 """Vocal tracts of adults differ by about this much."""

@@ -11,7 +11,6 @@ request, in a pause or not; latency = emission of the first word minus the reque
 
 import enum
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,8 @@ from tml.codec.encode import encode_session
 from tml.codec.text import Tokenizer
 from tml.codec.waveform import decode_clip, resample
 from tml.config import EvaluationConfig, ModelConfig, StreamConfig
+from tml.duplex.rates import Rate
+from tml.duplex.trace import normalise
 from tml.microturn import Clock, EncodedSession, Layout
 from tml.params import PyTree
 from tml.session import ExpectationKind, Session, Stream, TextEvent
@@ -49,29 +50,6 @@ class Condition(enum.StrEnum):
     BLANKED = "blanked"
     SWAPPED = "swapped"
     ENVELOPE_NOISE = "envelope noise"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """A share of cases, with its 95 % interval (Wilson 1927)."""
-
-    hits: int
-    cases: int
-
-    @property
-    def value(self) -> float:
-        """The share; not a number when there was no case."""
-        return self.hits / self.cases if self.cases else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper end of the 95 % interval."""
-        if not self.cases:
-            return math.nan, math.nan
-        z, n, p = 1.96, self.cases, self.value
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,11 +225,6 @@ def envelope_noise(sound: np.ndarray, rng: np.random.Generator, sample_rate_hz: 
 def words_of(said: Sequence[Said]) -> list[tuple[float, str]]:
     """Normalised words with the time at which each was emitted."""
     return [(turn.emitted_s, word) for turn in said for word in normalise(turn.text)]
-
-
-def normalise(text: str) -> list[str]:
-    """Lower-case words without punctuation."""
-    return re.findall(r"[\w']+", text.lower())
 
 
 def score(sessions: Sequence[Session], said: Sequence[Sequence[Said]], answer_window_s: float) -> Scores:

@@ -84,13 +84,47 @@ class Word:
     end: int
 
 
+class Behaviour(enum.StrEnum):
+    """What a session teaches and tests; `meta["behaviour"]` of a session that was made for one."""
+
+    TURN_TAKING = "turn_taking"
+    PAUSE_HANDLING = "pause_handling"
+    INTERRUPTION = "interruption"
+    BACKCHANNEL = "backchannel"
+    TIMED = "timed"
+    CUED = "cued"
+    COUNTING = "counting"
+    PROACTIVE = "proactive"
+    SIMULTANEOUS = "simultaneous"
+    TONE = "tone"
+    DELEGATION = "delegation"
+    TOOLS = "tools"
+
+
 class ExpectationKind(enum.StrEnum):
-    """What the evaluation expects in a span of a session."""
+    """What the evaluation expects in a span of a session.
+
+    Times are those at which the model emits (`tml.microturn`), words and actions alike.
+    """
 
     ANSWER = "answer"
     """`text` should be said in the window that opens at `end`, where the request ends."""
     SILENCE = "silence"
     """Nothing should be said in [start, end): a pause, or speech that asks for nothing."""
+    SAY = "say"
+    """`text` should be said in (start, end], where `start` is what it is due after: a time, a cue, an event."""
+    COUNT = "count"
+    """The last number said in (start, end] should be `text`, a word, or next to it."""
+    NOD = "nod"
+    """One of the words of `text`, and no more than two words in all, should be said in (start, end]."""
+    STOP = "stop"
+    """The model, which speaks at `start`, should fall silent soon after it and stay so until `end`."""
+    GO_ON = "go_on"
+    """Own speech should go on through [start, end) without a gap."""
+    ACTION = "action"
+    """`text`, a call in JSON with `name` and `arguments`, should be made in (start, end]."""
+    NO_ACTION = "no_action"
+    """Nothing should be called in [start, end)."""
 
 
 @dataclass(frozen=True, kw_only=True)

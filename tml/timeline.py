@@ -36,7 +36,8 @@ _COLOURS = {
     Stream.OWN_AUDIO: "#b5500b",
     Stream.ACTION: "#9b2226",
 }
-_EXPECTATION_COLOURS = {ExpectationKind.ANSWER: "#4f772d", ExpectationKind.SILENCE: "#5c677d"}
+_QUIET = (ExpectationKind.SILENCE, ExpectationKind.STOP, ExpectationKind.NO_ACTION)
+_EXPECTATION_COLOURS = {kind: "#5c677d" if kind in _QUIET else "#4f772d" for kind in ExpectationKind}
 _NAMES = {
     Stream.USER_AUDIO: "user",
     Stream.VIDEO: "video",
@@ -95,7 +96,8 @@ def timeline_text(session: Session, clock: Clock) -> str:
         if item.kind is ExpectationKind.ANSWER:
             add(item.end, "expected", item.text)
         else:
-            add(item.start, "expected", f"silence for {(item.end - item.start) / rate:.1f} s")
+            what = " ".join(filter(None, (item.kind.value.replace("_", " "), item.text)))
+            add(item.start, "expected", f"{what} for {(item.end - item.start) / rate:.1f} s")
     streams = ", ".join(stream.value for stream in session.streams)
     lines = [f"{session.session_id}: {session.duration_s:.1f} s at {rate} Hz, {streams}"]
     for tick, names in sorted(said.items()):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from data_pipelines import espeak
-from data_pipelines.dialogue import OWN_VOICE, DialogueConfig, DialogueTask
+from data_pipelines.dialogue import DialogueConfig, DialogueTask
 from data_pipelines.dialogue_script import EXCHANGES, NODS, SLOTS, draw_exchange
 from data_pipelines.speech import audible_span
+from data_pipelines.voices import OWN_VOICE
 from tml.codec.waveform import decode_clip
 from tml.session import ExpectationKind, Session, Stream, encode_session
 

@@ -1,5 +1,6 @@
 """The apps that prepare speech: exit codes, one-line errors, and what they write."""
 
+import json
 import subprocess
 import sys
 
@@ -29,12 +30,29 @@ def test_synthesize_writes_a_data_set_and_does_not_write_over_it(tmp_path):
     assert "exists and is not empty" in again.stderr
 
 
+def test_a_mixture_of_behaviours_is_made_by_the_hour(tmp_path):
+    flags = (f"--out={tmp_path}/set", "--task=duplex", "--hours=0.02", "--shares=tone:0,counting:9", "--split=heldout")
+    done = run("synthesize", *flags, "--held_out=voice,time")
+    assert done.returncode == 0, done.stderr
+    sessions = list(iter_sessions(tmp_path / "set"))
+    assert sum(session.duration_s for session in sessions) == pytest.approx(72, rel=0.3)
+    assert {session.meta["held_out"] for session in sessions} == {"time voice"}
+    settings = json.loads(read_manifest(tmp_path / "set").meta["settings"])
+    assert settings["shares"]["counting"] == 9.0
+    assert settings["shares"]["tone"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("module", "flags", "message"),
     [
         ("synthesize", ("--task=requests",), "--out names the directory"),
         ("synthesize", ("--out=x", "--voices=piper"), "must name some of espeak, flite, festival"),
         ("synthesize", ("--out=x", "--voices=flite", "--split=heldout"), "none in split heldout"),
+        ("synthesize", ("--out=x", "--task=tone", "--shares=tone:1"), "--shares goes with --task=duplex"),
+        ("synthesize", ("--out=x", "--task=duplex", "--shares=tones:1"), "--shares has 'tones:1'; write NAME:NUMBER"),
+        ("synthesize", ("--out=x", "--task=duplex", "--held_out=voices"), "must name some of voice, wording"),
+        ("synthesize", ("--out=x", "--hours=1", "--num_sessions=3"), "leave one out"),
+        ("synthesize", ("--out=x", "--human=0.5"), "go with the behaviours"),
         ("prompts", (), "--out names the directory"),
     ],
 )

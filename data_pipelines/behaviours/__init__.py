@@ -1,0 +1,1 @@
+"""Generators of sessions, one for every behaviour that interaction data must teach."""

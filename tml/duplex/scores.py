@@ -1,0 +1,230 @@
+"""The scores of a set of sessions: every metric by behaviour, headlines, bars, and whether controls are left behind.
+
+Cases of one session are not independent, so an interval over cases (`BehaviourScores.rates`) is a little narrow
+where sessions hold many; `macro` averages over sessions first.
+"""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tml.duplex.judge import Outcome, judge
+from tml.duplex.rates import Rate
+from tml.duplex.trace import Trace
+from tml.session import Behaviour, ExpectationKind, Session
+
+LOW_IS_GOOD = frozenset({"pause_takeover", "false_alarm", "took_turn", "false_call"})
+
+HEADLINES: dict[Behaviour, tuple[str, ...]] = {
+    Behaviour.TURN_TAKING: ("responded", "correct"),
+    Behaviour.PAUSE_HANDLING: ("waited", "pause_takeover", "correct"),
+    Behaviour.INTERRUPTION: ("stopped", "correct"),
+    Behaviour.BACKCHANNEL: ("nodded", "went_on"),
+    Behaviour.TIMED: ("on_time",),
+    Behaviour.CUED: ("on_time",),
+    Behaviour.COUNTING: ("within_one", "on_time"),
+    Behaviour.PROACTIVE: ("on_time", "false_alarm"),
+    Behaviour.SIMULTANEOUS: ("on_time",),
+    Behaviour.TONE: ("correct",),
+    Behaviour.DELEGATION: ("on_time", "right_call", "went_on"),
+    Behaviour.TOOLS: ("right_call", "went_on"),
+}
+"""The metrics that a behaviour is about, the most telling first: that one is averaged over sessions and behaviours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A value that a metric should reach: at least, or at most if low is good."""
+
+    metric: str
+    value: float
+
+
+BARS: dict[Behaviour, tuple[Bar, ...]] = {
+    Behaviour.TURN_TAKING: (Bar(metric="responded", value=0.9), Bar(metric="latency_s", value=0.4)),
+    Behaviour.PAUSE_HANDLING: (Bar(metric="pause_takeover", value=0.1),),
+    Behaviour.INTERRUPTION: (Bar(metric="stopped", value=0.85),),
+    Behaviour.TIMED: (Bar(metric="on_time", value=0.65),),
+    Behaviour.CUED: (Bar(metric="on_time", value=0.8),),
+    Behaviour.COUNTING: (Bar(metric="within_one", value=0.6),),
+    Behaviour.PROACTIVE: (Bar(metric="on_time", value=0.6), Bar(metric="false_alarm", value=0.1)),
+    Behaviour.TONE: (Bar(metric="correct", value=0.8),),
+    Behaviour.DELEGATION: (Bar(metric="on_time", value=0.8), Bar(metric="went_on", value=0.8)),
+}
+"""The bars of the reference run (issue 4); `latency_s` is the median of responses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BehaviourScores:
+    """The scores of one behaviour.
+
+    Attributes:
+        behaviour: which.
+        num_sessions: that show it.
+        rates: every metric that had cases.
+        by_tag: the first headline by the tag of the expectation.
+        latencies_s: by metric, of every case that has one.
+        macro: mean over sessions of their share of good cases of the first headline.
+    """
+
+    behaviour: Behaviour
+    num_sessions: int
+    rates: Mapping[str, Rate]
+    by_tag: Mapping[str, Rate] = field(default_factory=dict)
+    latencies_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    macro: float = math.nan
+
+    def rate(self, metric: str) -> Rate:
+        """The rate of a metric; without cases if there were none."""
+        return self.rates.get(metric, Rate(hits=0, cases=0))
+
+    def median_latency_s(self, metric: str) -> float:
+        """The median latency of a metric; not a number when there was none."""
+        latencies_s = self.latencies_s.get(metric, ())
+        return statistics.median(latencies_s) if latencies_s else math.nan
+
+    def reaches(self, bar: Bar) -> bool:
+        """Whether a bar is reached; not without cases."""
+        if bar.metric == "latency_s":
+            return self.median_latency_s("responded") <= bar.value + 1e-9
+        value = self.rate(bar.metric).value
+        return value <= bar.value if bar.metric in LOW_IS_GOOD else value >= bar.value
+
+
+def outcomes(session: Session, trace: Trace) -> list[Outcome]:
+    """What came of every expectation of a session.
+
+    A request with pauses also has the metric `waited`: it was answered, and no word was said in its pauses, so
+    that neither silence nor chatter scores.
+    """
+    requests = [e.start for e in session.expectations if e.kind is ExpectationKind.ANSWER]
+    found: list[Outcome] = []
+    for item in session.expectations:
+        until = min((start for start in requests if start >= item.end), default=session.num_samples)
+        judged = judge(item, trace, session.sample_rate_hz, until)
+        found += judged
+        pauses = [e for e in session.expectations if e.tag == "pause" and item.start < e.start and e.end < item.end]
+        if item.kind is ExpectationKind.ANSWER and pauses:
+            taken = any(o.hit for e in pauses for o in judge(e, trace, session.sample_rate_hz, until))
+            answered = any(o.hit for o in judged if o.metric == "responded")
+            found.append(Outcome(metric="waited", hit=answered and not taken, tag=item.tag))
+    return found
+
+
+def behaviour_of(session: Session) -> Behaviour:
+    """The behaviour that a session was made for.
+
+    Raises:
+        ValueError: its meta names none.
+    """
+    name = session.meta.get("behaviour", "")
+    if name not in set(Behaviour):
+        raise ValueError(
+            f"session {session.session_id} was made for no behaviour (its meta has {name!r}); evaluate it with "
+            "--suite=requests"
+        )
+    return Behaviour(name)
+
+
+def score(sessions: Sequence[Session], traces: Sequence[Trace]) -> dict[Behaviour, BehaviourScores]:
+    """The scores of every behaviour that the sessions show, in the order of `Behaviour`.
+
+    Raises:
+        ValueError: a session was made for no behaviour, or there are not as many traces as sessions.
+    """
+    by_behaviour: dict[Behaviour, list[list[Outcome]]] = defaultdict(list)
+    for session, trace in zip(sessions, traces, strict=True):
+        by_behaviour[behaviour_of(session)].append(outcomes(session, trace))
+    return {name: _scores(name, by_behaviour[name]) for name in Behaviour if name in by_behaviour}
+
+
+def _scores(behaviour: Behaviour, per_session: Sequence[Sequence[Outcome]]) -> BehaviourScores:
+    cases = [outcome for found in per_session for outcome in found]
+    first = HEADLINES[behaviour][0]
+    good = first not in LOW_IS_GOOD
+    shares = [
+        statistics.fmean(outcome.hit == good for outcome in found if outcome.metric == first)
+        for found in per_session
+        if any(outcome.metric == first for outcome in found)
+    ]
+    latencies_s: dict[str, list[float]] = defaultdict(list)
+    for outcome in cases:
+        if outcome.latency_s is not None:
+            latencies_s[outcome.metric].append(outcome.latency_s)
+    return BehaviourScores(
+        behaviour=behaviour,
+        num_sessions=len(per_session),
+        rates=_rates((outcome.metric, outcome.hit) for outcome in cases),
+        by_tag=_rates((outcome.tag, outcome.hit) for outcome in cases if outcome.metric == first),
+        latencies_s={metric: tuple(values) for metric, values in latencies_s.items()},
+        macro=statistics.fmean(shares) if shares else math.nan,
+    )
+
+
+def _rates(marks: Iterable[tuple[str, bool]]) -> dict[str, Rate]:
+    found: dict[str, list[bool]] = defaultdict(list)
+    for name, hit in marks:
+        found[name].append(hit)
+    return {name: Rate.of(hits) for name, hits in sorted(found.items())}
+
+
+def macro_average(scores: Mapping[Behaviour, BehaviourScores]) -> float:
+    """The mean over behaviours of their mean over sessions; a low take-over counts as a high score."""
+    values = [found.macro for found in scores.values() if not math.isnan(found.macro)]
+    return statistics.fmean(values) if values else math.nan
+
+
+def is_clear(metric: str, rate: Rate, controls: Iterable[Rate]) -> bool:
+    """Whether the interval of a rate lies on the good side of every control's, touching none."""
+    return all(control.is_above(rate) if metric in LOW_IS_GOOD else rate.is_above(control) for control in controls)
+
+
+def scores_table(scores: Mapping[Behaviour, BehaviourScores]) -> str:
+    """The headlines as text, a row each: metric, share with its interval, median latency, bar."""
+    rows: list[tuple[str, ...]] = [("behaviour", "sessions", "metric", "share", "latency", "bar")]
+    for name, found in scores.items():
+        for i, metric in enumerate(HEADLINES[name]):
+            rate, median_s = found.rate(metric), found.median_latency_s(metric)
+            low, high = rate.interval
+            bars = [bar for bar in BARS.get(name, ()) if bar.metric == metric or (not i and bar.metric == "latency_s")]
+            rows.append(
+                (
+                    name.value if not i else "",
+                    str(found.num_sessions) if not i else "",
+                    metric + (" (low)" if metric in LOW_IS_GOOD else ""),
+                    f"{rate.value:.3f} [{low:.3f}, {high:.3f}]" if rate.cases else "-",
+                    "-" if math.isnan(median_s) else f"{median_s:.2f} s",
+                    ", ".join(f"{bar.value:g} {'reached' if found.reaches(bar) else 'missed'}" for bar in bars),
+                )
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, f"macro average {macro_average(scores):.3f}"])
+
+
+def scores_json(scores: Mapping[Behaviour, BehaviourScores]) -> dict[str, Any]:
+    """The scores as plain values; what had no case is absent or None."""
+
+    def plain(rate: Rate) -> dict[str, Any]:
+        return {"value": rate.value, "interval": rate.interval, "cases": rate.cases}
+
+    def number(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    behaviours = {
+        name.value: {
+            "num_sessions": found.num_sessions,
+            "macro": number(found.macro),
+            "metrics": {metric: plain(rate) for metric, rate in found.rates.items()},
+            "median_latency_s": {metric: found.median_latency_s(metric) for metric in found.latencies_s},
+            "by_tag": {tag: plain(rate) for tag, rate in found.by_tag.items()},
+            "bars": [
+                {"metric": bar.metric, "value": bar.value, "reached": found.reaches(bar)} for bar in BARS.get(name, ())
+            ],
+        }
+        for name, found in scores.items()
+    }
+    return {"macro_average": number(macro_average(scores)), "behaviours": behaviours}
