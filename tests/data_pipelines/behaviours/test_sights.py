@@ -161,7 +161,7 @@ def test_drifting_stays_inside():
 
 
 def test_a_film_is_the_same_every_time():
-    actor = Actor(shape="circle", radius_px=5, place=standing(20.0, 20.0), colour=changing([(0, "red")]))
+    actor = Actor(shape="circle", radius_px=5.0, place=standing(20.0, 20.0), colour=changing([(0, "red")]))
     one, other = (film([actor], 16_000, 100, (9, 9, 9)) for _ in range(2))
     assert one == other
     assert len(one) == 5
