@@ -63,7 +63,7 @@ MODEL = ModelConfig(
     dense_dim=1_024,
     vocab_size=8_192,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64, window=128, global_extent=256),
-    moe=MoEConfig(num_experts=32, num_experts_per_token=6, num_shared_experts=2, expert_dim=256, block_rows=64),
+    moe=MoEConfig(num_experts=32, num_experts_per_token=6, num_shared_experts=2, expert_dim=256, block_rows=256),
     audio=AudioConfig(num_mels=1, num_levels=2),
     video=VideoConfig(tile_px=4, fold_px=(2, 2), fold_dims=(64, 64), max_tiles_per_turn=1),
 )
