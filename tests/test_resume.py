@@ -69,6 +69,7 @@ LOGGED_NAMES = {
 }
 
 
+@pytest.mark.slow
 def test_killed_and_interrupted_runs_end_in_the_same_state(tmp_path: Path, environment: dict[str, str]):
     code, output = run(tmp_path / "whole", environment)
     assert code == 0, output

@@ -89,7 +89,7 @@ RUNS = {"num_layers": 7, "num_dense_layers": 1, "global_layers": (3, 6)}
 @pytest.mark.parametrize(
     ("shape", "changes"),
     [
-        ({}, {"remat": Remat.LAYER}),
+        pytest.param({}, {"remat": Remat.LAYER}, marks=pytest.mark.slow),
         ({}, {"moe": dataclasses.replace(tiny_model().moe, backend=MatmulBackend.DENSE)}),
         (RUNS, {"remat": Remat.EXPERTS, "row_parts": 2}),
     ],

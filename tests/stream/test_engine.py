@@ -17,7 +17,12 @@ from tml.stream import engine
 from tml.stream.inputs import TurnInputs, join_sessions, session_inputs
 
 NUM_TURNS = 12
-KNOBS = [{}, {"boundary": Boundary.NONE}, {"control": Control.IMPLICIT}, {"turn_ms": 400}]
+KNOBS = [
+    {},
+    pytest.param({"boundary": Boundary.NONE}, marks=pytest.mark.slow),
+    {"control": Control.IMPLICIT},
+    {"turn_ms": 400},
+]
 
 
 def built(seed: int = 0, temperature: float = 0.0, num_slots: int = 1, **turn):

@@ -37,7 +37,7 @@ def streamed(model: ModelConfig, stream: StreamConfig, order: list[int]) -> engi
 
 
 @pytest.mark.parametrize("backend", [MatmulBackend.BLOCKED, MatmulBackend.DENSE])
-@pytest.mark.parametrize("tensor", [2, 8])
+@pytest.mark.parametrize("tensor", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_devices_that_share_a_model_say_what_one_device_says(tensor: int, backend: MatmulBackend) -> None:
     model = wide_model()
     stream = StreamConfig(max_positions=128, backend=MatmulBackend.BLOCKED)
