@@ -89,11 +89,15 @@ def generate_with_beam(
             shards = pipeline | "shards" >> beam.Create(range(num_shards)) | "spread" >> beam.Reshuffle()
             _ = shards | "write" >> beam.Map(functools.partial(_write, jobs))
         summary, written = _gather(jobs)
-        for path, data in (attachments or {}).items():
-            (staging / path).parent.mkdir(parents=True, exist_ok=True)
-            (staging / path).write_bytes(data)
         commit(
-            staging, directory, written, kind=RecordKind.SESSIONS, name=name, meta=dict(meta or {}), overwrite=overwrite
+            staging,
+            directory,
+            written,
+            kind=RecordKind.SESSIONS,
+            name=name,
+            meta=meta,
+            attachments=attachments,
+            overwrite=overwrite,
         )
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

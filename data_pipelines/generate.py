@@ -154,11 +154,15 @@ def generate(
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-        for path, data in (attachments or {}).items():
-            (staging / path).parent.mkdir(parents=True, exist_ok=True)
-            (staging / path).write_bytes(data)
         commit(
-            staging, directory, shards, kind=RecordKind.SESSIONS, name=name, meta=dict(meta or {}), overwrite=overwrite
+            staging,
+            directory,
+            shards,
+            kind=RecordKind.SESSIONS,
+            name=name,
+            meta=meta,
+            attachments=attachments,
+            overwrite=overwrite,
         )
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

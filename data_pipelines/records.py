@@ -148,15 +148,19 @@ def commit(
     kind: RecordKind,
     name: str,
     meta: Mapping[str, str] | None = None,
+    attachments: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes the manifest beside the staged shards and renames the whole to `directory`.
+    """Writes attachments (by path) and the manifest beside the staged shards and renames the whole to `directory`.
 
     Raises:
         ValueError: something is at `directory` and `overwrite` is False.
     """
     directory = Path(directory).absolute()
     manifest = Manifest(kind=RecordKind(kind), name=name, shards=tuple(shards), meta=dict(meta or {}))
+    for path, data in (attachments or {}).items():
+        (staging / path).parent.mkdir(parents=True, exist_ok=True)
+        (staging / path).write_bytes(data)
     body = json.dumps({"schema": SCHEMA_VERSION, **asdict(manifest)}, indent=2)
     with open(staging / MANIFEST_NAME, "w") as file:
         file.write(body + "\n")
