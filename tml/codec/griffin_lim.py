@@ -17,7 +17,7 @@ from jaxtyping import Complex64, Float16, Float32
 
 from tml.codec.audio import mel_basis
 from tml.codec.own_sound import frame_config, magnitudes
-from tml.config import ModelConfig, VocoderConfig
+from tml.config import ModelConfig
 
 INVERSION_STEPS = 40
 """Multiplicative updates from mel magnitudes to those of the FFT's bins (Lee and Seung 2001)."""
@@ -33,7 +33,6 @@ class GriffinLimState:
         held: magnitudes of the frames that wait, `look_ahead_frames` of them.
         held_spectra: what was found for these so far.
         phases: of the last frame, for the first guess of the next one.
-        powers: its magnitudes.
     """
 
     tail: Float32[np.ndarray, " n"]
@@ -72,35 +71,35 @@ class GriffinLim:
         self, state: GriffinLimState, mels: Float16[np.ndarray, "T Y"]
     ) -> tuple[GriffinLimState, Float32[np.ndarray, " n"]]:
         """The next block: as many samples as its frames cover, `delay_samples` late."""
-        held = len(state.held)
         new = self.bin_magnitudes(mels)
         wanted = np.concatenate([state.held, new])
         num_fixed = len(new)
-        guesses, phases = self._first_phases(new, state.phases)
+        guesses = self._first_phases(new, state.phases)
         spectra = np.concatenate([state.held_spectra, new * np.exp(np.complex64(1j) * guesses)])
         spectra = self._iterated(wanted, spectra.astype(np.complex64), state.tail)
         segments = scipy.fft.irfft(spectra[:num_fixed], n=self._size, axis=1) * self._window
         sum_rows = self._overlap_add(segments, state.tail)
         out = (sum_rows[:num_fixed] / self._level).reshape(-1)
-        after = GriffinLimState(
+        return GriffinLimState(
             tail=sum_rows[num_fixed:].reshape(-1),
             held=wanted[num_fixed:],
             held_spectra=spectra[num_fixed:],
             phases=np.angle(spectra[-1]).astype(np.float32),
-        )
-        assert len(after.held) == held
-        return after, out
+        ), out
 
     def bin_magnitudes(self, mels: Float16[np.ndarray, "T Y"]) -> Float32[np.ndarray, "F bins"]:
         """Magnitudes of the FFT's bins that have these mels, none below zero; each bin begins at its filters' mean."""
-        wanted = self._transposed @ np.ascontiguousarray(magnitudes(mels, self._own).T)
+        mel_FM = magnitudes(mels, self._own)
+        if not mel_FM.any():
+            return np.zeros((len(mel_FM), self._basis.shape[1]), np.float32)
+        wanted = self._transposed @ np.ascontiguousarray(mel_FM.T)
         ones = np.ones((self._basis.shape[1], 1), np.float32)
         found = wanted / np.maximum(self._transposed @ (self._basis @ ones), _TINY)
         for _ in range(INVERSION_STEPS):
             found *= wanted / np.maximum(self._transposed @ (self._basis @ found), _TINY)
         return np.ascontiguousarray(found.T)
 
-    def _first_phases(self, new: np.ndarray, phases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _first_phases(self, new: np.ndarray, phases: np.ndarray) -> np.ndarray:
         """Phases to begin with: every spectral peak turns on at its own frequency, its neighbours with it."""
         found = np.empty(new.shape, np.float32)
         bins = np.arange(new.shape[1])
@@ -119,7 +118,7 @@ class GriffinLim:
             alternating = np.pi * (bins - peaks[nearest])
             phases = (at_peaks[nearest] + alternating).astype(np.float32)
             found[frame] = phases
-        return np.mod(found, np.float32(2 * np.pi)), phases
+        return np.mod(found, np.float32(2 * np.pi))
 
     def _iterated(self, wanted: np.ndarray, spectra: np.ndarray, tail: np.ndarray) -> np.ndarray:
         """Spectra with the wanted magnitudes whose frames agree with each other and with the fixed ones."""

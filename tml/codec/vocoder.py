@@ -25,9 +25,7 @@ class Vocoder(Protocol):
         """As many samples as the positions cover, `delay_samples` late."""
 
 
-def vocode(
-    vocoder: Vocoder, mels: Float16[np.ndarray, "T Y"], positions_per_turn: int
-) -> Float32[np.ndarray, " n"]:
+def vocode(vocoder: Vocoder, mels: Float16[np.ndarray, "T Y"], positions_per_turn: int) -> Float32[np.ndarray, " n"]:
     """The sound of a whole recording, turn after turn; it begins `vocoder.delay_samples` late."""
     state, pieces = vocoder.init_state(), [np.zeros(0, np.float32)]
     for first in range(0, len(mels), positions_per_turn):

@@ -78,7 +78,7 @@ class VocoderConfig:
     momentum: float = 0.99
     """Of the fast Griffin-Lim iteration (Perraudin et al. 2013); 0 is the plain one."""
     look_ahead_frames: int = 0
-    """Mel frames that wait for the next block, which then helps to find their phases; each delays the sound by itself."""
+    """Mel frames that wait for the next block, which then helps to find their phases; each is a hop of delay."""
     program: str = ""
     """Folder of the exported program, for `program`."""
 
@@ -102,7 +102,7 @@ class AudioOutConfig:
     """
 
     frames_per_position: int = 0
-    """Mel frames that one position predicts, evenly spaced; 0 builds a model without a voice, 4 is a frame every 12.5 ms."""
+    """Mel frames that one position predicts; 0 builds a model without a voice, 4 is a frame every 12.5 ms."""
     num_mels: int = 80
     window_samples: int = 800
     log_floor: float = -4.0

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int16, Int32, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Int16, Int32, UInt8
 
 from tml.config import MeshConfig, ModelConfig
+from tml.microturn import Kind
 from tml.model import embed, transformer
 from tml.model.expert_dispatch import streaming_experts
 from tml.model.layer_functions import Bias, LayerFunctions, LayerState
@@ -48,6 +49,8 @@ class Slots(NamedTuple):
         tiles_BP: image tiles.
         tile_index_BW: which tile stands at a slot.
         counts_B: valid slots.
+        own_BY: the mel of own audio that stands at the first slot of each session where it is OWN_AUDIO; None if no
+            session speaks.
     """
 
     tokens_BW: Int32[Array, "B W"]
@@ -56,6 +59,7 @@ class Slots(NamedTuple):
     tiles_BP: Int16[Array, "B P f h w 3"]
     tile_index_BW: Int32[Array, "B W"]
     counts_B: Int32[Array, "B"]
+    own_BY: Float16[Array, "B Y"] | None = None
 
 
 def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: int) -> DecodeState:
@@ -93,9 +97,17 @@ def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: i
 def append(
     params: Mapping[str, PyTree], state: DecodeState, slots: Slots, cfg: ModelConfig
 ) -> tuple[DecodeState, Float32[Array, "B W V"]]:
-    """Feeds the valid slots to the sessions; returns the state after them and the logits at every slot.
+    """Feeds the valid slots to the sessions; returns the state after them and the logits at every slot (see `feed`)."""
+    state, h_BWD = feed(params, state, slots, cfg)
+    return state, transformer.unembed(params["unembed"], h_BWD, cfg)
 
-    Logits at slots that are not valid mean nothing. A session whose global cache is full must
+
+def feed(
+    params: Mapping[str, PyTree], state: DecodeState, slots: Slots, cfg: ModelConfig
+) -> tuple[DecodeState, Float[Array, "B W D"]]:
+    """Feeds the valid slots to the sessions; returns the state after them and the inputs of the heads at every slot.
+
+    Those at slots that are not valid mean nothing. A session whose global cache is full must
     not be fed: what is over `max_positions` would be lost (the engine checks).
     """
     num_slots = slots.tokens_BW.shape[1]
@@ -111,6 +123,11 @@ def append(
         cfg,
         ONE_DEVICE,
     )
+    if slots.own_BY is not None:
+        is_own_B1 = slots.kinds_BW[:, :1] == Kind.OWN_AUDIO
+        x_BWD = embed.put_own_audio(
+            x_BWD, params["embed"], slots.own_BY[:, None], jnp.where(is_own_B1, 0, -1).astype(jnp.int32), cfg
+        )
     ring_BW = _places(positions_BW, valid_BW, state.ring_positions_BT.shape[1])
     full_BW = _places(positions_BW, valid_BW, state.full_positions_BT.shape[1])
     ring_positions_BT = _write(state.ring_positions_BT, ring_BW, positions_BW)
@@ -143,7 +160,7 @@ def append(
         ring_positions_BT=ring_positions_BT,
         full_positions_BT=full_positions_BT,
     )
-    return state, transformer.logits(params, x_BWD, cfg)
+    return state, transformer.head_input(params["norm"], x_BWD, cfg)
 
 
 def _places(positions_BW: jax.Array, valid_BW: jax.Array, size: int) -> jax.Array:

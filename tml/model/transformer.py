@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from tml.batch import Batch
+from tml.batch import Batch, OwnAudio
 from tml.config import MeshConfig, ModelConfig, MtpEmbedding, Remat
-from tml.model import block, embed, moe, mtp
+from tml.model import block, embed, flow_head, moe, mtp
 from tml.model.block import LayerKind
 from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, row_functions
 from tml.model.remat import recomputed
-from tml.ops.collectives import gather_params
+from tml.ops.collectives import gather_params, index_along
 from tml.ops.cross_entropy import Scores, score_in_chunks
 from tml.ops.cross_entropy import score as score_logits
 from tml.ops.norm import rms_norm
@@ -93,7 +93,11 @@ def specs(cfg: ModelConfig) -> dict[str, PyTree]:
         ],
         **head_specs(cfg),
     }
-    return {**tree, "mtp": mtp.specs(cfg)} if cfg.mtp.num_blocks else tree
+    if cfg.mtp.num_blocks:
+        tree["mtp"] = mtp.specs(cfg)
+    if cfg.has_voice:
+        tree["audio_out"] = flow_head.specs(cfg)
+    return tree
 
 
 def head_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
@@ -109,7 +113,16 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
     """The forward pass over packed rows up to the unembedding; every segment is independent of its neighbours.
 
     On a mesh this is the program of one device: its parts of parameters and batch, inside `shard_map`.
+
+    Raises:
+        ValueError: the batch lacks own audio that the model's voice needs, or holds some for a model without one.
     """
+    if (batch.own is not None) != cfg.has_voice:
+        found = "has a voice, but the batch holds no" if cfg.has_voice else "has no voice, but the batch holds"
+        raise ValueError(
+            f"the model {found} own audio (model.audio_out.frames_per_position = {cfg.audio_out.frames_per_position}); "
+            f"make the batch with this model's config"
+        )
     with jax.named_scope("embed"):
         dtype = embed.compute_dtype(cfg)
         tokens = params["embed"]["tokens"]
@@ -126,6 +139,9 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
             cfg,
             mesh,
         )
+        if batch.own is not None:
+            first = index_along("context", mesh) * x_BSD.shape[1]
+            x_BSD = embed.put_own_audio(x_BSD, embed_params, batch.own.mels_BPY, _places(batch.own) - first, cfg)
     rows = [jnp.split(x, cfg.row_parts) for x in (x_BSD, batch.segment_ids_BS, batch.positions_BS)]
     functions = [row_functions(segments, positions, cfg, mesh) for segments, positions in zip(*rows[1:], strict=True)]
     parts, _, load = run_layers(params["stages"], rows[0], None, functions, cfg, mesh)
@@ -142,6 +158,11 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
         whole = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg, mesh)
         ahead = mtp.apply(params["mtp"], normed_BSD, told_BSD, whole, cfg, mesh)
         return Hidden(h_BSD=h_BSD, load=load, ahead=ahead)
+
+
+def _places(own: OwnAudio) -> Int32[Array, "B P"]:
+    """Where own audio stands in whole rows; what there is none of stands nowhere."""
+    return jnp.where(own.places_BP > 0, own.places_BP, jnp.iinfo(jnp.int32).max // 2)
 
 
 def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outputs:
