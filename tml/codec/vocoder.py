@@ -1,11 +1,12 @@
 """A vocoder turns the mel frames of own sound into samples, block by block, the same live and offline."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float16, Float32
 
 
+@runtime_checkable
 class Vocoder(Protocol):
     """Mel frames to sound with everything remembered in a state, which is an argument and a result.
 
