@@ -124,10 +124,8 @@ def feed(
         ONE_DEVICE,
     )
     if slots.own_BY is not None:
-        is_own_B1 = slots.kinds_BW[:, :1] == Kind.OWN_AUDIO
-        x_BWD = embed.put_own_audio(
-            x_BWD, params["embed"], slots.own_BY[:, None], jnp.where(is_own_B1, 0, -1).astype(jnp.int32), cfg
-        )
+        slots_B1 = jnp.where(slots.kinds_BW[:, :1] == Kind.OWN_AUDIO, 0, -1).astype(jnp.int32)
+        x_BWD = embed.put_own_audio(x_BWD, params["embed"], slots.kinds_BW, slots.own_BY[:, None], slots_B1, cfg)
     ring_BW = _places(positions_BW, valid_BW, state.ring_positions_BT.shape[1])
     full_BW = _places(positions_BW, valid_BW, state.full_positions_BT.shape[1])
     ring_positions_BT = _write(state.ring_positions_BT, ring_BW, positions_BW)

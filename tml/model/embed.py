@@ -106,6 +106,7 @@ def embed_audio(
 def put_own_audio(
     x_BSD: Float[Array, "B S D"],
     params: Mapping[str, PyTree],
+    kinds_BS: UInt8[Array, "B S"],
     mels_BPY: Float16[Array, "B P Y"],
     slots_BP: Int32[Array, "B P"],
     cfg: ModelConfig,
@@ -115,6 +116,7 @@ def put_own_audio(
     Args:
         x_BSD: the other inputs.
         params: of the embeddings.
+        kinds_BS: `microturn.Kind`: what stands at OWN_AUDIO before is replaced.
         mels_BPY: the mels.
         slots_BP: where each stands; those outside [0, S) stand nowhere.
         cfg: the model.
@@ -123,7 +125,8 @@ def put_own_audio(
     own_BPD = embed_audio(params["own_audio"], levels_BPM, cfg.norm_eps, x_BSD.dtype)
     num_slots = x_BSD.shape[1]
     slots_BP = jnp.where((slots_BP >= 0) & (slots_BP < num_slots), slots_BP, num_slots)
-    return x_BSD.at[jnp.arange(x_BSD.shape[0])[:, None], slots_BP].set(own_BPD, mode="drop")
+    x_BSD = jnp.where((kinds_BS == Kind.OWN_AUDIO)[:, :, None], jnp.zeros_like(x_BSD), x_BSD)
+    return x_BSD.at[jnp.arange(x_BSD.shape[0])[:, None], slots_BP].add(own_BPD, mode="drop")
 
 
 def embed_tiles(

@@ -141,7 +141,8 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
         )
         if batch.own is not None:
             first = index_along("context", mesh) * x_BSD.shape[1]
-            x_BSD = embed.put_own_audio(x_BSD, embed_params, batch.own.mels_BPY, _places(batch.own) - first, cfg)
+            slots_BP = _places(batch.own) - first
+            x_BSD = embed.put_own_audio(x_BSD, embed_params, batch.kinds_BS, batch.own.mels_BPY, slots_BP, cfg)
     rows = [jnp.split(x, cfg.row_parts) for x in (x_BSD, batch.segment_ids_BS, batch.positions_BS)]
     functions = [row_functions(segments, positions, cfg, mesh) for segments, positions in zip(*rows[1:], strict=True)]
     parts, _, load = run_layers(params["stages"], rows[0], None, functions, cfg, mesh)
@@ -287,11 +288,6 @@ def unembed(unembed_DV: Float[Array, "D V"], h_BSD: Float[Array, "B S D"], cfg: 
     """The logits, cut to the unpadded vocabulary."""
     unembed_DV = unembed_DV.astype(h_BSD.dtype)[:, : cfg.num_logits]
     return project(h_BSD, unembed_DV, out_dtype=jnp.float32)
-
-
-def logits(params: Mapping[str, PyTree], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S V"]:
-    """The head: norm, muP divisor, unembedding, cut to the unpadded vocabulary."""
-    return unembed(params["unembed"], head_input(params["norm"], x_BSD, cfg), cfg)
 
 
 def score(
