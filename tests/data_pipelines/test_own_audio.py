@@ -1,4 +1,4 @@
-"""Own sound on its way from a session to rows: in its turns, in its place on the clock, missing from none in silence."""
+"""Own sound on its way from a session to rows: in its turns, in its place on the clock, of nobody in silence."""
 
 from dataclasses import replace
 
@@ -144,7 +144,7 @@ def test_records_that_were_encoded_without_a_voice_are_refused(voiced: Experimen
     ]
     assert places[0] != places[1]
     finer = replace(voiced, model=replace(voiced.model, audio_out=replace(VOICE, num_mels=12)))
-    with pytest.raises(FileNotFoundError, match="run launch.encode first"):
+    with pytest.raises(FileNotFoundError, match=r"run launch\.encode first"):
         RowLoader(finer.data.sources, finer, tokenizer)
     header = codec_header(RecordKind.SESSIONS, voiced.model, tokenizer.fingerprint())
     from data_pipelines.encoded import EncodedSource

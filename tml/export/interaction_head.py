@@ -103,7 +103,8 @@ def piecewise(folder: Path, model: ModelConfig) -> dict[str, PiecewiseArray]:
         wanted = specs[name].shape if name in specs else None
         if found.get(name) != wanted:
             raise ValueError(
-                f"{folder / WEIGHTS}: {name} has shape {found.get(name)}, {DESCRIPTION} asks for {wanted}; export it again"
+                f"{folder / WEIGHTS}: {name} has shape {found.get(name)}, {DESCRIPTION} asks for {wanted}; "
+                f"export it again"
             )
     return {
         path: PiecewiseArray(spec.shape, spec.shape, partial(_whole, folder / WEIGHTS, path))
