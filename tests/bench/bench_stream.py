@@ -2,8 +2,8 @@
 
 Run: python -m tests.bench.bench_stream [--model=DIR] [--voice] (a run folder or a bundle; random weights by default).
 The bar is 20 ms at the 99th percentile, on an idle machine, and 60 ms with a voice: then half of the ticks hold as
-many words as a tick may, and own audio of default size, sampled and vocoded. Printed beside this machine's float32 matmul
-rate and the tokens that went out: every token is one more pass through the network. The random model has a
+many words as a tick may, and own audio of default size, sampled and vocoded. Printed beside this machine's float32
+matmul rate and the tokens that went out: every token is one more pass through the network. The random model has a
 head of zeros, so that it listens all the time, as a trained one mostly does.
 """
 
@@ -71,9 +71,10 @@ def main() -> None:
     tick_ms = np.array([turn.compute_s for turn in turns]) * 1000
     edge = EDGE_S * 1000 // turn_ms
     words = np.array([len(turn.said.tokens) for turn in turns])
+    bar_ms = VOICE_BAR_MS if model.experiment.model.has_voice else BAR_MS
     p50, p99 = np.percentile(tick_ms, [50, 99])
     print(
-        f"streaming: {len(turns)} ticks of {turn_ms} ms, p50 {p50:.1f} ms, p99 {p99:.1f} ms (bar {VOICE_BAR_MS if model.experiment.model.has_voice else BAR_MS:g}), "
+        f"streaming: {len(turns)} ticks of {turn_ms} ms, p50 {p50:.1f} ms, p99 {p99:.1f} ms (bar {bar_ms:g}), "
         f"fastest {tick_ms.min():.1f}, slowest {tick_ms.max():.1f}, real-time factor {tick_ms.mean() / turn_ms:.3f}; "
         f"last {EDGE_S} s over first {EDGE_S} s {np.median(tick_ms[-edge:]) / np.median(tick_ms[:edge]):.2f}; "
         f"speaking {np.mean([turn.mels is not None for turn in turns]):.0%} of ticks; "
