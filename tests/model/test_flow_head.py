@@ -57,6 +57,32 @@ def test_before_the_first_step_the_error_is_that_of_no_velocity() -> None:
     assert float(error.total / error.count) == pytest.approx(np.square(own.mels_BPY, dtype=float).mean() + 1, rel=0.03)
 
 
+def test_a_loss_with_room_for_a_part_takes_what_is_there_or_a_fair_part_of_it() -> None:
+    rng = np.random.default_rng(0)
+    params = randomised(init_params(flow_head.specs(MODEL), jax.random.key(0)))
+    h_BSD = rng.standard_normal((8, 50, 16)).astype(np.float32)
+
+    def loss(num_here: int, share: float):
+        places = np.zeros((8, 40), np.int32)
+        places[:, :num_here] = np.arange(1, num_here + 1)
+        own = OwnAudio(
+            mels_BPY=np.random.default_rng(1).standard_normal((8, 40, 6)).astype(np.float16),
+            places_BP=places,
+            seeds_BP=np.random.default_rng(2).integers(0, 2**32, (8, 40), np.uint32),
+        )
+        flow = dataclasses.replace(VOICE.flow, loss_share=share)
+        cfg = dataclasses.replace(MODEL, audio_out=dataclasses.replace(VOICE, flow=flow))
+        return jax.jit(lambda p, h, o: flow_head.loss(p, h, o, cfg, MeshConfig()))(params, h_BSD, own)
+
+    whole, fits = loss(8, 1.0), loss(8, 0.25)
+    assert float(fits.count) == float(whole.count) == 64
+    np.testing.assert_allclose(fits.total, whole.total, rtol=1e-5)
+    whole, part = loss(40, 1.0), loss(40, 0.25)
+    assert float(part.count) == float(whole.count) == 320
+    np.testing.assert_allclose(part.total, whole.total, rtol=0.2)
+    assert part.total != whole.total
+
+
 def test_times_lie_one_in_each_part_and_draws_follow_from_the_seed_alone() -> None:
     flow = FlowConfig(width=8, num_draws=4, condition_dropout=0.25)
     seeds = np.arange(3_000, dtype=np.uint32)

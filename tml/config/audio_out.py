@@ -39,6 +39,9 @@ class FlowConfig:
     num_blocks: int = 6
     num_draws: int = 4
     """Pairs of time and noise for every position in training; they share the backbone's work."""
+    loss_share: float = 1.0
+    """Share of the own audio positions that fit in a device's rows for which the loss has room. Rows are seldom full of
+    speech; where there is more of it, the loss is that of a random part, weighted up."""
     num_steps: int = 8
     """Steps of the sampler from noise to a mel."""
     solver: FlowSolver = FlowSolver.MIDPOINT
@@ -57,10 +60,11 @@ class FlowConfig:
             num_draws=self.num_draws,
             num_steps=self.num_steps,
             guidance=self.guidance,
+            loss_share=self.loss_share,
         )
         check_multiple("model.audio_out.flow.width", self.width, "2, for sines and cosines of time", 2)
         check_not_negative("model.audio_out.flow", noise_scale=self.noise_scale)
-        check_fraction("model.audio_out.flow", condition_dropout=self.condition_dropout)
+        check_fraction("model.audio_out.flow", condition_dropout=self.condition_dropout, loss_share=self.loss_share)
         check_below_one("model.audio_out.flow", condition_dropout=self.condition_dropout)
         if self.guidance != 1 and not self.condition_dropout:
             raise ValueError(

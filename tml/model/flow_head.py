@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Float32, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8
 
 from tml.batch import OwnAudio
 from tml.config import AudioOutConfig, FlowConfig, MeshConfig, ModelConfig
@@ -140,17 +140,22 @@ def loss(
         mesh: sizes of the axes.
     """
     params = gather_params(params, specs(cfg), mesh, h_BSD.dtype)
-    own, is_here_BP, slots_BP = _here(own, h_BSD.shape[1], mesh)
-    h_nD = jnp.take_along_axis(h_BSD, slots_BP[:, :, None], axis=1).reshape(-1, h_BSD.shape[2])
+    num_rows, num_slots, _ = h_BSD.shape
+    own, is_here_BP, slots_BP = _here(own, num_slots, mesh)
     flow, num_values = cfg.audio_out.flow, own.mels_BPY.shape[2]
-    draws = draw(own.seeds_BP.reshape(-1), num_values, flow)
-    count = draws.time_nR.shape[0]
+    chosen_n = _chosen(is_here_BP.reshape(-1), own.seeds_BP.reshape(-1), flow.loss_share)
+    count = chosen_n.shape[0]
+    places_n = (jnp.arange(num_rows, dtype=jnp.int32)[:, None] * num_slots + slots_BP).reshape(-1)[chosen_n]
+    h_nD = h_BSD.reshape(num_rows * num_slots, -1)[places_n]
+    is_here_n = is_here_BP.reshape(-1)[chosen_n]
+    draws = draw(own.seeds_BP.reshape(-1)[chosen_n], num_values, flow)
     shape = (count, flow.num_draws, flow.width)
     condition = jnp.broadcast_to(_condition(params, h_nD, cfg)[:, None], shape)
     if flow.condition_dropout:
         nothing_O = _condition(params, params["no_condition"].astype(h_nD.dtype)[None] / cfg.mup_width_multiplier, cfg)
         condition = jnp.where(draws.drops_nR[:, :, None], nothing_O[None], condition)
-    data = jnp.broadcast_to(own.mels_BPY.astype(jnp.float32).reshape(count, 1, num_values), draws.noise_nRY.shape)
+    mels_nY = own.mels_BPY.reshape(-1, num_values)[chosen_n].astype(jnp.float32)
+    data = jnp.broadcast_to(mels_nY[:, None], draws.noise_nRY.shape)
 
     def field(x: jax.Array, time: jax.Array) -> jax.Array:
         flat = velocity(
@@ -159,8 +164,19 @@ def loss(
         return flat.reshape(x.shape)
 
     error_n = jnp.mean(flow_error(field, data, draws.noise_nRY, draws.time_nR), axis=1)
-    is_here_n = is_here_BP.reshape(-1)
-    return Mean(total=jnp.sum(jnp.where(is_here_n, error_n, 0.0)), count=jnp.sum(is_here_n.astype(jnp.float32)))
+    num_here = jnp.sum(is_here_BP.astype(jnp.float32))
+    total = jnp.sum(jnp.where(is_here_n, error_n, 0.0))
+    return Mean(total=total * num_here / jnp.maximum(jnp.sum(is_here_n.astype(jnp.float32)), 1.0), count=num_here)
+
+
+def _chosen(is_here_n: jax.Array, seeds_n: jax.Array, share: float) -> Int32[Array, "k"]:
+    """Which positions the loss is taken at: what is there first, in the order of its seeds, so at random."""
+    size = is_here_n.shape[0]
+    if share == 1:
+        return jnp.arange(size, dtype=jnp.int32)
+    last = jnp.uint32(2**32 - 1)
+    order_n = jnp.argsort(jnp.where(is_here_n, jnp.minimum(seeds_n, last - 1), last))
+    return order_n[: math.ceil(share * size)].astype(jnp.int32)
 
 
 def _here(own: OwnAudio, num_slots: int, mesh: MeshConfig) -> tuple[OwnAudio, jax.Array, jax.Array]:
