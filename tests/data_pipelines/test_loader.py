@@ -153,7 +153,7 @@ def test_loss_weights_come_from_the_config():
             heard_weight=6.0,
         )
     )
-    assert [float(table[kind]) for kind in Target] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert [float(table[kind]) for kind in Target] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0]
 
 
 def test_most_tiles_of_a_row(mixture, tokenizer):

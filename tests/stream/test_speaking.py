@@ -77,6 +77,7 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     turns = session.num_samples // layout.clock.turn_samples
     inputs = inputs_of(layout, session, turns)
     outputs = run(inputs)
+    key = state.keys_B[0]  # the state is donated
     jitted, singles, now = engine.jit_step(step), [], state
     for turn in range(turns):
         now, single = jitted(some_params(), now, jax.tree.map(lambda leaf, turn=turn: jnp.asarray(leaf[turn]), inputs))
@@ -103,7 +104,7 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
 
     # From the training forward the head draws the mels that were streamed.
     before = batch.own.places_BP[0, :count] - 1
-    keys = jax.vmap(_sound_key, in_axes=(None, 0))(state.keys_B[0], jnp.asarray(before + 1))
+    keys = jax.vmap(_sound_key, in_axes=(None, 0))(key, jnp.asarray(before + 1))
     again = flow_head.sample(some_params()["audio_out"], found[0, before], keys, MODEL)
     np.testing.assert_allclose(np.asarray(again, np.float32), mels.astype(np.float32), rtol=2e-3, atol=2e-3)
 
