@@ -55,7 +55,10 @@ _WORKER_MODEL = flags.DEFINE_string("worker_model", "", "Name of the model there
 _WORKER_SENDS = flags.DEFINE_list("worker_sends", "sound,frames", "What it gets beside the transcript: sound, frames.")
 _TOOLS = flags.DEFINE_multi_string("tools", [], "Command or http address of an MCP server; may be given repeatedly.")
 _TIMEOUT_S = flags.DEFINE_float(
-    "background_timeout_s", 60.0, "Seconds until a delegation or a call has failed.", lower_bound=0.01
+    "background_timeout_s",
+    60.0,
+    "Seconds until a delegation, a call or the start of a tool server has failed.",
+    lower_bound=0.01,
 )
 CHUNK_MS = 20
 """The sound arrives in pieces of this length, as from a sound card."""
@@ -142,7 +145,8 @@ def _open_background(clock: "Clock", stack: contextlib.ExitStack) -> "Background
         media = tuple(Media(name) for name in _WORKER_SENDS.value)
         endpoint = Endpoint(url=_WORKER.value, model=_WORKER_MODEL.value, media=media)
         open_worker = functools.partial(open_endpoint, endpoint, clock)
-    return stack.enter_context(Background(_TOOLS.value, open_worker, Limits(timeout_s=_TIMEOUT_S.value)))
+    limits = Limits(timeout_s=_TIMEOUT_S.value, start_timeout_s=_TIMEOUT_S.value)
+    return stack.enter_context(Background(_TOOLS.value, open_worker, limits))
 
 
 def _stream(

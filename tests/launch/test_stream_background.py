@@ -54,8 +54,9 @@ def test_a_session_with_a_background_keeps_time_and_shows_what_came_back(folder:
     """The random model calls nonsense, which comes back as failures; both servers are there all the time."""
     tools = f"env PYTHONPATH={ROOT} {sys.executable} -m launch.tool_server --canvas={folder}/canvas.svg"
     done = stream(
-        folder, "--out=out", f"--worker={endpoint}", "--worker_model=fast", f"--tools={tools}", "--pictures=pictures"
-    )
+        folder, "--out=out", f"--worker={endpoint}", "--worker_model=fast", f"--tools={tools}", "--pictures=pictures",
+        "--background_timeout_s=300",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     transcript = json.loads((folder / "out" / "transcript.json").read_text())
     ticks = transcript["ticks"]

@@ -125,8 +125,8 @@ def test_the_canvas_is_whole_after_every_shape(tmp_path: Path) -> None:
     canvas = Canvas(path)
     assert shapes_in(path) == []
     assert canvas.draw(Shape.CIRCLE, "red") == "drew a red circle at 320, 240"
-    canvas.draw(Shape.SQUARE, "#00ff00", x=10, y=20, size=20)
-    canvas.draw(Shape.TRIANGLE, x=100, y=100, size=50.5)
+    canvas.draw(Shape.SQUARE, "#00ff00", x=10.0, y=20.0, size=20.0)
+    canvas.draw(Shape.TRIANGLE, x=100.0, y=100.0, size=50.5)
     circle, square, triangle = shapes_in(path)
     assert circle.attrib == {"cx": "320", "cy": "240", "r": "50", "fill": "red"}
     assert square.attrib == {"x": "0", "y": "10", "width": "20", "height": "20", "fill": "#00ff00"}
@@ -136,7 +136,14 @@ def test_the_canvas_is_whole_after_every_shape(tmp_path: Path) -> None:
 
 def test_what_is_not_on_the_canvas_is_not_drawn(tmp_path: Path) -> None:
     canvas = Canvas(tmp_path / "canvas.svg")
-    for arguments in ({"colour": 'red"/>'}, {"x": -1}, {"y": 481}, {"size": 0}, {"size": math.nan}, {"x": math.inf}):
+    for arguments in (
+        {"colour": 'red"/>'},
+        {"x": -1.0},
+        {"y": 481.0},
+        {"size": 0.0},
+        {"size": math.nan},
+        {"x": math.inf},
+    ):
         with pytest.raises(ValueError, match=r"colour|size"):
             canvas.draw(Shape.CIRCLE, **arguments)
     assert shapes_in(tmp_path / "canvas.svg") == []
