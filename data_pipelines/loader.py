@@ -168,6 +168,7 @@ class RowLoader:
             parts = slice(int(index.row_starts[r]), int(index.row_starts[r + 1]))
             columns = (index.source, index.record, index.part, index.slots)
             place, num_tiles = 0, 0
+            self._writer.put_seeds(batch, row, position)
             for number, (source, record, part, slots) in enumerate(
                 zip(*(column[parts].tolist() for column in columns), strict=True), start=1
             ):

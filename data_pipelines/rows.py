@@ -4,14 +4,15 @@ import numpy as np
 
 from data_pipelines.encoded import Media
 from data_pipelines.laid_out import LaidOut, PartTable
-from tml.batch import Batch, empty_rows, max_tiles_per_row
+from tml.batch import Batch, empty_rows, max_own_per_row, max_tiles_per_row
 from tml.codec.audio import silence_frame
+from tml.codec.own_sound import silent_position
 from tml.config import Experiment, LossConfig
 from tml.microturn import Kind, Layout, Target
 
 
 def loss_weight_table(loss: LossConfig) -> np.ndarray:
-    """The loss weight of each `Target` (float32 [7])."""
+    """The weight of the cross entropy of each `Target` (float32 [8]); a mel has none."""
     table = np.zeros(len(Target), np.float32)
     table[Target.LISTEN] = loss.listen_weight
     table[Target.SPEAK] = loss.speak_weight
@@ -28,13 +29,23 @@ class RowWriter:
     def __init__(self, experiment: Experiment, layout: Layout) -> None:
         self._row_slots, self._model = experiment.data.row_slots, experiment.model
         self._num_tiles = max_tiles_per_row(layout, self._row_slots)
+        self._num_own = max_own_per_row(layout, self._row_slots) if self._model.has_voice else 0
+        self._own_per_turn = layout.own_positions_per_turn
+        self._silent_Y = silent_position(self._model.audio_out)
+        self._seed = experiment.seed
         self._loss_weights = loss_weight_table(experiment.loss)
         self._silence_M = silence_frame(experiment.model.audio)
         self._order_S = np.arange(self._row_slots, dtype=np.int32)
 
     def empty(self, num_rows: int) -> Batch:
         """Rows of padding."""
-        return empty_rows(num_rows, self._row_slots, self._num_tiles, self._model)
+        return empty_rows(num_rows, self._row_slots, self._num_tiles, self._model, self._num_own)
+
+    def put_seeds(self, batch: Batch, row: int, position: int) -> None:
+        """Seeds the draws of a row of own audio by its place in the endless sequence of rows."""
+        if batch.own is not None:
+            drawn = np.random.default_rng([self._seed, position])
+            batch.own.seeds_BP[row] = drawn.integers(0, 2**32, self._num_own, np.uint32)
 
     def put(self, batch: Batch, row: int, number: int, place: int, laid_out: LaidOut, part: int) -> None:
         """Puts a part at `place` of a row, as the row's segment `number`, without its sound and pictures."""
@@ -52,7 +63,11 @@ class RowWriter:
     def put_media(
         self, batch: Batch, row: int, place: int, num_tiles: int, media: Media, parts: PartTable, part: int
     ) -> int:
-        """Copies the sound and the tiles of a part of a session; returns the row's number of tiles with them."""
+        """Copies the sound and the tiles of a part of a session; returns the row's number of tiles with them.
+
+        Raises:
+            ValueError: the model has a voice, and the session was encoded without own audio.
+        """
         kinds = batch.kinds_BS[row, place : place + int(parts.slots[part])]
         audio = np.flatnonzero(kinds == Kind.AUDIO.value)
         if len(audio):
@@ -64,6 +79,8 @@ class RowWriter:
             row_SM[audio[: len(frames)]] = frames
             if len(frames) < len(audio):
                 row_SM[audio[len(frames) :]] = self._silence_M
+        if batch.own is not None:
+            self._put_own(batch, row, place, kinds, media, int(parts.first_frame[part]))
         if not len(media.tiles_P):
             return num_tiles
         tiles, first_tile = np.flatnonzero(kinds == Kind.TILE.value), int(parts.first_tile[part])
@@ -71,3 +88,23 @@ class RowWriter:
         batch.tiles_BP[row, num_tiles:end] = media.tiles_P[first_tile : first_tile + len(tiles)]
         batch.tile_index_BS[row, place + tiles] = np.arange(num_tiles, end)
         return end
+
+    def _put_own(self, batch: Batch, row: int, place: int, kinds: np.ndarray, media: Media, first_frame: int) -> None:
+        """Adds the own audio of a part behind what the row has already."""
+        if media.own_mels_TY is None:
+            raise ValueError("a model with a voice needs sessions encoded with own audio; run launch.encode")
+        own = batch.own
+        assert own is not None
+        here = np.flatnonzero(kinds == Kind.OWN_AUDIO.value)
+        if not len(here):
+            return
+        # A turn's own audio is that of the hops of the next one, and its own hops have all come in before it.
+        heard = first_frame + np.cumsum(kinds == Kind.AUDIO.value)[here]
+        source = heard + np.arange(len(here)) % self._own_per_turn
+        first = int(np.count_nonzero(own.places_BP[row]))
+        there = slice(first, first + len(here))
+        own.places_BP[row, there] = place + here
+        known = source < len(media.own_mels_TY)
+        mels = own.mels_BPY[row, there]
+        mels[known] = media.own_mels_TY[source[known]]
+        mels[~known] = self._silent_Y

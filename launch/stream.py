@@ -3,7 +3,8 @@
     python -m launch.stream --model=runs/quickstart --wav=in.wav --out=runs/quickstart/stream
 
 Prints every tick with something in it, and the compute time of ticks. Writes to --out the transcript
-(transcript.json), the session as a picture (timeline.png), and the latencies (in transcript.json).
+(transcript.json), the session as a picture (timeline.png), the latencies (in transcript.json), and of a model
+with a voice what it says (own.wav), on the clock of the sound that it hears.
 """
 
 import json
@@ -42,9 +43,11 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(f"{_WAV.value}: there is no such file")
     prepare_jax()
     import numpy as np
+    import soundfile
 
-    from tml.codec.waveform import read_audio
+    from tml.codec.waveform import decode_clip, read_audio
     from tml.export import bundle
+    from tml.session import Stream
     from tml.stream.live import LiveSession
     from tml.timeline import draw_timeline
 
@@ -72,11 +75,17 @@ def main(argv: list[str]) -> int:
         if turn.said.text or turn.said.actions
     ]
     (out / "transcript.json").write_text(json.dumps({"wav": _WAV.value, "said": said, **latencies}, indent=2) + "\n")
-    draw_timeline(live.record(Path(_WAV.value).name), out / "timeline.png", clock)
+    record = live.record(Path(_WAV.value).name)
+    draw_timeline(record, out / "timeline.png", clock)
+    wrote = [out / "transcript.json", out / "timeline.png"]
+    if Stream.OWN_AUDIO in record.audio:
+        wrote.append(out / "own.wav")
+        own = decode_clip(record.audio[Stream.OWN_AUDIO], record.sample_rate_hz)
+        soundfile.write(wrote[-1], own, record.sample_rate_hz, subtype="PCM_16")
     text = "".join(turn.said.text for turn in turns).strip()
     print(f"said: {text!r} in {len(turns)} ticks of {config.turn.turn_ms} ms")
     print(", ".join(f"{name} {value:.4g}" for name, value in latencies.items()))
-    print(f"wrote {out / 'transcript.json'} and {out / 'timeline.png'}")
+    print(f"wrote {', '.join(map(str, wrote))}")
     return 0
 
 

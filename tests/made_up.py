@@ -19,6 +19,7 @@ from tml.config import (
 from tml.microturn import Kind, Target
 
 NUM_ROWS = 16
+NUM_TOKEN_TARGETS = len([target for target in Target if target is not Target.AUDIO])
 
 
 def made_up_experiment(**changes) -> Experiment:
@@ -50,7 +51,7 @@ def made_up_batch(experiment: Experiment, step: int) -> Batch:
     """Two segments a row with every kind of target; the next token is the target, so that it can be learnt."""
     drawn = np.random.default_rng([experiment.seed, step])
     data, model = experiment.data, experiment.model
-    batch = empty_rows(data.rows_per_batch, data.row_slots, 0, model)
+    batch = empty_rows(data.rows_per_batch, data.row_slots, 0, model, data.row_slots // 2 if model.has_voice else 0)
     shape = batch.tokens_BS.shape
     batch.tokens_BS[:] = np.cumsum(drawn.integers(1, 3, shape), axis=1) % model.vocab_size
     batch.kinds_BS[:] = np.where(drawn.random(shape) < 0.3, Kind.AUDIO, Kind.TOKEN)
@@ -60,7 +61,7 @@ def made_up_batch(experiment: Experiment, step: int) -> Batch:
     batch.segment_ids_BS[:] = np.where(places < split, 1, 2)
     batch.positions_BS[:] = np.where(places < split, places, places - split)
     batch.targets_BS[:, :-1] = batch.tokens_BS[:, 1:]
-    batch.target_kinds_BS[:, :-1] = drawn.integers(0, len(Target), (shape[0], shape[1] - 1))
+    batch.target_kinds_BS[:, :-1] = drawn.integers(0, NUM_TOKEN_TARGETS, (shape[0], shape[1] - 1))
     batch.target_kinds_BS[batch.kinds_BS == Kind.AUDIO] = Target.NONE
     batch.loss_weights_BS[:] = np.where(batch.target_kinds_BS > 0, drawn.uniform(1, 8, shape), 0.0)
     batch.kinds_BS[:, -3:] = Kind.PAD

@@ -13,6 +13,7 @@ from tml.codec.waveform import encode_clip
 from tml.config import (
     AttentionConfig,
     AudioConfig,
+    AudioOutConfig,
     EvaluationConfig,
     Experiment,
     MicroTurnConfig,
@@ -29,7 +30,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 RATE_HZ = 16_000
 
 
-def small_experiment(**stream) -> Experiment:
+def small_experiment(voice: AudioOutConfig | None = None, **stream) -> Experiment:
     """A sliding and a global layer: programs take long to compile."""
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=8, global_extent=16, rel_rank=2)
     return Experiment(
@@ -44,6 +45,7 @@ def small_experiment(**stream) -> Experiment:
             attention=attention,
             moe=MoEConfig(num_experts=4, expert_dim=8, block_rows=8),
             audio=AudioConfig(num_mels=8, num_levels=4),
+            audio_out=voice or AudioOutConfig(),
         ),
         turn=MicroTurnConfig(max_text_in_per_turn=4, max_text_out_per_turn=3, max_action_per_turn=4),
         stream=StreamConfig(**{"max_positions": 512, "temperature": 1.0, **stream}),
@@ -51,10 +53,10 @@ def small_experiment(**stream) -> Experiment:
     )
 
 
-def small_model(folder: Path, **stream) -> Model:
+def small_model(folder: Path, voice: AudioOutConfig | None = None, **stream) -> Model:
     """Random values in every parameter; the tokenizer is trained into `folder`."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 288, folder / "tokenizer")
-    experiment = small_experiment(**stream)
+    experiment = small_experiment(voice, **stream)
     rng = np.random.default_rng(0)
 
     def drawn(spec: ParamSpec) -> jax.Array:

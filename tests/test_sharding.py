@@ -15,8 +15,10 @@ from tiny import randomised
 from tml.batch import Batch
 from tml.config import (
     AttentionConfig,
+    AudioOutConfig,
     Experiment,
     ExpertDispatch,
+    FlowConfig,
     LossConfig,
     MatmulBackend,
     MeshConfig,
@@ -33,13 +35,14 @@ from tml.ops.collectives import PACK_LANES, with_next
 from tml.params import PyTree, init_params, spec_leaves
 from tml.train_step import abstract_state, make_gradients, make_train_step, to_devices
 
+OWN_SLOTS = (5, 6, 7, 8, 9, 15, 16, 17, 24)
 GATHERED, RING, RAGGED = ExpertDispatch.GATHERED_WEIGHTS, ExpertDispatch.RING, ExpertDispatch.RAGGED_ALL_TO_ALL
 
 
 def an_experiment(
     mesh: MeshConfig, dispatch: ExpertDispatch = GATHERED, chunk: int = 0, row_parts: int = 1, **moe
 ) -> Experiment:
-    """A sliding dense and a global mixture layer, with eyes and blocks ahead; the vocabulary has padding."""
+    """A sliding dense and a global mixture layer, with eyes, a voice and blocks ahead; the vocabulary has padding."""
     plain = made_up_experiment()
     model = dataclasses.replace(
         plain.model,
@@ -55,9 +58,18 @@ def an_experiment(
         moe=dataclasses.replace(plain.model.moe, dispatch=dispatch, capacity_factor=8.0, **moe),
         mtp=MtpConfig(num_blocks=2, global_blocks=(1,)),
         video=VideoConfig(tile_px=4, fold_px=(2, 2), fold_dims=(8, 12), max_tiles_per_turn=1),
+        audio_out=AudioOutConfig(
+            frames_per_position=2,
+            num_mels=3,
+            feedback_levels=4,
+            flow=FlowConfig(width=16, num_blocks=1, num_draws=2, condition_dropout=0.3),
+        ),
     )
     return dataclasses.replace(
-        plain, model=model, mesh=mesh, loss=LossConfig(z_loss_weight=1e-2, mtp_weight=0.7, chunk_positions=chunk)
+        plain,
+        model=model,
+        mesh=mesh,
+        loss=LossConfig(z_loss_weight=1e-2, mtp_weight=0.7, audio_weight=0.6, chunk_positions=chunk),
     )
 
 
@@ -68,6 +80,15 @@ def a_batch(experiment: Experiment) -> Batch:
     shape = (rows, 2, video.frames_per_tile, video.tile_px, video.tile_px, 3)
     batch.kinds_BS[:, [4, 21]] = Kind.TILE
     batch.tile_index_BS[:, 21] = 1
+    assert batch.own is not None
+    # Rows speak at some of these slots: at borders of a sequence that is split by 2 and 4, and in its last part.
+    for row in range(rows):
+        slots = np.flatnonzero(drawn.random(len(OWN_SLOTS)) < 0.7)
+        places = np.array(OWN_SLOTS)[slots]
+        batch.kinds_BS[row, places] = Kind.OWN_AUDIO
+        batch.own.places_BP[row, : len(places)] = places
+    batch.own.mels_BPY[:] = drawn.standard_normal(batch.own.mels_BPY.shape)
+    batch.own.seeds_BP[:] = drawn.integers(0, 2**32, batch.own.seeds_BP.shape)
     tokens = batch.tokens_BS % experiment.model.num_logits
     targets = batch.targets_BS % experiment.model.num_logits
     return batch.replace(tiles_BP=drawn.integers(-1, 256, shape).astype(np.int16), tokens_BS=tokens, targets_BS=targets)

@@ -5,12 +5,27 @@ import dataclasses
 import numpy as np
 
 from tml.batch import Batch, empty_rows
-from tml.config import AttentionConfig, AudioConfig, MicroTurnConfig, ModelConfig, MoEConfig, VideoConfig
-from tml.microturn import Clock, EncodedSession, EncodedText, Kind, Layout, SpecialTokens
+from tml.config import (
+    AttentionConfig,
+    AudioConfig,
+    AudioOutConfig,
+    FlowConfig,
+    MicroTurnConfig,
+    ModelConfig,
+    MoEConfig,
+    VideoConfig,
+)
+from tml.microturn import Clock, EncodedSession, EncodedText, Kind, Layout, SpecialTokens, Target
 from tml.session import Stream
 
 NUM_SPECIAL = len(dataclasses.fields(SpecialTokens))
 VOCABULARY = 40
+VOICE = AudioOutConfig(
+    frames_per_position=2,
+    num_mels=3,
+    feedback_levels=5,
+    flow=FlowConfig(width=8, num_blocks=2, num_draws=3, num_steps=2, guidance=1.5, condition_dropout=0.2),
+)
 
 
 def tiny_model(**changes) -> ModelConfig:
@@ -37,11 +52,13 @@ def tiny_model(**changes) -> ModelConfig:
 def tiny_layout(model: ModelConfig, **turn) -> Layout:
     turn_config = MicroTurnConfig(max_text_in_per_turn=4, max_text_out_per_turn=3, max_action_per_turn=4, **turn)
     names = [f.name for f in dataclasses.fields(SpecialTokens)]
+    clock = Clock.of(turn_config, model.audio)
     return Layout(
-        clock=Clock.of(turn_config, model.audio),
+        clock=clock,
         turn=turn_config,
         special=SpecialTokens(**{name: index for index, name in enumerate(names)}),
         max_tiles_per_turn=model.video.max_tiles_per_turn,
+        own_positions_per_turn=clock.frames_per_turn if model.has_voice else 0,
     )
 
 
@@ -64,6 +81,10 @@ def tiny_session(model: ModelConfig, num_turns: int, seed: int = 0) -> EncodedSe
     video = model.video
     tile_turns = np.array([1, 1, num_turns // 2]) if video.max_tiles_per_turn else np.array([], int)
     shape = (len(tile_turns), video.frames_per_tile, video.tile_px, video.tile_px, 3)
+    own_mels_TY, own_audible_T = None, None
+    if model.has_voice:
+        own_mels_TY = rng.standard_normal((num_turns * 4, model.audio_out.values_per_position)).astype(np.float16)
+        own_audible_T = np.repeat(rng.random(num_turns) < 0.4, 4)
     return EncodedSession(
         session_id=f"tiny-{seed}",
         num_samples=num_turns * turn_samples,
@@ -71,14 +92,16 @@ def tiny_session(model: ModelConfig, num_turns: int, seed: int = 0) -> EncodedSe
         texts=tuple(sorted(texts, key=lambda event: event.start)),
         tiles_P=rng.integers(-1, 256, shape).astype(np.int16),
         tile_samples_P=(tile_turns * turn_samples + 7).astype(np.int64),
+        own_mels_TY=own_mels_TY,
+        own_audible_T=own_audible_T,
     )
 
 
 def rows_of(model: ModelConfig, layout: Layout, rows: list[list[EncodedSession]], row_slots: int) -> Batch:
     """Packs sessions into rows by hand, so that the loader is not part of what these tests trust."""
-    batch = empty_rows(len(rows), row_slots, 9, model)
+    batch = empty_rows(len(rows), row_slots, 9, model, row_slots // 2 if model.has_voice else 0)
     for row, sessions in enumerate(rows):
-        first, tile = 0, 0
+        first, tile, own_first = 0, 0, 0
         for index, encoded in enumerate(sessions):
             segment = layout.lay_out(layout.contents(encoded))
             place = slice(first, first + segment.num_slots)
@@ -89,12 +112,18 @@ def rows_of(model: ModelConfig, layout: Layout, rows: list[list[EncodedSession]]
             tiles = np.flatnonzero(segment.kinds == Kind.TILE)
             batch.tile_index_BS[row, first + tiles] = tile + segment.source[tiles]
             batch.tiles_BP[row, tile : tile + len(tiles)] = encoded.tiles_P
+            own = np.flatnonzero(segment.kinds == Kind.OWN_AUDIO)
+            if batch.own is not None:
+                there = slice(own_first, own_first + len(own))
+                batch.own.places_BP[row, there] = first + own
+                batch.own.mels_BPY[row, there] = encoded.own_mels_TY[segment.source[own]]
+                batch.own.seeds_BP[row, there] = np.arange(1, len(own) + 1) * (row + 1)
             batch.segment_ids_BS[row, place] = index + 1
             batch.positions_BS[row, place] = np.arange(segment.num_slots)
             batch.targets_BS[row, place] = segment.targets
             batch.target_kinds_BS[row, place] = segment.target_kinds
-            batch.loss_weights_BS[row, place] = segment.target_kinds > 0
-            first, tile = place.stop, tile + len(tiles)
+            batch.loss_weights_BS[row, place] = (segment.target_kinds > 0) & (segment.target_kinds != Target.AUDIO)
+            first, tile, own_first = place.stop, tile + len(tiles), own_first + len(own)
     return batch
 
 

@@ -1,13 +1,27 @@
 """The batch: rows of interleaved micro-turns, every field aligned to positions so that it shards like them."""
 
-from dataclasses import fields
-
 import flax.struct
+import jax
 import numpy as np
 
 from tml.config import Boundary, ModelConfig
 from tml.microturn import Layout
 from tml.params import Leaf
+
+
+@flax.struct.dataclass
+class OwnAudio:
+    """The own audio positions of rows; P of them fit in a row, and those that it has come first, in their order.
+
+    Attributes:
+        mels_BPY: their mels (`tml.codec.own_sound`), float16.
+        places_BP: the position at which each stands; the one before it predicts it. 0 where there is none.
+        seeds_BP: uint32, of the flow head's draws at each of them.
+    """
+
+    mels_BPY: Leaf
+    places_BP: Leaf
+    seeds_BP: Leaf
 
 
 @flax.struct.dataclass
@@ -24,7 +38,8 @@ class Batch:
         positions_BS: position within the segment, from 0.
         targets_BS: token to predict.
         target_kinds_BS: `microturn.Target`; 0 where nothing is predicted.
-        loss_weights_BS: weight of the target; 0 where nothing is predicted.
+        loss_weights_BS: weight of the target; 0 where nothing is predicted, or a mel.
+        own: own audio; None for a model without a voice.
     """
 
     tokens_BS: Leaf
@@ -37,6 +52,7 @@ class Batch:
     targets_BS: Leaf
     target_kinds_BS: Leaf
     loss_weights_BS: Leaf
+    own: OwnAudio | None = None
 
 
 def max_tiles_per_row(layout: Layout, row_slots: int) -> int:
@@ -47,9 +63,24 @@ def max_tiles_per_row(layout: Layout, row_slots: int) -> int:
     return full * most + min(most, max(0, rest - least_others))
 
 
-def empty_rows(num_rows: int, row_slots: int, num_tiles: int, model: ModelConfig) -> Batch:
-    """Rows of padding, as numpy arrays that a loader fills."""
+def max_own_per_row(layout: Layout, row_slots: int) -> int:
+    """The most own audio positions that a row can hold: as many speaking turns as fit, and one that is partly there."""
+    most = layout.own_positions_per_turn
+    least_others = int(layout.turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + 1
+    full, rest = divmod(row_slots, least_others + most)
+    return full * most + min(most, max(0, rest - least_others))
+
+
+def empty_rows(num_rows: int, row_slots: int, num_tiles: int, model: ModelConfig, num_own: int = 0) -> Batch:
+    """Rows of padding, as numpy arrays that a loader fills; `num_own` own audio positions fit in a row."""
     video, shape = model.video, (num_rows, row_slots)
+    own = None
+    if model.has_voice:
+        own = OwnAudio(
+            mels_BPY=np.zeros((num_rows, num_own, model.audio_out.values_per_position), np.float16),
+            places_BP=np.zeros((num_rows, num_own), np.int32),
+            seeds_BP=np.zeros((num_rows, num_own), np.uint32),
+        )
     return Batch(
         tokens_BS=np.zeros(shape, np.int32),
         kinds_BS=np.zeros(shape, np.uint8),
@@ -61,10 +92,10 @@ def empty_rows(num_rows: int, row_slots: int, num_tiles: int, model: ModelConfig
         targets_BS=np.zeros(shape, np.int32),
         target_kinds_BS=np.zeros(shape, np.uint8),
         loss_weights_BS=np.zeros(shape, np.float32),
+        own=own,
     )
 
 
 def concatenate_rows(rows: list[Batch]) -> Batch:
     """Stacks rows (each a Batch of numpy arrays) into one Batch along B."""
-    columns = {f.name: np.concatenate([getattr(row, f.name) for row in rows]) for f in fields(Batch)}
-    return Batch(**columns)
+    return jax.tree.map(lambda *columns: np.concatenate(columns), *rows)

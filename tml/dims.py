@@ -27,8 +27,8 @@ DIMS: dict[str, str] = {
     "Q": "quantisation levels",
     "J": "rank of the relative-position projection",
     "X": "extent: distances the relative bias covers",
-    "P": "image tiles in a row",
+    "P": "image tiles, or own audio positions, in a row",
     "I": "input width of a fold or of a projection",
     "O": "output width of a fold",
-    "Y": "taps of a short convolution",
+    "Y": "taps of a short convolution, or mel values of an own audio position",
 }

@@ -3,9 +3,10 @@
 The convention, stated with every MFU: model FLOPs of one row = 6 * N * S + 12 * heads * head_dim * span
 for every layer, forward and backward; nothing recomputed is counted. N is the parameters that one
 position multiplies: routed experts count by the share that is chosen, tables that are looked up do
-not count, nor does the image tower, which works per tile. Span is S^2/2 for global layers and
-S*w - w^2/2 for sliding ones: the positions of a row count as one segment, padding included. A block of
-multi-token prediction counts as a layer, and multiplies by the unembedding once more.
+not count, nor do the image tower, which works per tile, and the flow head, which works per own audio
+position. Span is S^2/2 for global layers and S*w - w^2/2 for sliding ones: the positions of a row count
+as one segment, padding included. A block of multi-token prediction counts as a layer, and multiplies by
+the unembedding once more.
 """
 
 import time
@@ -48,7 +49,7 @@ def param_table(specs: PyTree, model: ModelConfig) -> list[ParamGroup]:
     for path, spec in spec_leaves(specs):
         share = model.moe.num_experts_per_token / model.moe.num_experts if is_routed(spec) else 1.0
         active = round(spec.size * share)
-        multiplied = 0 if is_table(spec) or is_per_tile(spec) else active
+        multiplied = 0 if is_table(spec) or is_per_tile(path) or is_per_own(path) else active
         counts = np.array([spec.size, active, multiplied])
         name = group_name(path)
         groups[name] = groups.get(name, np.zeros(3, np.int64)) + counts
@@ -75,9 +76,14 @@ def is_table(spec: ParamSpec) -> bool:
     return spec.update is Update.EMBEDDING and spec.axes[-1] == "D"
 
 
-def is_per_tile(spec: ParamSpec) -> bool:
+def is_per_tile(path: str) -> bool:
     """Whether the parameter belongs to the image tower."""
-    return "O" in spec.axes
+    return path.startswith("embed/video/")
+
+
+def is_per_own(path: str) -> bool:
+    """Whether the parameter belongs to the flow head."""
+    return path.startswith("audio_out/")
 
 
 def param_table_text(groups: Sequence[ParamGroup]) -> str:
@@ -97,7 +103,9 @@ def attention_span(num_slots: int, window: int | None) -> float:
     return num_slots * window - window**2 / 2
 
 
-def row_flops(specs: PyTree, model: ModelConfig, row_slots: int, tiles_per_row: float = 0.0) -> float:
+def row_flops(
+    specs: PyTree, model: ModelConfig, row_slots: int, tiles_per_row: float = 0.0, own_per_row: float = 0.0
+) -> float:
     """Model FLOPs of training on one row, by the convention above.
 
     Args:
@@ -105,6 +113,7 @@ def row_flops(specs: PyTree, model: ModelConfig, row_slots: int, tiles_per_row: 
         model: the model.
         row_slots: S, positions of the row.
         tiles_per_row: image tiles of the row, each through the image tower.
+        own_per_row: own audio positions of the row, each through the flow head for every draw.
     """
     multiplied = param_table(specs, model)[-1].multiplied
     multiplied += model.mtp.num_blocks * model.d_model * model.vocab_size
@@ -114,12 +123,14 @@ def row_flops(specs: PyTree, model: ModelConfig, row_slots: int, tiles_per_row: 
     span = num_global * attention_span(row_slots, None)
     span += num_sliding * attention_span(row_slots, attention.window)
     flops = 6.0 * multiplied * row_slots + 12.0 * attention.num_heads * attention.head_dim * span
+    head = sum(spec.size for path, spec in spec_leaves(specs) if is_per_own(path))
+    flops += 6.0 * head * model.audio_out.flow.num_draws * own_per_row
     return flops + tiles_per_row * tile_flops(specs, model)
 
 
 def tile_flops(specs: PyTree, model: ModelConfig) -> float:
     """Model FLOPs of training on one image tile: every fold works on fewer and fewer places."""
-    folds = [spec for _, spec in spec_leaves(specs) if is_per_tile(spec) and "I" in spec.axes]
+    folds = [spec for path, spec in spec_leaves(specs) if is_per_tile(path) and "I" in spec.axes]
     places, flops = model.video.frames_per_tile * model.video.tile_px**2, 0.0
     for spec, fold in zip(folds, model.video.fold_px, strict=False):
         places //= fold**2

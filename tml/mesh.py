@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tml.batch import Batch
+from tml.batch import Batch, OwnAudio
 from tml.config import DATA_AXES, ROW_AXES, SHARD_AXES, MeshConfig, Split
 from tml.config.mesh import describe_nearest
 from tml.params import ParamSpec, PyTree, map_specs
@@ -138,14 +138,18 @@ def activation_partition(letters: str) -> PartitionSpec:
     return PartitionSpec(*(ACTIVATION_AXES.get(letter) for letter in letters))
 
 
-def batch_partition() -> Batch:
-    """The partition of every field of a Batch, from the letters of its name."""
-    return Batch(**{f.name: activation_partition(f.name.rpartition("_")[2]) for f in fields(Batch)})
+def batch_partition(has_voice: bool = False) -> Batch:
+    """The partition of every field of a Batch, from the letters of its name; with a voice it holds own audio."""
+
+    def partitions(kind: type) -> dict[str, PartitionSpec]:
+        return {f.name: activation_partition(f.name.rpartition("_")[2]) for f in fields(kind) if f.name != "own"}
+
+    return Batch(**partitions(Batch), own=OwnAudio(**partitions(OwnAudio)) if has_voice else None)
 
 
-def batch_sharding(mesh: Mesh) -> Batch:
+def batch_sharding(mesh: Mesh, has_voice: bool = False) -> Batch:
     """The sharding of every field of a Batch: rows over the row axes, their positions over `context`."""
-    return jax.tree.map(lambda entry: NamedSharding(mesh, entry), batch_partition())
+    return jax.tree.map(lambda entry: NamedSharding(mesh, entry), batch_partition(has_voice))
 
 
 @dataclass(frozen=True, kw_only=True)

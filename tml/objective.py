@@ -1,6 +1,6 @@
 """The objective: cross entropy of every stream's targets, weighted in the total and logged by itself.
 
-Multi-token prediction is a term beside it, over targets further ahead.
+Multi-token prediction is a term beside it, over targets further ahead; own audio is another, of mels.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,9 @@ from tml.ops.collectives import with_next
 from tml.ops.cross_entropy import Scores
 
 STREAMS: dict[str, tuple[Target, ...]] = {
-    target.name.lower(): (target,) for target in Target if target is not Target.NONE
+    target.name.lower(): (target,) for target in Target if target not in (Target.NONE, Target.AUDIO)
 }
+"""Streams of tokens."""
 ACCURACIES: dict[str, tuple[Target, ...]] = {
     "control": (Target.LISTEN, Target.SPEAK),
     "speak": (Target.SPEAK,),
@@ -31,6 +32,28 @@ ACCURACIES: dict[str, tuple[Target, ...]] = {
 def total_weight(batch: Batch) -> Float32[Array, ""]:
     """The sum of the loss weights of the global batch, by which the total loss is divided."""
     return jnp.sum(batch.loss_weights_BS)
+
+
+def num_own(batch: Batch) -> Float32[Array, ""] | None:
+    """The own audio positions of some whole rows; None without a voice."""
+    return None if batch.own is None else jnp.sum((batch.own.places_BP > 0).astype(jnp.float32))
+
+
+def objective_of_audio(
+    error: Mean, count: Float32[Array, ""], cfg: LossConfig
+) -> tuple[Float32[Array, ""], dict[str, Mean]]:
+    """The loss of own audio: `audio_weight` times the mean error of the batch.
+
+    Args:
+        error: of some rows' own audio positions (`tml.model.flow_head.loss`).
+        count: own audio positions of the whole batch.
+        cfg: the weight of the term.
+
+    Returns:
+        The term to differentiate, and its metric `loss_audio`, unweighted. It is no part of `loss`.
+    """
+    loss = cfg.audio_weight * error.total / jnp.maximum(count, 1.0)
+    return loss, jax.lax.stop_gradient({"loss_audio": error})
 
 
 def objective(

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import DATA_AXES, Experiment, MeshConfig, check_platform
+from tml.config import DATA_AXES, ROW_AXES, Experiment, MeshConfig, check_platform
 from tml.mesh import (
     batch_partition,
     batch_sharding,
@@ -24,9 +24,9 @@ from tml.mesh import (
 )
 from tml.metrics import Mean
 from tml.microturn import Kind
-from tml.model import transformer
+from tml.model import flow_head, transformer
 from tml.model.moe import Load
-from tml.objective import objective, objective_ahead, targets_ahead, total_weight
+from tml.objective import num_own, objective, objective_ahead, objective_of_audio, targets_ahead, total_weight
 from tml.ops.collectives import sum_copies, sum_over
 from tml.optim import learning_rate, make_optimizer
 from tml.params import Leaf, PyTree, abstract_params, init_params
@@ -50,6 +50,19 @@ class TrainState:
     params: PyTree
     opt_state: PyTree
     num_skipped: Leaf
+
+
+@flax.struct.dataclass
+class BatchWeight:
+    """What a batch's losses are divided by.
+
+    Attributes:
+        targets: the weight of its tokens.
+        own: its own audio positions; None without a voice.
+    """
+
+    targets: Leaf
+    own: Leaf
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -119,7 +132,7 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
     Returns:
         The jitted step. Its metrics: `loss`, `loss_STREAM`, `accuracy_GROUP`, `tokens` (positions
         that are not padding), `fill` (their share), `grad_norm` (before clipping), `lr`,
-        `num_skipped`, with multi-token prediction `loss_mtp`, and with experts `load_cv`,
+        `num_skipped`, with multi-token prediction `loss_mtp`, with a voice `loss_audio`, and with experts `load_cv`,
         `load_max_over_mean` and `dropped_fraction` (of all copies, padding's included).
 
     Raises:
@@ -163,7 +176,7 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(state_shardings, batch_sharding(mesh)),
+        in_shardings=(state_shardings, batch_sharding(mesh, model.has_voice)),
         out_shardings=(state_shardings, replicated(mesh)),
     )
 
@@ -173,12 +186,14 @@ def make_eval_step(experiment: Experiment, mesh: Mesh) -> EvalStep:
     sizes = mesh_config(mesh)
 
     def evaluate(params: PyTree, rows: Batch) -> Sums:
-        _, (metrics, _) = _loss(params, rows, total_weight(rows), experiment, sizes)
+        _, (metrics, _) = _loss(params, rows, BatchWeight(total_weight(rows), num_own(rows)), experiment, sizes)
         return sum_over(metrics, DATA_AXES, sizes)
 
     specs = transformer.specs(experiment.model)
-    on_every_device = _on_every_device(evaluate, mesh, (param_partition(specs, sizes), batch_partition()), P())
-    in_shardings = (param_sharding(specs, mesh), batch_sharding(mesh))
+    has_voice = experiment.model.has_voice
+    in_specs = (param_partition(specs, sizes), batch_partition(has_voice))
+    on_every_device = _on_every_device(evaluate, mesh, in_specs, P())
+    in_shardings = (param_sharding(specs, mesh), batch_sharding(mesh, has_voice))
     return jax.jit(on_every_device, in_shardings=in_shardings, out_shardings=replicated(mesh))
 
 
@@ -191,7 +206,7 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
     sizes, num_parts = mesh_config(mesh), experiment.train.grad_accum_steps
     specs = transformer.specs(experiment.model)
 
-    def part(params: PyTree, rows: Batch, weight: jax.Array) -> tuple[PyTree, Sums, Load]:
+    def part(params: PyTree, rows: Batch, weight: BatchWeight) -> tuple[PyTree, Sums, Load]:
         def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Sums, Load]]:
             loss, aux = _loss(params, rows, weight, experiment, sizes)
             # The devices along `tensor` have the same positions: each answers for its share (`tml.ops.collectives`).
@@ -200,7 +215,7 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
         grads, (metrics, load) = jax.grad(loss_of, has_aux=True)(params)
         return grads, metrics, load
 
-    def in_parts(params: PyTree, batch: Batch, weight: jax.Array) -> tuple[PyTree, Sums, Load]:
+    def in_parts(params: PyTree, batch: Batch, weight: BatchWeight) -> tuple[PyTree, Sums, Load]:
         parts = jax.tree.map(lambda rows: _split_rows(rows, num_parts), batch)
         sums = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -213,32 +228,39 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
         return jax.lax.scan(add, sums, parts)[0]
 
     def whole(params: PyTree, batch: Batch) -> tuple[PyTree, Sums, Load]:
-        weight = sum_over(total_weight(batch), DATA_AXES, sizes)
+        # Own audio is whole along `context`: only rows are split.
+        own = None if batch.own is None else sum_over(num_own(batch), ROW_AXES, sizes)
+        weight = BatchWeight(sum_over(total_weight(batch), DATA_AXES, sizes), own)
         grads, metrics, load = (part if num_parts == 1 else in_parts)(params, batch, weight)
         with jax.named_scope("sum_over_devices"):
             metrics, load = sum_over((metrics, load), DATA_AXES, sizes)
             return sum_copies(grads, specs, sizes), metrics, load
 
     params = param_partition(specs, sizes)
-    return _on_every_device(whole, mesh, (params, batch_partition()), (params, P(), P()))
+    return _on_every_device(whole, mesh, (params, batch_partition(experiment.model.has_voice)), (params, P(), P()))
 
 
 def _loss(
-    params: PyTree, rows: Batch, weight: jax.Array, experiment: Experiment, sizes: MeshConfig
+    params: PyTree, rows: Batch, weight: BatchWeight, experiment: Experiment, sizes: MeshConfig
 ) -> tuple[jax.Array, tuple[Sums, Load]]:
     """The loss of some rows, with its metrics and the load of their experts."""
     model, cfg = experiment.model, experiment.loss
     found = transformer.hidden(params, rows, model, sizes)
     with jax.named_scope("objective"):
         scores = transformer.score(params, found.h_BSD, rows.targets_BS, cfg.chunk_positions, model, sizes)
-        loss, metrics = objective(scores, rows, weight, cfg)
+        loss, metrics = objective(scores, rows, weight.targets, cfg)
+    if rows.own is not None:
+        with jax.named_scope("audio_objective"):
+            error = flow_head.loss(params["audio_out"], found.h_BSD, rows.own, model, sizes)
+            loss_audio, metrics_audio = objective_of_audio(error, weight.own, cfg)
+        loss, metrics = loss + loss_audio, {**metrics, **metrics_audio}
     if not found.ahead:
         return loss, (metrics, found.load)
     with jax.named_scope("mtp_objective"):
         ahead = targets_ahead(rows, len(found.ahead), sizes)
         h_BSD = jnp.concatenate(found.ahead)
         scores = transformer.score(params, h_BSD, ahead.targets_BS, cfg.chunk_positions, model, sizes)
-        loss_ahead, metrics_ahead = objective_ahead(scores, ahead, len(found.ahead), weight, cfg)
+        loss_ahead, metrics_ahead = objective_ahead(scores, ahead, len(found.ahead), weight.targets, cfg)
     return loss + loss_ahead, ({**metrics, **metrics_ahead}, found.load)
 
 
@@ -293,4 +315,4 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
 
         return jax.make_array_from_callback(shape, sharding, piece)
 
-    return jax.tree.map(place, batch, batch_sharding(mesh))
+    return jax.tree.map(place, batch, batch_sharding(mesh, batch.own is not None))

@@ -85,7 +85,7 @@ def test_rows_of_sound_and_of_pictures_equal() -> None:
     oracle, params = compared()
     batch = inputs_of(MODEL, (Kind.AUDIO, Kind.TILE))
     float32 = jnp.dtype("float32")
-    sound = embed.embed_audio(params["embed"]["audio"], jnp.asarray(batch.levels_BSM), MODEL.audio, 1e-6, float32)
+    sound = embed.embed_audio(params["embed"]["audio"], jnp.asarray(batch.levels_BSM), 1e-6, float32)
     pictures = embed.embed_tiles(params["embed"]["video"], jnp.asarray(batch.tiles_BP), MODEL.video, 1e-6, float32)
     pixels = (batch.tiles_BP[0] / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tml.codec import audio, video, waveform
+from tml.codec import audio, own_sound, video, waveform
 from tml.codec.text import Tokenizer
 from tml.config import AudioConfig, ModelConfig, VideoConfig
 from tml.microturn import EncodedSession, EncodedText
@@ -14,10 +14,11 @@ def encode_session(session: Session, model: ModelConfig, tokenizer: Tokenizer) -
 
     A session at another rate is resampled, and its events move with it. A session that does not promise
     `user_audio` gets digital silence. A model without eyes (`video.max_tiles_per_turn` is 0) gets no tiles.
-    `own_audio` is not an input of the model and is left alone.
+    A model without a voice leaves `own_audio` alone; with one, a session that says nothing is silent.
 
     Raises:
-        SessionError: a promise is not kept, or a stream cannot be decoded.
+        SessionError: a promise is not kept, a stream cannot be decoded, or own text has no sound for a model with a
+            voice.
     """
     session.check()
     rate_hz = model.audio.sample_rate_hz
@@ -25,6 +26,7 @@ def encode_session(session: Session, model: ModelConfig, tokenizer: Tokenizer) -
     try:
         levels_TM = _levels(session, num_samples, model.audio)
         tiles_P, tile_samples_P = _tiles(session, num_samples, rate_hz, model.video)
+        own_mels_TY = _own_mels(session, num_samples, model) if model.has_voice else None
         texts = _user_words(session, rate_hz, tokenizer) + tuple(
             EncodedText(
                 stream=event.stream,
@@ -42,6 +44,8 @@ def encode_session(session: Session, model: ModelConfig, tokenizer: Tokenizer) -
         texts=texts,
         tiles_P=tiles_P,
         tile_samples_P=tile_samples_P,
+        own_mels_TY=own_mels_TY,
+        own_audible_T=None if own_mels_TY is None else own_sound.audible(own_mels_TY, model.audio_out),
     )
 
 
@@ -71,6 +75,20 @@ def _levels(session: Session, num_samples: int, cfg: AudioConfig) -> np.ndarray:
         return audio.pad_frames(np.zeros((0, cfg.num_mels), np.uint8), -(-num_samples // cfg.hop_samples), cfg)
     samples = waveform.decode_clip(clip, session.sample_rate_hz)
     return audio.session_frames(waveform.resample(samples, session.sample_rate_hz, cfg.sample_rate_hz), cfg)
+
+
+def _own_mels(session: Session, num_samples: int, model: ModelConfig) -> np.ndarray:
+    clip, rate_hz = session.audio.get(Stream.OWN_AUDIO), model.audio.sample_rate_hz
+    if clip is None:
+        if session.texts_of(Stream.OWN_TEXT):
+            raise ValueError(
+                "it has own_text but no own_audio, which this model's voice (model.audio_out) needs; prepare the data "
+                "with own_audio, or set model.audio_out.frames_per_position = 0"
+            )
+        num_positions = -(-num_samples // model.audio.hop_samples)
+        return np.tile(own_sound.silent_position(model.audio_out), (num_positions, 1))
+    samples = waveform.decode_clip(clip, session.sample_rate_hz)
+    return own_sound.own_mels(waveform.resample(samples, session.sample_rate_hz, rate_hz), model)
 
 
 def _tiles(session: Session, num_samples: int, rate_hz: int, cfg: VideoConfig) -> tuple[np.ndarray, np.ndarray]:

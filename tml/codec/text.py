@@ -164,11 +164,13 @@ class Tokenizer:
 
 def layout_of(experiment: Experiment, tokenizer: Tokenizer) -> Layout:
     """The micro-turn layout of an experiment."""
+    clock = Clock.of(experiment.turn, experiment.model.audio)
     return Layout(
-        clock=Clock.of(experiment.turn, experiment.model.audio),
+        clock=clock,
         turn=experiment.turn,
         special=tokenizer.special,
         max_tiles_per_turn=experiment.model.video.max_tiles_per_turn,
+        own_positions_per_turn=clock.frames_per_turn if experiment.model.has_voice else 0,
     )
 
 

@@ -1,5 +1,6 @@
 """The configuration of a run: a tree of frozen dataclasses that check themselves. No jax here."""
 
+from tml.config.audio_out import AudioOutConfig, FlowConfig, FlowSolver, VocoderConfig, VocoderKind
 from tml.config.data import DataConfig, SourceConfig, SourceKind
 from tml.config.experiment import Experiment
 from tml.config.mesh import DATA_AXES, ROW_AXES, SHARD_AXES, MeshConfig, Split
@@ -46,6 +47,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionConfig",
     "AudioConfig",
+    "AudioOutConfig",
     "Boundary",
     "ComputeDtype",
     "Control",
@@ -53,6 +55,8 @@ __all__ = [
     "EvaluationConfig",
     "Experiment",
     "ExpertDispatch",
+    "FlowConfig",
+    "FlowSolver",
     "LossConfig",
     "MatmulBackend",
     "MeshConfig",
@@ -73,6 +77,8 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "VideoConfig",
+    "VocoderConfig",
+    "VocoderKind",
     "check_platform",
     "config_hash",
     "difference",

@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass, field, replace
 
+from tml.config.audio_out import AudioOutConfig
 from tml.config.checks import check_at_most, check_multiple, check_not_negative, check_positive
 
 
@@ -254,6 +255,7 @@ class ModelConfig:
     mtp: MtpConfig = field(default_factory=MtpConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
+    audio_out: AudioOutConfig = field(default_factory=AudioOutConfig)
 
     def __post_init__(self) -> None:
         check_positive(
@@ -278,6 +280,16 @@ class ModelConfig:
                 f"model.global_layers names layers {outside}, but model.num_layers = {self.num_layers} "
                 f"gives layers 0 to {self.num_layers - 1}"
             )
+        if self.has_voice:
+            parts = "model.audio_out.frames_per_position", self.audio_out.frames_per_position
+            check_multiple("model.audio.hop_samples", self.audio.hop_samples, *parts)
+            hop = self.audio.hop_samples // self.audio_out.frames_per_position
+            check_multiple("model.audio_out.window_samples", self.audio_out.window_samples, "a frame's hop", hop)
+
+    @property
+    def has_voice(self) -> bool:
+        """Whether the model speaks: whether it has a flow head."""
+        return self.audio_out.frames_per_position > 0
 
     @property
     def num_logits(self) -> int:

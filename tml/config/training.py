@@ -18,6 +18,8 @@ class LossConfig:
     document_weight: float = 1.0
     heard_weight: float = 0.0
     """Of the words of the user, predicted where they end, in sessions that know them."""
+    audio_weight: float = 1.0
+    """Of own audio: the flow head's squared error, averaged over positions, draws and values, beside the rest."""
     mtp_weight: float = 0.1
     """Weight of multi-token prediction, the mean over its blocks, beside the rest (DeepSeek-V3, equation 25)."""
     z_loss_weight: float = 0.0

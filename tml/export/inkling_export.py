@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tml.checkpoint_pieces import ParamsReader
-from tml.export import inkling_config, inkling_layout
+from tml.export import inkling_config, inkling_layout, interaction_head
 from tml.export.inkling_import import CONFIG, KEEPSAKE, SIDE_FILES, STORED, origin, read_config, rows_at_a_time
 from tml.export.inkling_layout import FLOAT32_NAMES, Part, Tensor
 from tml.export.staging import whole_folder
@@ -38,7 +38,7 @@ def export_folder(
     stored_as: StoredAs = StoredAs.AS_IMPORTED,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ParamsReader:
-    """Exports a checkpoint; returns what it was read with.
+    """Exports a checkpoint, its voice in files beside it; returns what it was read with.
 
     Args:
         workdir: the run folder.
@@ -52,7 +52,7 @@ def export_folder(
         CheckpointError: there is no checkpoint, or it is damaged.
     """
     reader = ParamsReader(workdir, step)
-    keepsake, model = workdir / KEEPSAKE, reader.experiment.model
+    keepsake, model = workdir / KEEPSAKE, interaction_head.published(reader.experiment.model)
     kept = read_config(keepsake) if keepsake.is_dir() else {}
     before = json.loads((keepsake / STORED).read_text())["dtypes"] if keepsake.is_dir() else {}
     config = inkling_config.from_model(model, kept)
@@ -69,6 +69,7 @@ def export_folder(
     ]
     with whole_folder(folder, INDEX, ValueError) as staging:
         write_shards(staging, planned, max_shard_bytes)
+        interaction_head.write(staging, reader)
         reader.check()
         for name in SIDE_FILES:
             if (keepsake / name).is_file():

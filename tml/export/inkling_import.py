@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
@@ -17,8 +18,8 @@ import numpy as np
 
 from tml.checkpoint import CheckpointError, describe
 from tml.checkpoint_pieces import STEP, ParamsReader, Piece, PiecewiseArray, committed_steps, write_params
-from tml.config import Experiment, ModelConfig, TextConfig, difference, to_json, to_mapping
-from tml.export import inkling_config, inkling_layout
+from tml.config import Experiment, MicroTurnConfig, ModelConfig, TextConfig, difference, to_json, to_mapping
+from tml.export import inkling_config, inkling_layout, interaction_head
 from tml.export.inkling_layout import Part, Tensor
 from tml.export.tensor_folder import TensorFolder
 from tml.model import transformer
@@ -67,10 +68,13 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int = 1) -> E
     has_tower = any(name.startswith("model.visual.") for name in source.tensors)
     model = inkling_config.to_model(config, has_tower, max_tiles_per_turn)
     layout = inkling_layout.tensors(model)
+    voice = interaction_head.read(folder)
+    turn = voice.turn if voice else MicroTurnConfig()
     check_tensors(layout, source)
     tokenizer = workdir / "tokenizer" / TOKENIZER if (folder / TOKENIZER).is_file() else None
     text = TextConfig(tokenizer=str(tokenizer or ""))
-    experiment = Experiment(name=folder.resolve().name, model=model, text=text)
+    whole = replace(model, audio_out=voice.audio_out) if voice else model
+    experiment = Experiment(name=folder.resolve().name, model=whole, text=text, turn=turn)
     if committed_steps(workdir):
         _refuse_another(source, workdir, experiment)
         return experiment
@@ -79,7 +83,8 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int = 1) -> E
         tokenizer.parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / TOKENIZER, tokenizer)
     (workdir / CONFIG).write_text(to_json(experiment) + "\n")
-    write_params(workdir, experiment, piecewise(layout, model, source))
+    arrays = {**piecewise(layout, model, source), **interaction_head.piecewise(folder, whole)}
+    write_params(workdir, experiment, arrays)
     return experiment
 
 
@@ -163,7 +168,9 @@ def _pieces(sources: Sequence[Source], source: TensorFolder) -> Iterator[Piece]:
 
 def _described(source: TensorFolder) -> dict[str, Any]:
     """How each tensor is stored, and in which files of what size and date."""
-    stats = {name: (source.folder / name).stat() for name in {stored.file for stored in source.tensors.values()}}
+    beside = {name for name in (interaction_head.WEIGHTS,) if (source.folder / name).is_file()}
+    files = {stored.file for stored in source.tensors.values()} | beside
+    stats = {name: (source.folder / name).stat() for name in files}
     return {
         "dtypes": {name: stored.dtype for name, stored in source.tensors.items()},
         "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},

@@ -45,8 +45,12 @@ def save(model: Model, folder: Path, buckets: Sequence[int] = BUCKETS) -> None:
     """Writes the programs of every bucket, the weights and the manifest; an older export there is replaced.
 
     Raises:
-        PortableError: the folder holds something that is not an export of this kind.
+        PortableError: the folder holds something that is not an export of this kind, or the model has a voice.
     """
+    if model.experiment.model.has_voice:
+        raise PortableError(
+            "portable programs have no flow head yet, and this model has a voice (model.audio_out); export a bundle"
+        )
     with whole_folder(folder, MARKER, PortableError) as staging:
         safetensors.numpy.save_file(by_path(model.params, model.experiment), staging / PARAMS)
         programs = [

@@ -8,9 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Float32, Int16, Int32, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Int16, Int32, UInt8
 
 from tml.config import MatmulBackend, MeshConfig, ModelConfig
+from tml.microturn import Kind
 from tml.model import embed, transformer
 from tml.model.layer_functions import Bias, LayerFunctions, LayerState, LiveLayer
 from tml.model.live_experts import streaming_experts, streaming_heads, streaming_shared_experts
@@ -49,6 +50,8 @@ class Slots(NamedTuple):
         tiles_BP: image tiles.
         tile_index_BW: which tile stands at a slot.
         counts_B: valid slots.
+        own_BY: the mel of own audio that stands at the first slot of each session where it is OWN_AUDIO; None if no
+            session speaks.
     """
 
     tokens_BW: Int32[Array, "B W"]
@@ -57,6 +60,7 @@ class Slots(NamedTuple):
     tiles_BP: Int16[Array, "B P f h w 3"]
     tile_index_BW: Int32[Array, "B W"]
     counts_B: Int32[Array, "B"]
+    own_BY: Float16[Array, "B Y"] | None = None
 
 
 def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: int) -> DecodeState:
@@ -116,7 +120,7 @@ def append(
     not be fed: what is over `max_positions` would be lost (the engine checks).
     """
     state, x_BWD = feed(params, state, slots, cfg, ONE_DEVICE, MatmulBackend.BLOCKED)
-    return state, transformer.logits(params, x_BWD, cfg, ONE_DEVICE)
+    return state, transformer.logits(params, transformer.head_input(params["norm"], x_BWD, cfg), cfg, ONE_DEVICE)
 
 
 def feed(
@@ -153,6 +157,9 @@ def feed(
         mesh,
     )
     rows_B1 = jnp.arange(slots.counts_B.shape[0])[:, None]
+    if slots.own_BY is not None:
+        slots_B1 = jnp.where(slots.kinds_BW[:, :1] == Kind.OWN_AUDIO, 0, -1).astype(jnp.int32)
+        x_BWD = embed.put_own_audio(x_BWD, params["embed"], slots.kinds_BW, slots.own_BY[:, None], slots_B1, cfg)
     ring_BW = _places(positions_BW, valid_BW, state.ring_positions_BT.shape[1])
     full_BW = _places(positions_BW, valid_BW, state.full_positions_BT.shape[1])
     ring_positions_BT = state.ring_positions_BT.at[rows_B1, ring_BW].set(positions_BW, mode="drop")

@@ -1,15 +1,16 @@
-"""Input embeddings: tokens, dMel audio frames and hMLP image tiles, one vector a position."""
+"""Input embeddings: tokens, dMel audio frames, hMLP image tiles and own audio, one vector a position."""
 
 import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int16, Int32, UInt8
+from jaxtyping import Array, Float, Float16, Int16, Int32, UInt8
 
 from tml.codec.video import normalise_tiles
-from tml.config import AudioConfig, ComputeDtype, MeshConfig, ModelConfig, Remat, VideoConfig
+from tml.config import ComputeDtype, MeshConfig, ModelConfig, Remat, VideoConfig
 from tml.microturn import Kind
+from tml.model.flow_head import feedback_levels
 from tml.ops.collectives import index_along, sum_over
 from tml.ops.norm import rms_norm
 from tml.ops.projection import project
@@ -17,7 +18,7 @@ from tml.params import PyTree, Update, param, scale
 
 
 def specs(cfg: ModelConfig) -> dict[str, PyTree]:
-    """The parameters of the embeddings; a model without eyes has no video tower."""
+    """The parameters of the embeddings; a model without eyes has no video tower, one without a voice no own audio."""
     sizes = {"D": cfg.d_model, "V": cfg.vocab_size, "M": cfg.audio.num_mels, "Q": cfg.audio.num_levels}
     tree: dict[str, PyTree] = {
         "tokens": {
@@ -31,6 +32,12 @@ def specs(cfg: ModelConfig) -> dict[str, PyTree]:
     }
     if cfg.video.max_tiles_per_turn:
         tree["video"] = _video_specs(cfg.video, cfg.d_model)
+    if cfg.has_voice:
+        own = {"D": cfg.d_model, "M": cfg.audio_out.num_mels, "Q": cfg.audio_out.feedback_levels}
+        tree["own_audio"] = {
+            "table": param("M Q D", own, fan_in="D", update=Update.EMBEDDING, smooth_axis="Q"),
+            "norm": scale("D", own),
+        }
     return tree
 
 
@@ -60,7 +67,7 @@ def embed(
     """One vector for every position, by its kind (see `tml.batch.Batch` for the arguments)."""
     dtype = compute_dtype(cfg)
     x_BSD = rms_norm(token_rows(params, tokens_BS, cfg, mesh), params["tokens"]["norm"], cfg.norm_eps)
-    audio_BSD = embed_audio(params["audio"], levels_BSM, cfg.audio, cfg.norm_eps, dtype)
+    audio_BSD = embed_audio(params["audio"], levels_BSM, cfg.norm_eps, dtype)
     x_BSD = jnp.where((kinds_BS == Kind.AUDIO)[:, :, None], audio_BSD, x_BSD)
     if "video" in params and tiles_BP.shape[1]:
         make = functools.partial(embed_tiles, video=cfg.video, eps=cfg.norm_eps, dtype=dtype)
@@ -89,14 +96,40 @@ def look_up(table_VD: Float[Array, "v D"], tokens_BS: Int32[Array, "B S"], mesh:
 
 
 def embed_audio(
-    params: Mapping[str, PyTree], levels_BSM: UInt8[Array, "B S M"], audio: AudioConfig, eps: float, dtype: jnp.dtype
+    params: Mapping[str, PyTree], levels_BSM: UInt8[Array, "B S M"], eps: float, dtype: jnp.dtype
 ) -> Float[Array, "B S D"]:
     """The dMel embedding (Bai et al. 2024): one table row a channel and level, summed over channels, normed.
 
     The sum is a matmul with one-hot levels: a gather of M rows a position is eight times slower here.
     """
-    one_hot = jax.nn.one_hot(levels_BSM, audio.num_levels, dtype=dtype)
+    one_hot = jax.nn.one_hot(levels_BSM, params["table"].shape[1], dtype=dtype)
     return rms_norm(project(one_hot, params["table"].astype(dtype), num_summed=2), params["norm"], eps)
+
+
+def put_own_audio(
+    x_BSD: Float[Array, "B S D"],
+    params: Mapping[str, PyTree],
+    kinds_BS: UInt8[Array, "B S"],
+    mels_BPY: Float16[Array, "B P Y"],
+    slots_BP: Int32[Array, "B P"],
+    cfg: ModelConfig,
+) -> Float[Array, "B S D"]:
+    """Puts the embedding of own audio where it stands: its averaged frames, quantised, through a table of their own.
+
+    Args:
+        x_BSD: the other inputs.
+        params: of the embeddings.
+        kinds_BS: `microturn.Kind`: what stands at OWN_AUDIO before is replaced.
+        mels_BPY: the mels.
+        slots_BP: where each stands; those outside [0, S) stand nowhere.
+        cfg: the model.
+    """
+    levels_BPM = feedback_levels(mels_BPY, cfg.audio_out)
+    own_BPD = embed_audio(params["own_audio"], levels_BPM, cfg.norm_eps, x_BSD.dtype)
+    num_slots = x_BSD.shape[1]
+    slots_BP = jnp.where((slots_BP >= 0) & (slots_BP < num_slots), slots_BP, num_slots)
+    x_BSD = jnp.where((kinds_BS == Kind.OWN_AUDIO)[:, :, None], jnp.zeros_like(x_BSD), x_BSD)
+    return x_BSD.at[jnp.arange(x_BSD.shape[0])[:, None], slots_BP].add(own_BPD, mode="drop")
 
 
 def embed_tiles(

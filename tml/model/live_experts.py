@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from tml.config import MatmulBackend, MoEConfig
 from tml.model.expert_dispatch import Dispatched, ExpertFunction, SharedFunction, project_heads, shared_experts
 from tml.ops.grouped_matmul import LAYER_KERNELS
+from tml.params import PyTree
 
 
 class ExpertStack(NamedTuple):
@@ -40,6 +41,26 @@ class ExpertStack(NamedTuple):
     def one(self, expert: jax.Array) -> jax.Array:
         """One expert's matrix by itself."""
         return self.stack[self.layer, expert]
+
+
+WITHIN_STACKS = {
+    "attention": ("o",),
+    "mlp": ("gate_up", "down", "shared_gate_up", "shared_down"),
+}
+"""Matrices that are read where they are in their stacks; XLA would cut them out before it multiplies them."""
+
+
+def params_of_layer(stacked: Mapping[str, PyTree], index: jax.Array | int) -> dict[str, PyTree]:
+    """The parameters of one layer of a stage; experts and heads as their whole stacks and the layer's place."""
+
+    def of_part(part: str, params: PyTree) -> PyTree:
+        # A dense MLP has no experts.
+        within = WITHIN_STACKS.get(part, ()) if part != "mlp" or "router" in params else ()
+        if not within:
+            return jax.tree.map(lambda leaf: leaf[index], params)
+        return {name: ExpertStack(leaf, index) if name in within else leaf[index] for name, leaf in params.items()}
+
+    return {part: of_part(part, params) for part, params in stacked.items()}
 
 
 def experts_chosen(num_tokens: int, cfg: MoEConfig) -> float:

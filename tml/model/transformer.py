@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from tml.batch import Batch
+from tml.batch import Batch, OwnAudio
 from tml.config import MeshConfig, ModelConfig, MtpEmbedding, Remat
-from tml.model import block, embed, moe, mtp
+from tml.model import block, embed, flow_head, moe, mtp
 from tml.model.block import LayerKind
 from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, LiveLayer, row_functions
-from tml.model.live_experts import ExpertStack
+from tml.model.live_experts import params_of_layer
 from tml.model.remat import recomputed
-from tml.ops.collectives import gather_params
+from tml.ops.collectives import gather_params, index_along
 from tml.ops.cross_entropy import Scores, score_in_chunks
 from tml.ops.cross_entropy import score as score_logits
 from tml.ops.norm import rms_norm
@@ -94,7 +94,11 @@ def specs(cfg: ModelConfig) -> dict[str, PyTree]:
         ],
         **head_specs(cfg),
     }
-    return {**tree, "mtp": mtp.specs(cfg)} if cfg.mtp.num_blocks else tree
+    if cfg.mtp.num_blocks:
+        tree["mtp"] = mtp.specs(cfg)
+    if cfg.has_voice:
+        tree["audio_out"] = flow_head.specs(cfg)
+    return tree
 
 
 def head_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
@@ -110,7 +114,16 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
     """The forward pass over packed rows up to the unembedding; every segment is independent of its neighbours.
 
     On a mesh this is the program of one device: its parts of parameters and batch, inside `shard_map`.
+
+    Raises:
+        ValueError: the batch lacks own audio that the model's voice needs, or holds some for a model without one.
     """
+    if (batch.own is not None) != cfg.has_voice:
+        found = "has a voice, but the batch holds no" if cfg.has_voice else "has no voice, but the batch holds"
+        raise ValueError(
+            f"the model {found} own audio (model.audio_out.frames_per_position = {cfg.audio_out.frames_per_position}); "
+            f"make the batch with this model's config"
+        )
     with jax.named_scope("embed"):
         dtype = embed.compute_dtype(cfg)
         tokens = params["embed"]["tokens"]
@@ -127,6 +140,10 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
             cfg,
             mesh,
         )
+        if batch.own is not None:
+            first = index_along("context", mesh) * x_BSD.shape[1]
+            slots_BP = _places(batch.own) - first
+            x_BSD = embed.put_own_audio(x_BSD, embed_params, batch.kinds_BS, batch.own.mels_BPY, slots_BP, cfg)
     rows = [jnp.split(x, cfg.row_parts) for x in (x_BSD, batch.segment_ids_BS, batch.positions_BS)]
     functions = [row_functions(segments, positions, cfg, mesh) for segments, positions in zip(*rows[1:], strict=True)]
     parts, load = run_layers(params["stages"], rows[0], functions, cfg, mesh)
@@ -143,6 +160,11 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
         whole = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg, mesh)
         ahead = mtp.apply(params["mtp"], normed_BSD, told_BSD, whole, cfg, mesh)
         return Hidden(h_BSD=h_BSD, load=load, ahead=ahead)
+
+
+def _places(own: OwnAudio) -> Int32[Array, "B P"]:
+    """Where own audio stands in whole rows; what there is none of stands nowhere."""
+    return jnp.where(own.places_BP > 0, own.places_BP, jnp.iinfo(jnp.int32).max // 2)
 
 
 def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outputs:
@@ -239,7 +261,7 @@ def run_live_layers(
             x_BWD, stacks = carry
             written = []
             for kind, params, state in zip(kinds, places, stacks, strict=True):
-                of_layer = _params_of_layer(params, index)
+                of_layer = params_of_layer(params, index)
                 x_BWD, live, _ = block.apply(of_layer, x_BWD, LiveLayer(state, index), kind, functions, cfg)
                 assert live is not None
                 written.append(live.stack)
@@ -250,26 +272,6 @@ def run_live_layers(
         x_BWD, written = carry
         after.append(written)
     return x_BWD, after
-
-
-WITHIN_STACKS = {
-    "attention": ("o",),
-    "mlp": ("gate_up", "down", "shared_gate_up", "shared_down"),
-}
-"""Matrices that are read where they are in their stacks; XLA would cut them out before it multiplies them."""
-
-
-def _params_of_layer(stacked: Mapping[str, PyTree], index: jax.Array | int) -> dict[str, PyTree]:
-    """The parameters of one layer of a stage; experts and heads as their whole stacks and the layer's place."""
-
-    def of_part(part: str, params: PyTree) -> PyTree:
-        # A dense MLP has no experts.
-        within = WITHIN_STACKS.get(part, ()) if part != "mlp" or "router" in params else ()
-        if not within:
-            return jax.tree.map(lambda leaf: leaf[index], params)
-        return {name: ExpertStack(leaf, index) if name in within else leaf[index] for name, leaf in params.items()}
-
-    return {part: of_part(part, params) for part, params in stacked.items()}
 
 
 def _stack_runs(places: list[PyTree], runs: list[tuple[LayerKind, int]]) -> list[PyTree]:
@@ -322,10 +324,9 @@ def unembed(unembed_DV: Float[Array, "D V"], h_BSD: Float[Array, "B S D"], cfg: 
 
 
 def logits(
-    params: Mapping[str, PyTree], x_BSD: Float[Array, "B S D"], cfg: ModelConfig, mesh: MeshConfig
+    params: Mapping[str, PyTree], h_BSD: Float[Array, "B S D"], cfg: ModelConfig, mesh: MeshConfig
 ) -> Float32[Array, "B S V"]:
-    """The head: norm, muP divisor, unembedding, cut to the unpadded vocabulary; whole on every device."""
-    h_BSD = head_input(params["norm"], x_BSD, cfg)
+    """The logits of live sessions, from `head_input`; whole on every device."""
     if mesh.tensor == 1:
         return unembed(params["unembed"], h_BSD, cfg)
     part_BSV = project(h_BSD, params["unembed"].astype(h_BSD.dtype), out_dtype=jnp.float32)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tml.batch import Batch, empty_rows, max_tiles_per_row
+from tml.batch import Batch, empty_rows, max_own_per_row, max_tiles_per_row
 from tml.config import Experiment
 from tml.microturn import Clock, Layout, SpecialTokens
 from tml.plan.topology import Topology
@@ -65,7 +65,10 @@ def planned_layout(experiment: Experiment) -> Layout:
     special = SpecialTokens(**{f.name: number for number, f in enumerate(fields(SpecialTokens))})
     clock = Clock.of(experiment.turn, experiment.model.audio)
     tiles = experiment.model.video.max_tiles_per_turn
-    return Layout(clock=clock, turn=experiment.turn, special=special, max_tiles_per_turn=tiles)
+    own = clock.frames_per_turn if experiment.model.has_voice else 0
+    return Layout(
+        clock=clock, turn=experiment.turn, special=special, max_tiles_per_turn=tiles, own_positions_per_turn=own
+    )
 
 
 def tiles_per_row(experiment: Experiment) -> int:
@@ -75,7 +78,8 @@ def tiles_per_row(experiment: Experiment) -> int:
 
 def abstract_batch(experiment: Experiment) -> Batch:
     """Shapes and dtypes of a global batch."""
-    row = empty_rows(1, experiment.data.row_slots, tiles_per_row(experiment), experiment.model)
+    own = max_own_per_row(planned_layout(experiment), experiment.data.row_slots)
+    row = empty_rows(1, experiment.data.row_slots, tiles_per_row(experiment), experiment.model, own)
     rows = experiment.data.rows_per_batch
     return jax.tree.map(lambda column: jax.ShapeDtypeStruct((rows, *column.shape[1:]), column.dtype), row)
 

@@ -4,11 +4,12 @@
 
 The output half is a small grammar, the one that `tml.microturn` lays out for training: actions,
 then [listen] or [speak], own text, [end of text]. Tokens that cannot stand at a place are never chosen.
+A session that speaks with a voice goes on with its own audio (`tml.stream.speaking`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import layout as memory
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from tml.config import Control, MeshConfig, ModelConfig, StreamConfig
 from tml.mesh import param_partition, param_sharding
@@ -26,6 +27,7 @@ from tml.model.cache import DecodeState, Slots
 from tml.params import Leaf, PyTree
 from tml.stream.inputs import TurnInputs
 from tml.stream.placement import stream_mesh
+from tml.stream.speaking import Spoken, speak
 
 CONTROL, TEXT, ACTION, DONE = range(4)
 """Phases of the output half: at its start or after an action, in own text, in an action's payload, over."""
@@ -54,19 +56,44 @@ class TurnOutputs:
         tokens_BO: output tokens, in order (control tokens included); 0 after the last.
         counts_B: number of output tokens.
         log_probs_BO: log-probability that the model gave each of them.
+        own: own audio; None without a voice.
     """
 
     tokens_BO: Leaf
     counts_B: Leaf
     log_probs_BO: Leaf
+    own: Spoken | None = None
 
 
-def init_state(model: ModelConfig, layout: Layout, stream: StreamConfig, num_slots: int, seed: int = 0) -> StreamState:
-    """The state of `num_slots` sessions that have not begun."""
+def init_state(
+    model: ModelConfig,
+    layout: Layout,
+    stream: StreamConfig,
+    num_slots: int,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+) -> StreamState:
+    """The state of `num_slots` sessions that have not begun.
+
+    Args:
+        model: the model.
+        layout: the layout of micro-turns.
+        stream: the cache's size.
+        num_slots: sessions side by side.
+        seed: of everything they draw.
+        numbers: a number a session, by which it draws, so that it draws the same in any slot; else that of its slot.
+    """
     max_slots = max(layout.max_slots_in, 1)
     decode = cache.init_state(model, num_slots, stream.max_positions, max_slots)
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(num_slots))
-    return StreamState(decode=decode, keys_B2=jax.random.key_data(keys_B))
+    numbers = range(num_slots) if numbers is None else numbers
+    assert len(numbers) == num_slots, f"{len(numbers)} numbers for {num_slots} slots"
+    return StreamState(decode=decode, keys_B2=session_keys(numbers, seed))
+
+
+def session_keys(numbers: Sequence[int], seed: int = 0) -> UInt32[Array, "B 2"]:
+    """Data of the random keys of sessions, by their numbers: `StreamState.keys_B2`."""
+    numbers_B = jnp.array(numbers, jnp.int32)
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B))
 
 
 def partition(state: StreamState) -> StreamState:
@@ -116,32 +143,36 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
     choose = _likeliest if stream.temperature == 0 else _sampler(stream.temperature)
     special, turn = layout.special, layout.turn
     not_words = jnp.array([special.listen, special.speak, special.end_of_text])
+    heads = _voiced(model, mesh) if model.has_voice else _voiceless(model, mesh)
+    speak_closes = _speak_closes(layout)
+    closes_text = special.speak if speak_closes else special.end_of_text
 
     def feed(params: PyTree, state: DecodeState, slots: Slots, wanted_B: jax.Array) -> tuple[DecodeState, jax.Array]:
-        """The state after the slots, and the logits at the slot of each session that is wanted."""
+        """The state after the slots, and what is seen at the slot of each session that is wanted."""
         state, x_BWD = cache.feed(params, state, slots, model, mesh, stream.backend)
         wanted_B1D = jnp.take_along_axis(x_BWD, wanted_B[:, None, None], axis=1)
         with jax.named_scope("head"):
-            return state, transformer.logits(params, wanted_B1D, model, mesh)[:, 0]
+            return state, heads.see(params, transformer.head_input(params["norm"], wanted_B1D, model))[:, 0]
 
     def step(params: PyTree, state: StreamState, inputs: TurnInputs) -> tuple[StreamState, TurnOutputs]:
         num_rows = inputs.counts_B.shape[0]
         with jax.named_scope("turn_in"):
             last_B = jnp.maximum(inputs.counts_B - 1, 0)
-            decode, logits_BV = feed(params, state.decode, inputs.slots(), last_B)
+            decode, seen_BX = feed(params, state.decode, inputs.slots(), last_B)
         phase_B = jnp.where(inputs.counts_B > 0, CONTROL, DONE).astype(jnp.int32)
         zero_B = jnp.zeros(num_rows, jnp.int32)
         outputs = TurnOutputs(
-            tokens_BO=jnp.zeros((num_rows, layout.max_slots_out), jnp.int32),
+            tokens_BO=jnp.zeros((num_rows, layout.max_tokens_out), jnp.int32),
             counts_B=zero_B,
-            log_probs_BO=jnp.zeros((num_rows, layout.max_slots_out), jnp.float32),
+            log_probs_BO=jnp.zeros((num_rows, layout.max_tokens_out), jnp.float32),
         )
 
         def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
             return jnp.any(carry[2] != DONE)
 
         def emit(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            decode, logits_BV, phase_B, said_B, acted_B, outputs = carry
+            decode, seen_BX, phase_B, said_B, acted_B, outputs = carry
+            logits_BV = heads.logits(params, seen_BX)
             over_B = ((phase_B == TEXT) & (said_B >= turn.max_text_out_per_turn)) | (
                 (phase_B == ACTION) & (acted_B >= turn.max_action_per_turn - 1)
             )
@@ -150,24 +181,70 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
                 can_act_B[:, None] | (jnp.arange(model.num_logits) != special.action)[None]
             )
             masked_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
-            token_B = jnp.where(over_B, special.end_of_text, choose(masked_BV, state.keys_B2, decode.num_positions_B))
+            closer = jnp.where(phase_B == TEXT, closes_text, special.end_of_text) if speak_closes else closes_text
+            token_B = jnp.where(over_B, closer, choose(masked_BV, state.keys_B2, decode.num_positions_B))
             active_B = phase_B != DONE
             outputs = _record(outputs, token_B, active_B, logits_BV)
             slots = token_slots(token_B, active_B, inputs, model)
-            decode, next_logits_BV = feed(params, decode, slots, jnp.zeros_like(token_B))
+            decode, next_BX = feed(params, decode, slots, jnp.zeros_like(token_B))
             acting_B = (phase_B == ACTION) | ((phase_B == CONTROL) & (token_B == special.action))
             acted_B = acted_B + acting_B.astype(jnp.int32)
             speaking_B = active_B & ~acting_B & ~jnp.isin(token_B, not_words)
             said_B = said_B + speaking_B.astype(jnp.int32)
             phase_B = _next_phase(phase_B, token_B, layout)
-            return decode, next_logits_BV, phase_B, said_B, acted_B, outputs
+            return decode, heads.after(seen_BX, next_BX, active_B), phase_B, said_B, acted_B, outputs
 
         with jax.named_scope("turn_out"):
-            carry = (decode, logits_BV, phase_B, zero_B, zero_B, outputs)
-            decode, _, _, _, _, outputs = jax.lax.while_loop(unfinished, emit, carry)
+            carry = (decode, seen_BX, phase_B, zero_B, zero_B, outputs)
+            decode, seen_BX, _, _, _, outputs = jax.lax.while_loop(unfinished, emit, carry)
+        if model.has_voice:
+            speaks_B = _holds(outputs, special.speak)
+            decode, own = speak(params, decode, seen_BX, speaks_B, state.keys_B2, feed, layout, model)
+            outputs = replace(outputs, own=own)
         return replace(state, decode=decode), outputs
 
     return step
+
+
+class _Heads(NamedTuple):
+    """What differs between models with and without a voice.
+
+    Attributes:
+        see: (params, the heads' inputs at a slot a session) to what is seen there: logits, or with a voice the inputs.
+        logits: (params, what is seen) to logits.
+        after: (seen before, seen now, active sessions) to what is seen next.
+    """
+
+    see: Callable[[PyTree, jax.Array], jax.Array]
+    logits: Callable[[PyTree, jax.Array], jax.Array]
+    after: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _voiceless(model: ModelConfig, mesh: MeshConfig) -> _Heads:
+    return _Heads(
+        see=lambda params, h_B1D: transformer.logits(params, h_B1D, model, mesh),
+        logits=lambda params, logits_BV: logits_BV,
+        after=lambda before, now, active_B: now,
+    )
+
+
+def _voiced(model: ModelConfig, mesh: MeshConfig) -> _Heads:
+    # Sessions that have said all their words wait here for the others, and then go on from their last position.
+    return _Heads(
+        see=lambda params, h_B1D: h_B1D,
+        logits=lambda params, h_BD: transformer.logits(params, h_BD[:, None], model, mesh)[:, 0],
+        after=lambda before, now, active_B: jnp.where(active_B[:, None], now, before),
+    )
+
+
+def _speak_closes(layout: Layout) -> bool:
+    """Whether [speak] stands behind own text, as it does with a voice and implicit control."""
+    return layout.own_positions_per_turn > 0 and layout.turn.control is Control.IMPLICIT
+
+
+def _holds(outputs: TurnOutputs, token: int) -> Bool[Array, "B"]:
+    is_there_BO = jnp.arange(outputs.tokens_BO.shape[1])[None] < outputs.counts_B[:, None]
+    return jnp.any((outputs.tokens_BO == token) & is_there_BO, axis=1)
 
 
 def jit_step(step: StepFunction) -> StepFunction:
@@ -211,6 +288,9 @@ def allowed_tokens(layout: Layout, num_logits: int) -> np.ndarray:
     allowed_PV[[TEXT, ACTION], special.end_of_text] = True
     if layout.turn.control is Control.IMPLICIT:
         allowed_PV[CONTROL] = allowed_PV[TEXT]
+        if _speak_closes(layout):
+            allowed_PV[[CONTROL, TEXT], special.speak] = True
+            allowed_PV[TEXT, special.end_of_text] = False
     else:
         allowed_PV[CONTROL, [special.listen, special.speak]] = True
     allowed_PV[CONTROL, special.action] = True
@@ -221,9 +301,10 @@ def allowed_tokens(layout: Layout, num_logits: int) -> np.ndarray:
 def _next_phase(phase_B: jax.Array, token_B: jax.Array, layout: Layout) -> Int32[Array, "B"]:
     special = layout.special
     ended_B = token_B == special.end_of_text
-    over_B = ended_B | (token_B == special.listen)
+    closed_B = ended_B | (token_B == special.speak) if _speak_closes(layout) else ended_B
+    over_B = closed_B | (token_B == special.listen)
     after_control = jnp.where(over_B, DONE, jnp.where(token_B == special.action, ACTION, TEXT))
-    after_text = jnp.where(ended_B, DONE, TEXT)
+    after_text = jnp.where(closed_B, DONE, TEXT)
     after_action = jnp.where(ended_B, CONTROL, ACTION)
     branches = [phase_B == CONTROL, phase_B == TEXT, phase_B == ACTION]
     return jnp.select(branches, [after_control, after_text, after_action], DONE).astype(jnp.int32)

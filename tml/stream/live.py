@@ -1,4 +1,4 @@
-"""A live session: sound in as it comes, a `Said` for every micro-turn, and the Session record of all of it."""
+"""A live session: sound in as it comes, a `Said` and own sound for every micro-turn, the Session record of it all."""
 
 import functools
 import time
@@ -18,6 +18,7 @@ from tml.session import Session, Stream, TextEvent
 from tml.stream import engine
 from tml.stream.inputs import NO_OUTPUT, turn_inputs
 from tml.stream.outputs import OutputReader, Said
+from tml.stream.own_voice import OwnVoice
 from tml.stream.placement import place_params
 
 
@@ -27,11 +28,15 @@ class TurnResult:
 
     Attributes:
         said: what went out.
-        compute_s: time from the turn's last sample to its output: features, network, decoding.
+        compute_s: time from the turn's last sample to its output: features, network, decoding, vocoding.
+        sound: own sound of one turn's length, to be heard from the emission on; None without a voice.
+        mels: the own audio that it was made from, a row a position (float16); None without a voice, or if it listens.
     """
 
     said: Said
     compute_s: float
+    sound: np.ndarray | None = None
+    mels: np.ndarray | None = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -66,13 +71,29 @@ class LiveSession:
         layout: Layout,
         stream: StreamConfig,
         tokenizer: Tokenizer,
+        number: int = 0,
     ) -> None:
+        """Opens a session.
+
+        Args:
+            params: the parameters.
+            model: the model.
+            layout: the layout of micro-turns.
+            stream: the engine's limits, and how words are chosen.
+            tokenizer: the tokenizer.
+            number: of the session, by which it draws words and sound.
+
+        Raises:
+            ValueError: the vocoder's program cannot be read.
+        """
         # Committed from the start: a state that comes back placed otherwise would compile again.
         self._params = place_params(params, model, stream)
         self._model, self._layout, self._stream = model, layout, stream
         self._tokenizer = tokenizer
         self._step = _compiled_step(model, layout, stream)
+        self._number = number
         self._state = self._first_state()
+        self._voice = OwnVoice(model, layout.own_positions_per_turn) if model.has_voice else None
         self._audio_state = audio.init_state(model.audio)
         self._reader = OutputReader(layout, tokenizer)
         self._waiting: dict[Stream, list[int]] = {}
@@ -88,7 +109,7 @@ class LiveSession:
         return self._step._cache_size()  # type: ignore[attr-defined]
 
     def _first_state(self) -> engine.StreamState:
-        state = engine.init_state(self._model, self._layout, self._stream, num_slots=1)
+        state = engine.init_state(self._model, self._layout, self._stream, num_slots=1, numbers=[self._number])
         return engine.place_state(state, self._model, self._stream)
 
     def _warm_up(self) -> None:
@@ -98,6 +119,8 @@ class LiveSession:
         self._state, outputs = self._step(self._params, self._state, self._inputs(levels_TM, []))
         jax.block_until_ready(outputs)
         self._state = self._first_state()
+        if self._voice is not None:
+            self._voice.warm_up()
 
     def type_text(self, text: str, stream: Stream = Stream.USER_TEXT) -> None:
         """Puts text on an input stream; it goes in with the next turns."""
@@ -140,11 +163,17 @@ class LiveSession:
         self._state, outputs = self._step(self._params, self._state, inputs)
         count = int(outputs.counts_B[0])
         said = self._reader.read(np.asarray(outputs.tokens_BO)[0, :count].tolist())
+        sound, mels = None, None
+        if self._voice is not None:
+            assert outputs.own is not None
+            if outputs.own.speaks_B[0]:
+                mels = np.asarray(outputs.own.mels_BTY)[0]
+            sound = self._voice.say(mels)
         compute_s = time.perf_counter() - begun
-        self._num_positions += int(inputs.counts_B[0]) + count
+        self._num_positions += int(inputs.counts_B[0]) + count + (0 if mels is None else len(mels))
         self._heard.append(heard)
         self._remember(said)
-        return TurnResult(said=said, compute_s=compute_s)
+        return TurnResult(said=said, compute_s=compute_s, sound=sound, mels=mels)
 
     def _inputs(self, levels_TM: np.ndarray, text_in: list[int]) -> engine.TurnInputs:
         contents = TurnContents(
@@ -166,17 +195,23 @@ class LiveSession:
         self._events += [TextEvent(stream=Stream.ACTION, text=action, **span) for action in said.actions]
 
     def record(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
-        """The session so far and two turns of silence: one in which its last output is heard, and one after it."""
+        """The session so far and two turns of silence: one in which its last output is heard, and one after it.
+
+        With a voice it holds own sound where it was heard, the vocoder's delay included.
+        """
         rate_hz = self._layout.clock.sample_rate_hz
         silence = np.zeros(2 * self._layout.clock.turn_samples, np.float32)
         samples = np.concatenate([*self._heard, silence])
         texts = tuple(sorted(self._events, key=lambda event: event.start))
+        sounds = {Stream.USER_AUDIO: encode_clip(samples, rate_hz)}
+        if self._voice is not None:
+            sounds[Stream.OWN_AUDIO] = encode_clip(self._voice.heard(len(samples)), rate_hz)
         session = Session(
             session_id=session_id,
             sample_rate_hz=rate_hz,
             num_samples=len(samples),
-            streams=(Stream.USER_AUDIO, *dict.fromkeys(event.stream for event in texts)),
-            audio={Stream.USER_AUDIO: encode_clip(samples, rate_hz)},
+            streams=(*sounds, *dict.fromkeys(event.stream for event in texts)),
+            audio=sounds,
             texts=texts,
         )
         return replace(session, meta=dict(meta or {}))

@@ -6,7 +6,10 @@ it is emitted at (k+1)T and heard during [(k+1)T, (k+2)T). So the output of turn
 
 One turn, in row order (`||` divides what comes in from what goes out):
 
-    [tick]? audio x n, tiles, text in || actions, [listen] or [speak] own text [end of text]
+    [tick]? audio x n, tiles, text in || actions, [listen] or [speak] own text [end of text] own audio x n
+
+Own audio stands in speaking turns of a model with a voice: position j holds what `own_audio` has in the j-th hop of
+[(k+1)T, (k+2)T). A turn speaks if it has own text, or if its own audio can be heard.
 
 | position                  | input embedding     | target                    | emitted           |
 |---------------------------|---------------------|---------------------------|-------------------|
@@ -20,134 +23,30 @@ One turn, in row order (`||` divides what comes in from what goes out):
 | [listen]                  | token               | none: the turn is over    |                   |
 | [speak]                   | token               | first own token           | text              |
 | own text                  | token               | next own, [end of text]   | text              |
-| [end of text]             | token               | none: the turn is over    |                   |
+| [end of text]             | token               | none: the turn is over (2)|                   |
+| own audio 0 .. n-2        | its mel, quantised  | mel of the next           | sound             |
+| own audio n-1             | its mel, quantised  | none: the turn is over    | sound             |
 
 (1) In training, the user's word that has ended, where it is known (`data_pipelines.heard_words`); never in the last.
+(2) With a voice, the mel of own audio 0: a loss of its own, no token (`tml.model.flow_head`).
 
-With `Control.IMPLICIT` there is no [listen] or [speak]: a listening turn is [end of text] alone.
+With `Control.IMPLICIT` there is no [listen] or [speak]: a listening turn is [end of text] alone. With a voice, own text
+then ends with [speak] instead, and own audio follows it. What `own_audio` holds before T no output can say.
 """
 
-import enum
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
-from tml.config import AudioConfig, Boundary, Control, MicroTurnConfig
+from tml.config import Boundary, Control, MicroTurnConfig
+from tml.microturn.clock import Clock
+from tml.microturn.encoded import EncodedSession
+from tml.microturn.positions import Kind, Segment, SpecialTokens, Target
 from tml.session import SessionError, Stream
 
-
-class Kind(enum.IntEnum):
-    """What the input embedding of a position is made from."""
-
-    PAD = 0
-    TOKEN = 1
-    AUDIO = 2
-    TILE = 3
-
-
-class Target(enum.IntEnum):
-    """Which stream a target belongs to; losses are weighted and logged by it."""
-
-    NONE = 0
-    LISTEN = 1
-    SPEAK = 2
-    TEXT = 3
-    ACTION = 4
-    DOCUMENT = 5
-    HEARD = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
-    """Ids of the tokens that structure the stream, as the run's tokenizer numbers them."""
-
-    pad: int
-    tick: int
-    listen: int
-    speak: int
-    end_of_text: int
-    system: int
-    user_text: int
-    background: int
-    action: int
-    document: int
-    audio: int
-    tile: int
-
-
-SPECIAL_TOKEN_NAMES: dict[str, str] = {f.name: f"<|{f.name}|>" for f in fields(SpecialTokens)}
 TEXT_IN_STREAMS = (Stream.SYSTEM, Stream.USER_TEXT, Stream.BACKGROUND)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """The clock of micro-turns over samples."""
-
-    turn_samples: int
-    hop_samples: int
-    sample_rate_hz: int
-
-    @classmethod
-    def of(cls, turn: MicroTurnConfig, audio: AudioConfig) -> "Clock":
-        """The clock of a layout; `Experiment` has checked that the turn is a multiple of the hop."""
-        turn_samples = turn.turn_ms * audio.sample_rate_hz // 1000
-        assert turn_samples % audio.hop_samples == 0
-        return cls(turn_samples=turn_samples, hop_samples=audio.hop_samples, sample_rate_hz=audio.sample_rate_hz)
-
-    @property
-    def frames_per_turn(self) -> int:
-        """Audio positions in one turn."""
-        return self.turn_samples // self.hop_samples
-
-    def num_turns(self, num_samples: int) -> int:
-        """Turns that cover `num_samples`; the last one is padded with silence."""
-        return -(-num_samples // self.turn_samples)
-
-    def turn_of(self, sample: int) -> int:
-        """The turn during which `sample` comes in."""
-        return sample // self.turn_samples
-
-    def output_turn_of(self, sample: int) -> int:
-        """The turn whose output is heard at `sample`; the first output is turn 0's."""
-        return max(0, sample // self.turn_samples - 1)
-
-    def emission_s(self, turn: int) -> float:
-        """When the output of `turn` is emitted, in seconds."""
-        return (turn + 1) * self.turn_samples / self.sample_rate_hz
-
-
-class EncodedText(NamedTuple):
-    """One text event as tokens; a tuple, because a loader makes thousands a second."""
-
-    stream: Stream
-    start: int
-    """Sample at which it happens."""
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedSession:
-    """A session after its codecs, still on the sample clock, so that any turn length can be laid out.
-
-    Attributes:
-        session_id: as in the Session.
-        num_samples: length on the sample clock.
-        levels_TM: dMel levels, one row a hop: those that cover `num_samples`, then those that still hear its end;
-            digital silence follows.
-        texts: every text event, ordered by start; words of `user_audio`, at their ends, come first.
-        tiles_P: image tiles (int16 pixels, -1 is padding; frames x height x width x 3), ordered by time.
-        tile_samples_P: the sample at which each tile is complete.
-    """
-
-    session_id: str
-    num_samples: int
-    levels_TM: np.ndarray
-    texts: tuple[EncodedText, ...]
-    tiles_P: np.ndarray
-    tile_samples_P: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,32 +67,6 @@ class TurnContents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
-    """One session or document laid out as consecutive positions of a row (each array int32 [S]).
-
-    Attributes:
-        tokens: token ids; placeholders where the input is audio or a tile.
-        kinds: `Kind` of each position.
-        source: index into `levels_TM` for audio, into `tiles_P` for tiles, else 0.
-        targets: the token to predict, 0 where there is none.
-        target_kinds: `Target` of each position.
-        turn_starts: position at which each turn begins, and the end (int32 [U + 1]).
-    """
-
-    tokens: np.ndarray
-    kinds: np.ndarray
-    source: np.ndarray
-    targets: np.ndarray
-    target_kinds: np.ndarray
-    turn_starts: np.ndarray
-
-    @property
-    def num_slots(self) -> int:
-        """Positions in the segment."""
-        return len(self.tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The micro-turn layout: clock, rules and special tokens."""
 
@@ -201,6 +74,8 @@ class Layout:
     turn: MicroTurnConfig
     special: SpecialTokens
     max_tiles_per_turn: int
+    own_positions_per_turn: int = 0
+    """Own audio positions of a speaking turn; 0 without a voice."""
 
     @property
     def max_slots_in(self) -> int:
@@ -209,16 +84,27 @@ class Layout:
         return boundary + self.clock.frames_per_turn + self.max_tiles_per_turn + self.turn.max_text_in_per_turn
 
     @property
-    def max_slots_out(self) -> int:
-        """Positions that the output half of one turn can take: actions, control, own text, [end of text]."""
+    def max_tokens_out(self) -> int:
+        """Tokens that the output half of one turn can hold: actions, control, own text, [end of text]."""
         return self.turn.max_action_per_turn + self.turn.max_text_out_per_turn + 2
+
+    @property
+    def max_slots_out(self) -> int:
+        """Positions that the output half of one turn can take: its tokens and own audio."""
+        return self.max_tokens_out + self.own_positions_per_turn
 
     def contents(self, encoded: EncodedSession) -> TurnContents:
         """Assigns everything in a session to turns.
 
         Raises:
-            SessionError: more text or tiles than the session's turns can hold.
+            SessionError: more text or tiles than the session's turns can hold, or a layout with a voice for a session
+                that was encoded without one.
         """
+        if self.own_positions_per_turn and encoded.own_audible_T is None:
+            raise SessionError(
+                f"session {encoded.session_id} was encoded without own audio, but this layout has a voice "
+                f"(model.audio_out.frames_per_position > 0); encode it with the same config"
+            )
         num_turns = self.clock.num_turns(encoded.num_samples)
         tile_turns = encoded.tile_samples_P // self.clock.turn_samples
         most = int(np.bincount(tile_turns).max()) if len(tile_turns) else 0
@@ -272,15 +158,19 @@ class Layout:
         listening = self.special.listen if explicit else self.special.end_of_text
         action_turns, action_tokens = self._actions(encoded)
         said_turns, said_tokens = self._paced(encoded, num_turns)
-        speaks_U = np.bincount(said_turns, minlength=num_turns) > 0
+        speaks_U = (np.bincount(said_turns, minlength=num_turns) > 0) | self._sounds(encoded, num_turns)
         speaking, listens = np.flatnonzero(speaks_U), np.flatnonzero(~speaks_U)
+        voice = self.own_positions_per_turn
+        opens, closes = (speaking, speaking[:0]) if explicit else (speaking[:0], speaking if voice else speaking[:0])
         # In the order in which a turn holds them: a stable sort by turn then interleaves the turns.
         blocks = (
             (action_turns, action_tokens, Target.ACTION),
             (listens, listening, Target.LISTEN),
-            (speaking if explicit else speaking[:0], self.special.speak, Target.SPEAK),
+            (opens, self.special.speak, Target.SPEAK),
             (said_turns, said_tokens, Target.TEXT),
-            (speaking, self.special.end_of_text, Target.TEXT),
+            (speaking if explicit or not voice else speaking[:0], self.special.end_of_text, Target.TEXT),
+            (closes, self.special.speak, Target.SPEAK),
+            (np.repeat(speaking, voice), self.special.audio, Target.AUDIO),
         )
         out = np.empty((sum(len(turns) for turns, _, _ in blocks), 3), np.int32)
         end = 0
@@ -288,6 +178,17 @@ class Layout:
             start, end = end, end + len(turns)
             out[start:end, 0], out[start:end, 1], out[start:end, 2] = turns, tokens, target
         return out[np.argsort(out[:, 0], kind="stable")]
+
+    def _sounds(self, encoded: EncodedSession, num_turns: int) -> np.ndarray:
+        """Which turns hold own audio that can be heard (bool [U])."""
+        if encoded.own_audible_T is None or not self.own_positions_per_turn:
+            return np.zeros(num_turns, bool)
+        # Output k holds the hops of turn k + 1.
+        audible = encoded.own_audible_T[self.clock.frames_per_turn :]
+        size = num_turns * self.clock.frames_per_turn
+        padded = np.pad(audible[:size], (0, max(0, size - len(audible))))
+        sounds_U: np.ndarray = np.any(padded.reshape(num_turns, -1), axis=1)
+        return sounds_U
 
     def _actions(self, encoded: EncodedSession) -> tuple[np.ndarray, np.ndarray]:
         """The turns and tokens of all actions, markers included."""
@@ -326,7 +227,7 @@ class Layout:
         """Interleaves the turns into positions.
 
         Args:
-            contents: the turns; `first_frame` is the row of `levels_TM` at which turn 0 begins.
+            contents: the turns; `first_frame` is the row of `levels_TM`, and of `own_mels_TY`, at which turn 0 begins.
         """
         num_turns, frames = contents.num_turns, self.clock.frames_per_turn
         tile_turns, text_turns, out_turns = contents.tile_turns, contents.text_in[:, 0], contents.out[:, 0]
@@ -360,6 +261,11 @@ class Layout:
         tokens[out] = contents.out[:, 1]
         # The token at an output position is the target of the position before it, which is in the same turn.
         targets[out - 1], target_kinds[out - 1] = contents.out[:, 1], contents.out[:, 2]
+        own = np.flatnonzero(contents.out[:, 2] == Target.AUDIO)
+        if len(own):
+            targets[out[own] - 1], kinds[out[own]] = 0, Kind.OWN_AUDIO.value
+            place_in_turn = np.arange(len(own)) % self.own_positions_per_turn
+            source[out[own]] = first_frame + (out_turns[own] + 1) * frames + place_in_turn
         turn_starts = np.append(start_UF[:, 0], size).astype(np.int32)
         return Segment(
             tokens=tokens,
@@ -381,20 +287,3 @@ class Layout:
         return Segment(
             tokens=row, kinds=kinds, source=source, targets=targets, target_kinds=target_kinds, turn_starts=ends
         )
-
-
-def cut_at_turns(turn_starts: np.ndarray, max_slots: int) -> list[tuple[int, int]]:
-    """Cuts a segment that is longer than a row into parts [first slot, last slot), never inside a turn.
-
-    Raises:
-        SessionError: one turn alone is longer than a row.
-    """
-    parts: list[tuple[int, int]] = []
-    start = 0
-    for turn_start, turn_end in zip(turn_starts[:-1].tolist(), turn_starts[1:].tolist(), strict=True):
-        if turn_end - turn_start > max_slots:
-            raise SessionError(f"one micro-turn takes {turn_end - turn_start} slots, data.row_slots is {max_slots}")
-        if turn_end - start > max_slots:
-            parts.append((start, turn_start))
-            start = turn_start
-    return [*parts, (start, int(turn_starts[-1]))]

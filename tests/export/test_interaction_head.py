@@ -1,0 +1,93 @@
+"""A voice beside the published layout: it comes back, transformers reads the rest, and halves of it are refused."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from inkling_oracle import inkling_model
+from tiny import VOICE
+from transformers import InklingForConditionalGeneration
+
+from tml import checkpoint
+from tml.checkpoint_pieces import Piece, PiecewiseArray, write_params
+from tml.config import Control, Experiment, MicroTurnConfig
+from tml.export.inkling_export import export_folder
+from tml.export.inkling_import import import_folder
+from tml.export.interaction_head import DESCRIPTION, WEIGHTS
+from tml.model import transformer
+from tml.params import spec_leaves
+
+EXPERIMENT = Experiment(
+    name="voiced", model=inkling_model(audio_out=VOICE), turn=MicroTurnConfig(turn_ms=400, control=Control.IMPLICIT)
+)
+
+
+def one_piece(values: np.ndarray):
+    yield Piece((0,) if values.ndim else (), values)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run folder with a voice, and its export."""
+    root, rng = tmp_path_factory.mktemp("voiced"), np.random.default_rng(0)
+    arrays = {}
+    for path, spec in spec_leaves(transformer.specs(EXPERIMENT.model)):
+        values = rng.standard_normal(spec.shape).astype(np.float32)
+        arrays[path] = PiecewiseArray(spec.shape, spec.shape, partial(one_piece, values))
+    write_params(root / "run", EXPERIMENT, arrays)
+    export_folder(root / "run", root / "out")
+    return root / "run", root / "out"
+
+
+def test_a_voice_comes_back_with_its_layout_of_micro_turns(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    run, out = exported
+    found = import_folder(out, tmp_path / "again")
+    assert (found.model.audio_out, found.turn) == (EXPERIMENT.model.audio_out, EXPERIMENT.turn)
+    (_, before), (_, after) = checkpoint.restore(run), checkpoint.restore(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    export_folder(tmp_path / "again", tmp_path / "out")
+    for name in (WEIGHTS, DESCRIPTION):
+        assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_transformers_reads_the_rest(exported: tuple[Path, Path]) -> None:
+    _, found = InklingForConditionalGeneration.from_pretrained(exported[1], output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not [name for name in found["unexpected_keys"] if "audio_out" in name or "own_audio" in name]
+
+
+def test_half_a_voice_is_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    for number, name in enumerate((WEIGHTS, DESCRIPTION)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for file in exported[1].iterdir():
+            if file.name != name:
+                (folder / file.name).write_bytes(file.read_bytes())
+        with pytest.raises(ValueError, match=r"both are needed, or neither"):
+            import_folder(folder, tmp_path / f"run-{number}")
+
+
+def test_a_voice_of_another_size_is_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for file in exported[1].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    text = (folder / DESCRIPTION).read_text()
+    (folder / DESCRIPTION).write_text(text.replace('"num_mels": 3', '"num_mels": 4'))
+    with pytest.raises(ValueError, match=r"data_in has shape \(6, 8\)"):
+        import_folder(folder, tmp_path / "run")
+
+
+def test_a_model_without_a_voice_writes_no_such_files(tmp_path: Path) -> None:
+    silent = dataclasses.replace(EXPERIMENT, model=inkling_model())
+    arrays = {
+        path: PiecewiseArray(spec.shape, spec.shape, partial(one_piece, np.ones(spec.shape, np.float32)))
+        for path, spec in spec_leaves(transformer.specs(silent.model))
+    }
+    write_params(tmp_path / "run", silent, arrays)
+    export_folder(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+    assert not (tmp_path / "out" / DESCRIPTION).exists()
