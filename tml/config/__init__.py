@@ -3,6 +3,7 @@
 from tml.config.audio_out import AudioOutConfig, FlowConfig, FlowSolver, VocoderConfig, VocoderKind
 from tml.config.data import DataConfig, SourceConfig, SourceKind
 from tml.config.experiment import Experiment
+from tml.config.grid import Grid
 from tml.config.mesh import DATA_AXES, ROW_AXES, SHARD_AXES, MeshConfig, Split
 from tml.config.model import (
     AttentionBackend,
@@ -57,6 +58,7 @@ __all__ = [
     "ExpertDispatch",
     "FlowConfig",
     "FlowSolver",
+    "Grid",
     "LossConfig",
     "MatmulBackend",
     "MeshConfig",
