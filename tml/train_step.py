@@ -230,14 +230,14 @@ def _loss(
     model, cfg = experiment.model, experiment.loss
     found = transformer.hidden(params, rows, model, sizes)
     with jax.named_scope("objective"):
-        scores = transformer.score(params, found.h_BSD, rows.targets_BS, cfg.chunk_positions, model, sizes)
+        scores = transformer.score(params, found.h_BSD, rows.targets_BS, cfg.vocab_block, model, sizes)
         loss, metrics = objective(scores, rows, weight, cfg)
     if not found.ahead:
         return loss, (metrics, found.load)
     with jax.named_scope("mtp_objective"):
         ahead = targets_ahead(rows, len(found.ahead), sizes)
         h_BSD = jnp.concatenate(found.ahead)
-        scores = transformer.score(params, h_BSD, ahead.targets_BS, cfg.chunk_positions, model, sizes)
+        scores = transformer.score(params, h_BSD, ahead.targets_BS, cfg.vocab_block, model, sizes)
         loss_ahead, metrics_ahead = objective_ahead(scores, ahead, len(found.ahead), weight, cfg)
     return loss + loss_ahead, ({**metrics, **metrics_ahead}, found.load)
 
