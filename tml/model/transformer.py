@@ -23,7 +23,7 @@ from tml.ops.cross_entropy import Scores, score_in_blocks
 from tml.ops.cross_entropy import score as score_logits
 from tml.ops.norm import rms_norm
 from tml.ops.projection import project
-from tml.params import Leaf, ParamSpec, PyTree, Update, param, scale, stack
+from tml.params import Leaf, ParamSpec, PyTree, Update, map_specs, param, scale, stack
 
 
 class Stage(NamedTuple):
@@ -196,7 +196,7 @@ def run_layers(
                     group_loads.append(load if count > 1 else _add_axis(load))
             return parts, _join(group_loads) if group_loads else None
 
-        layers = _stack_runs(stages[index], runs)
+        layers = _stack_runs(_as_multiplied(stages[index], stage, cfg), runs)
         if stage.repeats == 1:
             parts, load = group(parts, jax.tree.map(lambda leaf: leaf[0], layers))
             load = _add_axis(load)
@@ -271,6 +271,19 @@ def _params_of_layer(stacked: Mapping[str, PyTree], index: jax.Array | int) -> d
         return {name: ExpertStack(leaf, index) if name in within else leaf[index] for name, leaf in params.items()}
 
     return {part: of_part(part, params) for part, params in stacked.items()}
+
+
+def _as_multiplied(places: list[PyTree], stage: Stage, cfg: ModelConfig) -> list[PyTree]:
+    """The parameters of a stage, matrices in the dtype that multiplies them.
+
+    Cast here and not in the layer, what the loop over layers collects of their gradients is half as large.
+    """
+    dtype = embed.compute_dtype(cfg)
+
+    def cast(spec: ParamSpec, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if spec.update is Update.MATRIX else leaf
+
+    return [map_specs(cast, block.specs(kind, cfg), params) for kind, params in zip(stage.kinds, places, strict=True)]
 
 
 def _stack_runs(places: list[PyTree], runs: list[tuple[LayerKind, int]]) -> list[PyTree]:
