@@ -2,9 +2,9 @@
 
 Where rows come from is found by two sorts, of copies by expert and of rows by token: nothing is counted along the
 copies one by one, and nothing is scattered, which TPUs do slowly. GPUs scatter fast, and XLA's sort for them is
-hundreds of kernels; there copies are counted (`count_copies`), with the same result. The way back adds up the rows of every token: rows in the order of
-their tokens times a matrix of ones, which is a grouped matmul whose groups are blocks of tokens. So a device
-gathers only the rows that it has, however many tokens it looks at.
+hundreds of kernels; there copies are counted (`count_copies`), with the same result. The way back adds up the rows
+of every token: rows in the order of their tokens times a matrix of ones, which is a grouped matmul whose groups are
+blocks of tokens. So a device gathers only the rows that it has, however many tokens it looks at.
 """
 
 import functools
