@@ -21,7 +21,7 @@ from tml.config.model import (
     VideoConfig,
     check_platform,
 )
-from tml.config.stream import Boundary, Control, MicroTurnConfig, TextConfig
+from tml.config.stream import Boundary, Control, MicroTurnConfig, Modality, TextConfig
 from tml.config.training import (
     EvaluationConfig,
     LossConfig,
@@ -64,6 +64,7 @@ __all__ = [
     "MeshConfig",
     "MicroTurnConfig",
     "MoEConfig",
+    "Modality",
     "ModelConfig",
     "MtpChain",
     "MtpConfig",
