@@ -2,7 +2,7 @@
 
 import pytest
 
-from tml.calls import Call, CallError, read_call
+from tml.calls import Call, CallError, read_arguments, read_call
 
 
 @pytest.mark.parametrize("arguments", [{}, {"colour": "red"}, {"x": 1.5, "of": [1, None], "say": 'a "b" \u00e9'}])
@@ -35,3 +35,12 @@ def test_absent_arguments_are_none() -> None:
 def test_what_is_no_call_is_refused(payload: str, reason: str) -> None:
     with pytest.raises(CallError, match=reason):
         read_call(payload)
+
+
+def test_arguments_alone_are_read_alike() -> None:
+    assert read_arguments('{"x": 1}') == {"x": 1}
+    assert read_arguments(" ") == {}
+    with pytest.raises(CallError, match="must be an object"):
+        read_arguments("[1]")
+    with pytest.raises(CallError, match="not JSON"):
+        read_arguments('{"x": ')

@@ -41,13 +41,29 @@ def read_call(payload: str) -> Call:
     Raises:
         CallError: not JSON, or not an object with a `name` and, if any, `arguments` that are an object.
     """
-    try:
-        call = json.loads(payload)
-    except (ValueError, RecursionError) as error:
-        raise CallError(f"not JSON: {error}") from error
+    call = _read_json(payload)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise CallError("a call needs a name")
-    arguments = call.get("arguments", {})
+    return Call(name=call["name"], arguments=_object(call.get("arguments", {})))
+
+
+def read_arguments(text: str) -> Mapping[str, Any]:
+    """The arguments of a call, where they stand alone; nothing at all is none.
+
+    Raises:
+        CallError: not JSON, or not an object.
+    """
+    return _object(_read_json(text)) if text.strip() else {}
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CallError(f"not JSON: {error}") from error
+
+
+def _object(arguments: Any) -> Mapping[str, Any]:
     if not isinstance(arguments, dict):
         raise CallError("arguments must be an object")
-    return Call(name=call["name"], arguments=arguments)
+    return arguments

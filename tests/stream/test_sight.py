@@ -94,7 +94,7 @@ def test_a_picture_that_cannot_be_seen_is_refused_and_leaves_nothing() -> None:
         sight.show(VideoFrame(sample=99, data=picture(1)))
     with pytest.raises(SessionError, match="cannot be decoded"):
         sight.show(VideoFrame(sample=100, data=b"no picture"))
-    with pytest.raises(ValueError, match="would hold 9 tiles, more than video.max_tiles_per_turn = 2"):
+    with pytest.raises(ValueError, match=r"would hold 9 tiles, more than video.max_tiles_per_turn = 2"):
         sight.show(VideoFrame(sample=200, data=picture(1, 12, 11)))
     assert [frame.sample for frame in sight.frames] == [100]
     with pytest.raises(ValueError, match="has no eyes"):

@@ -11,7 +11,7 @@ import numpy as np
 from tml.codec import audio
 from tml.codec.text import Tokenizer
 from tml.config import ModelConfig, StreamConfig
-from tml.microturn import Layout, TurnContents
+from tml.microturn import Clock, Layout, TurnContents
 from tml.params import PyTree
 from tml.session import Session, Stream, TextEvent, VideoFrame
 from tml.stream import engine
@@ -104,6 +104,11 @@ class LiveSession:
         self._events: list[TextEvent] = []
         self._num_positions = 0
         self._warm_up()
+
+    @property
+    def clock(self) -> Clock:
+        """The clock of its micro-turns."""
+        return self._layout.clock
 
     @property
     def num_compilations(self) -> int:
