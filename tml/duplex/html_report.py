@@ -65,7 +65,8 @@ def html_report(report: SuiteReport, player: Player, facts: Mapping[str, str], p
         f"<style>{_STYLE}</style></head><body><h1>Duplex suite</h1><table>{said}</table>",
         "<h2>Every number beside its controls</h2>",
         "<p>Share of cases with its 95 % interval. The first metric of a behaviour is the one it is about: learnt "
-        "means that its interval lies clear of those of all controls. The ceiling is what the recorded targets score.</p>",
+        "means that its interval lies clear of those of all controls. The ceiling is what the recorded targets "
+        "score.</p>",
         f'<div class="wide">{_table(report)}</div>',
     ]
     for behaviour, numbers in sessions_by_behaviour(report.sessions).items():

@@ -101,8 +101,8 @@ def _score_blocks(
     h_TD: jax.Array, w_CDV: jax.Array, targets_T: jax.Array, blocks: _Blocks, gather: Gather, mesh: MeshConfig
 ) -> Scores:
     def block(
-        found: tuple[jax.Array, ...], index_and_part: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, ...], None]:
+        found: tuple[jax.Array, jax.Array, jax.Array], index_and_part: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         highest_T, sum_T, picked_T = found
         index, part_DV = index_and_part
         logits_TV, is_target_TV = _block_logits(h_TD, gather(part_DV), targets_T, index, blocks, mesh)

@@ -131,9 +131,10 @@ def _compile(lower: Callable[[], jax.stages.Lowered], topology: Topology) -> Com
     began = time.perf_counter()
     lowered = lower()
     with tempfile.TemporaryDirectory() as folder:
-        dumping = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if topology.chip.is_tpu else {}
+        dumping: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = {**topology.compiler_options, **(dumping if topology.chip.is_tpu else {})}
         try:
-            compiled = lowered.compile({**topology.compiler_options, **dumping})
+            compiled = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
             refused = refused_memory(str(error), topology)
             if refused is None:
