@@ -188,6 +188,7 @@ def _action(case: _Case) -> list[Outcome]:
 
 
 def call_of(payload: str) -> Call | None:
+    """The call in the payload of an action, or None where it holds none."""
     try:
         return read_call(payload)
     except CallError:
