@@ -28,7 +28,7 @@ from tml.stream.own_voice import OwnVoice
 from tml.stream.placement import place_params
 
 POSITIONS_STEP = 256
-"""Caches hold a multiple of so many positions, so that groups of about the same length share a compiled program."""
+"""Caches hold a multiple of so many positions, or that times a power of two, so that few programs are compiled."""
 
 LIKELY_SLOTS_OUT = 3
 """Tokens that most turns put out at most, in the mean over a session; the caches of a group that says more grow."""
@@ -137,6 +137,7 @@ class Player:
         self.model, self.layout, self.tokenizer = model, layout, tokenizer
         self._stream, self._num_slots = stream, num_slots
         self._params = place_params(params, model, stream)
+        self._max_positions = 0
         self._step = engine.jit_step(engine.make_step(model, layout, stream))
 
     def num_turns(self, session: Session) -> int:
@@ -155,8 +156,8 @@ class Player:
             SessionError: a session that cannot be encoded or laid out.
         """
         played: list[Played | None] = [None] * len(sessions)
-        # Sessions of about the same length end together.
-        order = sorted(range(len(sessions)), key=lambda i: (self.num_turns(sessions[i]), i))
+        # Sessions of about the same length end together; the longest come first and decide the size of the caches.
+        order = sorted(range(len(sessions)), key=lambda i: (-self.num_turns(sessions[i]), i))
         done = 0
         for first in range(0, len(order), self._num_slots):
             group = order[first : first + self._num_slots]
@@ -168,31 +169,31 @@ class Player:
     def _play_group(
         self, sessions: Sequence[Session], group: Sequence[int], done: int, progress: Callable[[int], None]
     ) -> list[Played]:
-        """Streams one group; anew, in caches that hold anything, if a session has said more than is likely."""
-        feeds = [_Feed(sessions[number], self.layout, self.model, self.tokenizer) for number in group]
+        """Streams one group; anew, in caches twice as large, if a session has said more than is likely."""
+        feeds = self._feeds(sessions, group)
         turns = max(feed.num_turns for feed in feeds)
-        slots_in = max(feed.slots_in() for feed in feeds)
-        out = LIKELY_SLOTS_OUT + self.layout.own_positions_per_turn
-        likely = -(-(slots_in + out * turns) // POSITIONS_STEP) * POSITIONS_STEP
-        played = self._attempt(feeds, group, likely, done, progress)
-        if played is None:
-            feeds = [_Feed(sessions[number], self.layout, self.model, self.tokenizer) for number in group]
-            most = turns * (self.layout.max_slots_in + self.layout.max_slots_out)
-            played = self._attempt(feeds, group, most, done, progress)
-            assert played is not None, "a session has outgrown what its turns can hold"
+        likely = max(feed.slots_in() for feed in feeds)
+        likely += (LIKELY_SLOTS_OUT + self.layout.own_positions_per_turn) * turns
+        # What was compiled once serves all that fits.
+        self._max_positions = max(self._max_positions, -(-likely // POSITIONS_STEP) * POSITIONS_STEP)
+        while (played := self._attempt(feeds, group, done, progress)) is None:
+            self._max_positions *= 2
+            feeds = self._feeds(sessions, group)
         return played
+
+    def _feeds(self, sessions: Sequence[Session], group: Sequence[int]) -> list[_Feed]:
+        return [_Feed(sessions[number], self.layout, self.model, self.tokenizer) for number in group]
 
     def _attempt(
         self,
         feeds: Sequence[_Feed],
         numbers: Sequence[int],
-        max_positions: int,
         done: int,
         progress: Callable[[int], None],
     ) -> list[Played] | None:
-        """Streams one group to its end, or returns None when a session does not fit in `max_positions`."""
+        """Streams one group to its end, or returns None when a session does not fit in the caches."""
         num_idle = self._num_slots - len(feeds)
-        stream = replace(self._stream, max_positions=max_positions)
+        stream = replace(self._stream, max_positions=self._max_positions)
         state = engine.init_state(self.model, self.layout, stream, self._num_slots, numbers=[*numbers, *[0] * num_idle])
         state = engine.place_state(state, self.model, stream)
         readers = [OutputReader(self.layout, self.tokenizer) for _ in feeds]
@@ -211,7 +212,7 @@ class Player:
                     feed.hear(said[slot][-1])
             done += sum(turn < feed.num_turns for feed in feeds)
             progress(done)
-        if int(np.max(state.decode.num_positions_B)) > max_positions:
+        if int(np.max(state.decode.num_positions_B)) > self._max_positions:
             return None
         return [
             Played(said=tuple(turns), mels=tuple(sounds), background=feed.background)
