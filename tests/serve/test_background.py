@@ -6,12 +6,13 @@ import functools
 import io
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from local_servers import ChatServer, all_said, odd_tools, tool_server, wait_until
+from local_servers import WAIT_S, ChatServer, all_said, odd_tools, tool_server, wait_until
 from PIL import Image
 from small_model import small_session
 
@@ -45,7 +46,14 @@ def background(server: ChatServer | None, model: str = "fast", tools: tuple[str,
     open_worker = None
     if server is not None:
         open_worker = functools.partial(open_endpoint, Endpoint(url=server.url, model=model), CLOCK)
-    return Background(tools, open_worker, Limits(**{"timeout_s": 200.0, **limits}))
+    return Background(tools, open_worker, Limits(**{"timeout_s": 200.0, "start_timeout_s": WAIT_S, **limits}))
+
+
+@pytest.fixture(scope="module")
+def tools_alone() -> Iterator[Background]:
+    """Tools and no worker, for many tests: a server takes seconds to start."""
+    with background(None, tools=(tool_server(),)) as behind:
+        yield behind
 
 
 def test_the_worker_gets_the_whole_session_and_its_words_come_back(chat_server: ChatServer) -> None:
@@ -58,7 +66,7 @@ def test_the_worker_gets_the_whole_session_and_its_words_come_back(chat_server: 
     assert (system["role"], user["role"]) == ("system", "user")
     assert "tools" not in request
     texts = [part["text"] for part in user["content"] if part["type"] == "text"]
-    assert "tick   5    1.0 s  video: frame | own text: one moment" in texts[0]
+    assert "tick    5    1.0 s  video: frame | own text: one moment" in texts[0]
     assert "expected" not in texts[0]
     assert texts[2:] == [f"What was seen at {seconds} s:" for seconds in (0.0, 0.5, 1.0)]
     [sound] = [part["input_audio"] for part in user["content"] if part["type"] == "input_audio"]
@@ -253,15 +261,16 @@ def test_several_delegations_say_which_they_are_and_can_be_cancelled_one_by_one(
         (DELEGATE, "failed: there is no background model"),
     ],
 )
-def test_a_call_that_cannot_be_carried_out_comes_back_as_a_failure(payload: str, reason: str) -> None:
-    with background(None, tools=(tool_server(),)) as behind:
-        behind.act(payload, conversation)
-        [said] = behind.poll()
-        assert said.startswith(reason)
-        assert behind.num_in_flight == 0
-        assert behind.notices[0].startswith("refused ")
-        behind.act('{"name":"calculator","arguments":{"expression":"1+1"}}', conversation)
-        assert all_said(behind) == ["calculator result 2"]
+def test_a_call_that_cannot_be_carried_out_comes_back_as_a_failure(
+    tools_alone: Background, payload: str, reason: str
+) -> None:
+    tools_alone.act(payload, conversation)
+    [said] = tools_alone.poll()
+    assert said.startswith(reason)
+    assert tools_alone.num_in_flight == 0
+    assert tools_alone.notices[-1].startswith("refused ")
+    tools_alone.act('{"name":"calculator","arguments":{"expression":"1+1"}}', conversation)
+    assert all_said(tools_alone) == ["calculator result 2"]
 
 
 def test_the_model_calls_every_tool_itself(tmp_path: Path) -> None:
@@ -321,7 +330,7 @@ def test_a_tool_that_says_nothing_puts_nothing_into_the_stream() -> None:
 )
 def test_a_tool_server_that_cannot_be_had_is_an_error_at_once(servers: tuple[str, ...], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        Background(servers)
+        Background(servers, limits=Limits(start_timeout_s=WAIT_S))
 
 
 def test_an_endpoint_needs_an_address_and_a_model() -> None:
@@ -332,7 +341,7 @@ def test_an_endpoint_needs_an_address_and_a_model() -> None:
 
 
 def test_acting_and_polling_wait_for_nothing(chat_server: ChatServer) -> None:
-    with background(chat_server, "gated", (tool_server(),)) as behind:
+    with background(chat_server, "gated") as behind:
         fastest_s = []
         for _ in range(20):
             begun = time.perf_counter()

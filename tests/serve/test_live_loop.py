@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pytest
-from local_servers import ChatServer, tool_server, wait_until
+from local_servers import WAIT_S, ChatServer, tool_server, wait_until
 from small_model import small_model, small_sound
 
 from tml.calls import Call
@@ -52,10 +52,10 @@ def session_of(model: Model, calls: dict[int, str] | None = None) -> LiveSession
     return live
 
 
-def background(model: Model, server: ChatServer, name: str, **limits) -> Background:
+def background(model: Model, server: ChatServer, name: str) -> Background:
     endpoint = Endpoint(url=server.url, model=name)
     open_worker = functools.partial(open_endpoint, endpoint, model.layout.clock)
-    return Background((), open_worker, Limits(**{"timeout_s": 200.0, **limits}))
+    return Background((), open_worker, Limits(timeout_s=WAIT_S))
 
 
 def test_ticks_go_on_while_the_worker_works_and_its_words_go_in_later(model: Model, chat_server: ChatServer) -> None:
@@ -154,7 +154,7 @@ def test_what_comes_back_stands_where_training_would_have_it(model: Model, chat_
 def test_nonsense_that_the_model_calls_comes_back_as_failures_and_ends_nothing(model: Model) -> None:
     """The small model's own actions, which it makes at random."""
     live = session_of(model)
-    with Background((tool_server(),)) as behind:
+    with Background((tool_server(),), limits=Limits(start_timeout_s=WAIT_S)) as behind:
         ticks = list(run_session(live, small_sound(12 * TURN_SAMPLES), CHUNK, behind))
     acted = [action for tick in ticks for action in tick.result.said.actions]
     came_back = [text for tick in ticks for text in tick.came_back]

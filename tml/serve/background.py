@@ -24,7 +24,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from tml.calls import CANCEL, DELEGATE, FAILED, RESULT, SEARCHING, Call, CallError, read_call
-from tml.serve.toolbox import Toolbox, check_arguments, open_toolbox
+from tml.serve.toolbox import Toolbox, check_arguments, open_toolbox, reason_of, root_of
 from tml.serve.worker import Chunk, ChunkKind, OpenWorker, Worker
 from tml.session import Session
 
@@ -44,6 +44,7 @@ class Limits:
         max_delegations: in flight at a time; with more than one, what comes back says of which it is: task 2 result.
         max_tool_calls: of the model's own, in flight at a time.
         timeout_s: until a delegation or a call has failed.
+        start_timeout_s: until a tool server has.
         max_characters: of one result; what is over is cut off.
         max_failure_characters: of the reason that the model is given.
     """
@@ -51,6 +52,7 @@ class Limits:
     max_delegations: int = 1
     max_tool_calls: int = 8
     timeout_s: float = 60.0
+    start_timeout_s: float = 60.0
     max_characters: int = 2_000
     max_failure_characters: int = 120
 
@@ -262,7 +264,10 @@ class Background:
 
     async def _serve(self, ready: concurrent.futures.Future[None]) -> None:
         try:
-            async with open_toolbox(self._servers) as toolbox, self._open_worker(toolbox) as worker:
+            async with (
+                open_toolbox(self._servers, self._limits.start_timeout_s) as toolbox,
+                self._open_worker(toolbox) as worker,
+            ):
                 self._toolbox, self._worker = toolbox, worker
                 ready.set_result(None)
                 await self._closing.wait()
@@ -271,9 +276,9 @@ class Background:
                 await asyncio.gather(*self._jobs, return_exceptions=True)
         except Exception as error:
             if ready.done():
-                self.notices.append(f"the background ended badly: {error}")
+                self.notices.append(f"the background ended badly: {reason_of(error)}")
             else:
-                ready.set_exception(error)
+                ready.set_exception(root_of(error))
 
     async def _work(self, number: int, chunks: Callable[[], AsyncIterator[Chunk]]) -> None:
         """One task from its beginning to its end; whatever a worker or a tool breaks with, the session goes on."""
@@ -291,17 +296,13 @@ class Background:
             self._news.put(_News(number=number, failure="the background has ended"))
             raise
         except Exception as error:
-            failure = f"no result in {self._limits.timeout_s:g} s" if limit.expired() else _reason(error)
+            failure = f"no result in {self._limits.timeout_s:g} s" if limit.expired() else reason_of(error)
         self._news.put(_News(number=number, failure=failure))
 
 
 @asynccontextmanager
 async def _no_worker(toolbox: Toolbox) -> AsyncIterator[None]:
     yield None
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip() or type(error).__name__
 
 
 def _encodable(text: str) -> str:

@@ -72,7 +72,7 @@ def _picture(frame: VideoFrame) -> Part:
 
 def _spread(frames: Sequence[VideoFrame], most: int) -> Iterator[VideoFrame]:
     count = min(most, len(frames))
-    places = np.linspace(len(frames) - 1, 0, count).round().astype(int)[::-1] if count else []
+    places = np.linspace(len(frames) - 1, 0, count).round().astype(int)[::-1].tolist()
     return (frames[place] for place in places)
 
 

@@ -117,7 +117,7 @@ class _EndpointWorker:
                 if not text.strip():
                     raise WorkerError("the answer is empty")
                 return
-            calls = [
+            calls: list[dict[str, Any]] = [
                 {"id": call["id"], "type": "function", "function": {n: call[n] for n in ("name", "arguments")}}
                 for _, call in sorted(answer.calls.items())
             ]

@@ -1,6 +1,7 @@
 """The loop that keeps a live session going: sound in on time, calls out, results in, and never a wait for either."""
 
 import enum
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,8 +85,7 @@ def run_session(
             done_s = time.perf_counter() - begun
             if background is not None:
                 for payload in result.said.actions:
-                    recording = live.recording()
-                    background.act(payload, lambda recording=recording: recording.session("live"))
+                    background.act(payload, functools.partial(live.recording().session, "live"))
             yield Tick(
                 result=result,
                 due_s=clock.emission_s(result.said.turn),

@@ -15,9 +15,6 @@ from tml.calls import CANCEL, DELEGATE, Call, CallError
 if TYPE_CHECKING:
     from mcp import Client
 
-START_TIMEOUT_S = 60.0
-"""How long a server may take until it has said which tools it has."""
-
 
 class ToolError(RuntimeError):
     """A tool says that it could not do what it was called for."""
@@ -75,12 +72,13 @@ def check_arguments(call: Call, schema: Mapping[str, Any]) -> None:
 
 
 @asynccontextmanager
-async def open_toolbox(servers: Sequence[str]) -> AsyncIterator[Toolbox]:
+async def open_toolbox(servers: Sequence[str], start_timeout_s: float) -> AsyncIterator[Toolbox]:
     """Connects to MCP servers and lists their tools; they end with the context.
 
     Args:
         servers: for each the command that starts it (it then talks on its standard input and output), or the
             http address at which it is.
+        start_timeout_s: how long a server may take until it has said which tools it has.
 
     Raises:
         ValueError: a server does not start or answer, a tool has no valid schema or the name of another one, or the
@@ -96,11 +94,11 @@ async def open_toolbox(servers: Sequence[str]) -> AsyncIterator[Toolbox]:
     async with AsyncExitStack() as stack:
         for server in servers:
             try:
-                async with asyncio.timeout(START_TIMEOUT_S):
+                async with asyncio.timeout(start_timeout_s):
                     client = await stack.enter_async_context(_client(server))
                     listed = await _tools_of(client)
             except (OSError, RuntimeError, MCPError, ExceptionGroup) as error:
-                raise ValueError(f"the tool server {server!r} does not start: {_reason(error)}") from error
+                raise ValueError(f"the tool server {server!r} does not start: {reason_of(error)}") from error
             for tool in listed:
                 if tool.name in tools or tool.name in (DELEGATE, CANCEL):
                     raise ValueError(f"the tool server {server!r} has a tool {tool.name!r}, but there is one already")
@@ -139,7 +137,14 @@ async def _tools_of(client: "Client") -> list[Tool]:
             return found
 
 
-def _reason(error: BaseException) -> str:
+def root_of(error: BaseException) -> BaseException:
+    """What was raised, out of the groups that task groups of the protocol's library wrap around it."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return str(error) or type(error).__name__
+    return error
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, or if it does not say why, how."""
+    root = root_of(error)
+    return str(root).strip() or type(root).__name__
