@@ -64,7 +64,9 @@ def small_experiment(
     )
 
 
-def small_model(folder: Path, voice: AudioOutConfig | None = None, video: VideoConfig | None = None, **changes) -> Model:
+def small_model(
+    folder: Path, voice: AudioOutConfig | None = None, video: VideoConfig | None = None, **changes
+) -> Model:
     """Random values in every parameter; the tokenizer is trained into `folder`."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 288, folder / "tokenizer")
     experiment = small_experiment(voice, video, **changes)
