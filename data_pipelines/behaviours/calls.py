@@ -18,9 +18,9 @@ from data_pipelines.behaviours.vocabulary import (
     WAITING,
 )
 from data_pipelines.mixing import seconds
+from tml.calls import CANCEL, DELEGATE, FAILED, RESULT, SEARCHING
 from tml.session import ExpectationKind
 
-DELEGATE, CANCEL = "delegate", "cancel"
 TOOLS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "light": ("colour", "make it {}", COLOURS),
     "draw": ("shape", "draw a {}", SHAPES),
@@ -61,17 +61,17 @@ def delegation(stage: Stage, cast: Cast) -> int:
     _wait(stage, called, arrival)
     stage.expect(ExpectationKind.GO_ON, called + seconds(0.4), arrival, tag="waiting")
     if ending == "failure":
-        stage.deliver(arrival, "failed")
+        stage.deliver(arrival, FAILED)
         said = "sorry"
     else:
         digit = cast.one(DIGITS)
         final = arrival
         if ending == "chunks":
-            stage.deliver(arrival, "searching")
+            stage.deliver(arrival, SEARCHING)
             final = arrival + cast.samples(0.6, 1.4)
             _wait(stage, stage.own_end + seconds(_PHRASE_GAP_S), final)
             stage.expect(ExpectationKind.GO_ON, arrival, final, tag="waiting")
-        stage.deliver(final, f"result {digit}")
+        stage.deliver(final, f"{RESULT} {digit}")
         arrival, said = final, f"it is {digit}"
     stage.say(said, arrival + seconds(config.delay_s))
     answered = arrival + seconds(_USE_WINDOW_S)
@@ -100,7 +100,7 @@ def _cancelled(stage: Stage, cast: Cast, called: int, arrival: int) -> int:
     stage.say("okay", end + seconds(config.delay_s))
     stage.expect(ExpectationKind.SAY, end, end + seconds(_CALL_WINDOW_S), "okay", "cancel")
     late = max(arrival, end + seconds(_CALL_WINDOW_S)) + cast.samples(0.2, 0.6)
-    stage.deliver(late, f"result {cast.one(DIGITS)}")
+    stage.deliver(late, f"{RESULT} {cast.one(DIGITS)}")
     stage.expect(ExpectationKind.SILENCE, late, late + seconds(2.0), tag="late_result")
     return late + seconds(2.0)
 

@@ -4,7 +4,6 @@ All times are samples of the session clock. The model begins to speak at borders
 that the first word of what it says is emitted exactly when it begins to sound.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from data_pipelines.mixing import Surroundings, seconds
 from data_pipelines.request_session import Channel
 from data_pipelines.speech import SAMPLE_RATE_HZ, Utterance, utter
 from data_pipelines.voices import OWN_VOICE
+from tml.calls import Call
 from tml.codec.waveform import encode_clip
 from tml.session import Expectation, ExpectationKind, Session, Stream, TextEvent, VideoFrame, Word
 
@@ -180,8 +180,8 @@ class Stage:
 
 
 def call(name: str, arguments: Mapping[str, str]) -> str:
-    """A call as JSON, always spelt alike: {"name":"light","arguments":{"colour":"red"}}."""
-    return json.dumps({"name": name, "arguments": dict(arguments)}, separators=(",", ":"))
+    """A call as the payload of an action."""
+    return Call(name=name, arguments=arguments).spelt()
 
 
 def _describe(surroundings: Surroundings) -> dict[str, str]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tml.duplex import judge as judging
-from tml.duplex.judge import judge, number_of, parse_call, take_over
+from tml.duplex.judge import judge, number_of, take_over
 from tml.duplex.trace import TimedCall, TimedWord, Trace
 from tml.session import Expectation, ExpectationKind
 
@@ -228,11 +228,6 @@ def test_a_wrong_call_beside_the_right_one_does_not_hide_it():
     wrong = json.dumps({"name": "light", "arguments": {"colour": "blue"}})
     hits, _ = judged(KIND.ACTION, 1.0, 2.4, CALL, trace(calls=((1.2, wrong), (1.4, CALL))))
     assert hits == {"right_tool": True, "right_call": True}
-
-
-@pytest.mark.parametrize("payload", ["[]", "3", '{"name": 3}', '{"name":"x","arguments":[]}', "", "{"])
-def test_what_is_no_call_is_none(payload):
-    assert parse_call(payload) is None
 
 
 @pytest.mark.parametrize(("at", "called"), [(0.8, False), (1.0, True), (1.9, True), (2.0, False)])

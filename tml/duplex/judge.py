@@ -17,11 +17,10 @@ Windows and emissions are compared as whole samples of the session's clock.
 """
 
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from tml.calls import Call, CallError, read_call
 from tml.duplex.trace import TimedWord, Trace, normalise
 from tml.session import Expectation, ExpectationKind
 
@@ -180,25 +179,20 @@ def _go_on(case: _Case) -> list[Outcome]:
 
 
 def _action(case: _Case) -> list[Outcome]:
-    wanted, (start, end) = parse_call(case.wanted.text), (case.wanted.start, case.wanted.end)
-    assert wanted is not None, case.wanted.text
-    made = [(c.at_s, parse_call(c.payload)) for c in case.trace.calls if start < case.samples(c.at_s) <= end]
-    named = [(at_s, call) for at_s, call in made if call is not None and call["name"] == wanted["name"]]
-    right = [at_s for at_s, call in named if call["arguments"] == wanted["arguments"]]
+    wanted, (start, end) = read_call(case.wanted.text), (case.wanted.start, case.wanted.end)
+    made = [(c.at_s, call_of(c.payload)) for c in case.trace.calls if start < case.samples(c.at_s) <= end]
+    named = [(at_s, call) for at_s, call in made if call is not None and call.name == wanted.name]
+    right = [at_s for at_s, call in named if call.arguments == wanted.arguments]
     latency_s = case.latency_s(right[0], start) if right else None
     return [case.outcome("right_tool", bool(named)), case.outcome("right_call", bool(right), latency_s)]
 
 
-def parse_call(payload: str) -> Mapping[str, Any] | None:
-    """A call with `name` and `arguments`, or None for anything else; absent arguments are none."""
+def call_of(payload: str) -> Call | None:
+    """The call in the payload of an action, or None where it holds none."""
     try:
-        call = json.loads(payload)
-    except ValueError:
+        return read_call(payload)
+    except CallError:
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", {})
-    return {"name": call["name"], "arguments": arguments} if isinstance(arguments, dict) else None
 
 
 def _no_action(case: _Case) -> list[Outcome]:

@@ -16,7 +16,7 @@ from tml.codec.text import Tokenizer
 from tml.codec.waveform import resample, resampled_length
 from tml.config import AudioOutConfig, ModelConfig, StreamConfig
 from tml.duplex.controls import without
-from tml.duplex.judge import parse_call
+from tml.duplex.judge import call_of
 from tml.duplex.trace import Trace, trace_of_said
 from tml.microturn import TEXT_IN_STREAMS, EncodedText, Layout
 from tml.params import PyTree
@@ -92,8 +92,8 @@ class _Feed:
 
     def hear(self, said: Said) -> None:
         """Takes in what the model has done, on which later turns may depend."""
-        calls = (parse_call(payload) for payload in said.actions)
-        if not self._gated or not any(call is not None and call["name"] == self._call for call in calls):
+        calls = (call_of(payload) for payload in said.actions)
+        if not self._gated or not any(call is not None and call.name == self._call for call in calls):
             return
         self._gated = False
         self._turns = self._laid_out(said.turn + 1)
@@ -112,8 +112,8 @@ def opening_call(session: Session) -> str | None:
 
     None if it holds no result, or no call.
     """
-    calls = [parse_call(event.text) for event in session.texts_of(Stream.ACTION)]
-    named = [call["name"] for call in calls if call is not None]
+    calls = [call_of(event.text) for event in session.texts_of(Stream.ACTION)]
+    named = [call.name for call in calls if call is not None]
     return named[0] if named and Stream.BACKGROUND in session.streams else None
 
 

@@ -1,25 +1,26 @@
-"""A live session: sound in as it comes, a `Said` and own sound for every micro-turn, the Session record of it all."""
+"""A live session: sound, text and pictures in, a `Said` and own sound for every micro-turn, the record of it all."""
 
 import functools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from tml.codec import audio
 from tml.codec.text import Tokenizer
-from tml.codec.waveform import encode_clip
 from tml.config import ModelConfig, StreamConfig
-from tml.microturn import Layout, TurnContents
+from tml.microturn import Clock, Layout, TurnContents
 from tml.params import PyTree
-from tml.session import Session, Stream, TextEvent
+from tml.session import Session, Stream, TextEvent, VideoFrame
 from tml.stream import engine
 from tml.stream.inputs import NO_OUTPUT, turn_inputs
 from tml.stream.outputs import OutputReader, Said
 from tml.stream.own_voice import OwnVoice
 from tml.stream.placement import place_params
+from tml.stream.recording import Recording
+from tml.stream.sight import Sight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,8 @@ class SessionFullError(ValueError):
 class LiveSession:
     """One session through the streaming engine.
 
-    Text that is typed (`type_text`) goes in with the next turn. Everything is remembered, and
-    `record` gives it back as a Session.
+    Text that is typed (`type_text`) goes in with the next turn, a picture (`show`) with the turn in which its tiles
+    are complete. Everything is remembered, and `record` gives it back as a Session.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class LiveSession:
         self._state = self._first_state()
         self._voice = OwnVoice(model, layout.own_positions_per_turn) if model.has_voice else None
         self._audio_state = audio.init_state(model.audio)
+        self._sight = Sight(model.video, layout.clock)
         self._reader = OutputReader(layout, tokenizer)
         self._waiting: dict[Stream, list[int]] = {}
         self._buffer = np.zeros(0, np.float32)
@@ -102,6 +104,11 @@ class LiveSession:
         self._events: list[TextEvent] = []
         self._num_positions = 0
         self._warm_up()
+
+    @property
+    def clock(self) -> Clock:
+        """The clock of its micro-turns."""
+        return self._layout.clock
 
     @property
     def num_compilations(self) -> int:
@@ -116,7 +123,7 @@ class LiveSession:
         """Compiles the step on a turn of silence, and forgets it."""
         silence = np.zeros(self._layout.clock.turn_samples, np.float32)
         _, levels_TM = audio.push(self._audio_state, silence, self._model.audio)
-        self._state, outputs = self._step(self._params, self._state, self._inputs(levels_TM, []))
+        self._state, outputs = self._step(self._params, self._state, self._inputs(levels_TM, [], self._sight.take(0)))
         jax.block_until_ready(outputs)
         self._state = self._first_state()
         if self._voice is not None:
@@ -125,8 +132,17 @@ class LiveSession:
     def type_text(self, text: str, stream: Stream = Stream.USER_TEXT) -> None:
         """Puts text on an input stream; it goes in with the next turns."""
         self._waiting.setdefault(stream, []).extend(self._tokenizer.encode(text))
-        start = sum(len(chunk) for chunk in self._heard)
+        start = len(self._heard) * self._layout.clock.turn_samples
         self._events.append(TextEvent(stream=stream, start=start, end=start, text=text))
+
+    def show(self, picture: bytes) -> None:
+        """Shows an encoded picture (PNG or JPEG) at the sample up to which sound has come.
+
+        Raises:
+            ValueError: it cannot be decoded, or is more than a turn can hold (`Sight.show`).
+        """
+        heard = len(self._heard) * self._layout.clock.turn_samples + len(self._buffer)
+        self._sight.show(VideoFrame(sample=heard, data=picture))
 
     def push(self, samples: np.ndarray) -> list[TurnResult]:
         """Takes sound (float32 [n], at the model's rate) and runs every turn that it completes.
@@ -159,7 +175,8 @@ class LiveSession:
     def _run_turn(self, heard: np.ndarray) -> TurnResult:
         begun = time.perf_counter()
         self._audio_state, levels_TM = audio.push(self._audio_state, heard, self._model.audio)
-        inputs = self._inputs(levels_TM, self._layout.text_in_chunk(self._waiting))
+        tiles_P = self._sight.take((len(self._heard) + 1) * self._layout.clock.turn_samples)
+        inputs = self._inputs(levels_TM, self._layout.text_in_chunk(self._waiting), tiles_P)
         self._state, outputs = self._step(self._params, self._state, inputs)
         count = int(outputs.counts_B[0])
         said = self._reader.read(np.asarray(outputs.tokens_BO)[0, :count].tolist())
@@ -175,16 +192,14 @@ class LiveSession:
         self._remember(said)
         return TurnResult(said=said, compute_s=compute_s, sound=sound, mels=mels)
 
-    def _inputs(self, levels_TM: np.ndarray, text_in: list[int]) -> engine.TurnInputs:
+    def _inputs(self, levels_TM: np.ndarray, text_in: list[int], tiles_P: np.ndarray) -> engine.TurnInputs:
         contents = TurnContents(
             num_turns=1,
-            tile_turns=np.zeros(0, np.int32),
+            tile_turns=np.zeros(len(tiles_P), np.int32),
             text_in=np.array([(0, token) for token in text_in], np.int32).reshape(-1, 2),
             out=NO_OUTPUT,
         )
-        video = self._model.video
-        no_tiles = np.zeros((0, video.frames_per_tile, video.tile_px, video.tile_px, 3), np.int16)
-        turns = turn_inputs(self._layout, contents, levels_TM, no_tiles, self._model)
+        turns = turn_inputs(self._layout, contents, levels_TM, tiles_P, self._model)
         return jax.tree.map(lambda leaf: leaf[0], turns)
 
     def _remember(self, said: Said) -> None:
@@ -194,24 +209,16 @@ class LiveSession:
             self._events.append(TextEvent(stream=Stream.OWN_TEXT, text=said.text.strip(), **span))
         self._events += [TextEvent(stream=Stream.ACTION, text=action, **span) for action in said.actions]
 
-    def record(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
-        """The session so far and two turns of silence: one in which its last output is heard, and one after it.
-
-        With a voice it holds own sound where it was heard, the vocoder's delay included.
-        """
-        rate_hz = self._layout.clock.sample_rate_hz
-        silence = np.zeros(2 * self._layout.clock.turn_samples, np.float32)
-        samples = np.concatenate([*self._heard, silence])
-        texts = tuple(sorted(self._events, key=lambda event: event.start))
-        sounds = {Stream.USER_AUDIO: encode_clip(samples, rate_hz)}
-        if self._voice is not None:
-            sounds[Stream.OWN_AUDIO] = encode_clip(self._voice.heard(len(samples)), rate_hz)
-        session = Session(
-            session_id=session_id,
-            sample_rate_hz=rate_hz,
-            num_samples=len(samples),
-            streams=(*sounds, *dict.fromkeys(event.stream for event in texts)),
-            audio=sounds,
-            texts=texts,
+    def recording(self) -> Recording:
+        """The session so far; cheap, so that it can be taken between two turns."""
+        return Recording(
+            clock=self._layout.clock,
+            heard=tuple(self._heard),
+            texts=tuple(self._events),
+            frames=tuple(self._sight.frames),
+            voice=None if self._voice is None else self._voice.so_far(),
         )
-        return replace(session, meta=dict(meta or {}))
+
+    def record(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
+        """The session so far, as a Session (`Recording.session`)."""
+        return self.recording().session(session_id, meta)

@@ -1,5 +1,7 @@
 """The voice of a live session: its vocoder, tick by tick, and all that it has said."""
 
+import copy
+
 import numpy as np
 
 from tml.codec.griffin_lim import GriffinLim
@@ -44,6 +46,12 @@ class OwnVoice:
         self._state, sound = self._vocoder.step(self._state, self._silence if mels is None else mels)
         self._said.append(sound)
         return sound
+
+    def so_far(self) -> "OwnVoice":
+        """What it has said up to now, which later turns do not change."""
+        taken = copy.copy(self)
+        taken._said = list(self._said)
+        return taken
 
     def heard(self, num_samples: int) -> np.ndarray:
         """What was heard of it from the session's start on, as so many samples; what is not out yet follows."""

@@ -11,7 +11,7 @@ from data_pipelines import espeak
 from data_pipelines.behaviours.cast import Axis, BehaviourConfig
 from data_pipelines.behaviours.task import DEFAULT_SHARES, PERFORM, BehaviourTask
 from data_pipelines.behaviours.vocabulary import own_words
-from tml.duplex.judge import parse_call
+from tml.calls import read_call
 from tml.duplex.scores import HEADLINES, LOW_IS_GOOD, outcomes, score
 from tml.duplex.trace import TimedCall, Trace, trace_of_session
 from tml.session import Behaviour, ExpectationKind, Session, Stream, decode_session, encode_session
@@ -110,7 +110,7 @@ def test_the_model_begins_to_speak_at_borders_of_micro_turns(behaviour):
             end = event.end
         for event in session.texts_of(Stream.ACTION):
             assert event.start % 3_200 == 0
-            assert parse_call(event.text)
+            assert read_call(event.text).spelt() == event.text
 
 
 @each

@@ -1,0 +1,352 @@
+"""The background against real processes: an endpoint and tool servers that are fast, slow, broken, late or wrong."""
+
+import base64
+import dataclasses
+import functools
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from local_servers import WAIT_S, ChatServer, all_said, odd_tools, tool_server, wait_until
+from PIL import Image
+from small_model import small_session
+
+from tml.calls import Call
+from tml.codec.waveform import decode_clip
+from tml.config import AudioConfig, MicroTurnConfig
+from tml.microturn import Clock
+from tml.serve.background import Background, Limits
+from tml.serve.conversation import Media
+from tml.serve.endpoint import Endpoint, open_endpoint
+from tml.session import Session, Stream, TextEvent, VideoFrame
+
+CLOCK = Clock.of(MicroTurnConfig(), AudioConfig())
+DELEGATE, CANCEL = Call(name="delegate").spelt(), Call(name="cancel").spelt()
+
+
+@functools.cache
+def conversation() -> Session:
+    """Sound, pictures, and words with their times."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 3, 3), 200, np.uint8)).save(file, format="PNG")
+    return dataclasses.replace(
+        small_session(3),
+        streams=(Stream.USER_AUDIO, Stream.VIDEO, Stream.OWN_TEXT),
+        texts=(TextEvent(stream=Stream.OWN_TEXT, start=16_000, end=19_200, text="one moment"),),
+        frames=tuple(VideoFrame(sample=sample, data=file.getvalue()) for sample in (0, 8_000, 16_000)),
+    )
+
+
+def background(server: ChatServer | None, model: str = "fast", tools: tuple[str, ...] = (), **limits) -> Background:
+    open_worker = None
+    if server is not None:
+        open_worker = functools.partial(open_endpoint, Endpoint(url=server.url, model=model), CLOCK)
+    return Background(tools, open_worker, Limits(**{"timeout_s": 200.0, "start_timeout_s": WAIT_S, **limits}))
+
+
+@pytest.fixture(scope="module")
+def tools_alone() -> Iterator[Background]:
+    """Tools and no worker, for many tests: a server takes seconds to start."""
+    with background(None, tools=(tool_server(),)) as behind:
+        yield behind
+
+
+def test_the_worker_gets_the_whole_session_and_its_words_come_back(chat_server: ChatServer) -> None:
+    with background(chat_server) as behind:
+        behind.act(DELEGATE, conversation)
+        assert "".join(all_said(behind)) == "result it is seven"
+        assert behind.notices == []
+    [request] = map(json.loads, chat_server.requests())
+    system, user = request["messages"]
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert "tools" not in request
+    texts = [part["text"] for part in user["content"] if part["type"] == "text"]
+    assert "tick    5    1.0 s  video: frame | own text: one moment" in texts[0]
+    assert "expected" not in texts[0]
+    assert texts[2:] == [f"What was seen at {seconds} s:" for seconds in (0.0, 0.5, 1.0)]
+    [sound] = [part["input_audio"] for part in user["content"] if part["type"] == "input_audio"]
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(sound["data"])), dtype="float32")
+    assert (sound["format"], rate) == ("wav", 16_000)
+    np.testing.assert_array_equal(samples, decode_clip(conversation().audio[Stream.USER_AUDIO], 16_000))
+    pictures = [part["image_url"]["url"] for part in user["content"] if part["type"] == "image_url"]
+    seen = [base64.b64decode(url.removeprefix("data:image/png;base64,")) for url in pictures]
+    assert seen == [frame.data for frame in conversation().frames]
+
+
+def test_an_endpoint_gets_only_what_it_can_take(chat_server: ChatServer) -> None:
+    for number, endpoint in enumerate(
+        [
+            Endpoint(url=chat_server.url, model="fast", media=()),
+            Endpoint(url=chat_server.url, model="fast", media=(Media.FRAMES,), max_frames=2),
+        ]
+    ):
+        with Background(open_worker=functools.partial(open_endpoint, endpoint, CLOCK)) as behind:
+            behind.act(DELEGATE, conversation)
+            all_said(behind)
+        content = json.loads(chat_server.requests()[number])["messages"][1]["content"]
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        assert texts[1:] == ([], ["What was seen at 0.0 s:", "What was seen at 1.0 s:"])[number]
+
+
+def test_a_busy_endpoint_is_asked_again(chat_server: ChatServer) -> None:
+    with background(chat_server, "busy") as behind:
+        behind.act(DELEGATE, conversation)
+        assert "".join(all_said(behind)) == "result it is seven"
+    assert len(chat_server.requests()) == 2
+
+
+def test_the_worker_uses_tools_and_sees_what_they_say(chat_server: ChatServer) -> None:
+    with background(chat_server, "calculates", (tool_server(),)) as behind:
+        behind.act(DELEGATE, conversation)
+        said = all_said(behind)
+    assert said[0] == "searching"
+    assert "".join(said[1:]) == "result it is 42"
+    asked, again = map(json.loads, chat_server.requests())
+    assert {tool["function"]["name"] for tool in asked["tools"]} == {"time", "calculator"}
+    [calculator] = [tool["function"] for tool in asked["tools"] if tool["function"]["name"] == "calculator"]
+    assert calculator["parameters"]["properties"]["expression"]["type"] == "string"
+    call, answer = again["messages"][2:]
+    assert call["tool_calls"][0]["function"] == {"name": "calculator", "arguments": '{"expression":"6*7"}'}
+    assert answer == {"role": "tool", "tool_call_id": "call-1", "content": "42"}
+
+
+def test_wrong_calls_of_the_worker_are_told_to_it(chat_server: ChatServer) -> None:
+    with background(chat_server, "calls_wrongly", (tool_server(),), max_characters=10_000) as behind:
+        behind.act(DELEGATE, conversation)
+        said = all_said(behind)
+    reasons = "".join(said[1:]).removeprefix("result ").split(" | ")
+    starts = (
+        "error: not JSON",
+        "error: calculator: expression 3 is not of type 'string'",
+        "error: arguments must be an object",
+        "error: Error executing tool calculator: '1/0' has no value",
+        "error: there is no tool teleport",
+    )
+    assert len(reasons) == len(starts)
+    assert all(reason.startswith(start) for reason, start in zip(reasons, starts, strict=True)), reasons
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("broken", "failed: Error code: 500"),
+        ("page", "failed: "),
+        ("junk", "failed: "),
+        ("odd", "failed: "),
+        ("empty", "failed: the answer is empty"),
+        ("withheld", "failed: the answer was withheld"),
+        ("cut", "failed: the answer broke off"),
+        ("calls_for_ever", "failed: no answer in 8 rounds of calls"),
+    ],
+)
+def test_what_goes_wrong_there_comes_back_as_a_failure(chat_server: ChatServer, model: str, reason: str) -> None:
+    with background(chat_server, model, (tool_server(),) if "calls" in model else ()) as behind:
+        for _ in range(2):
+            behind.act(DELEGATE, conversation)
+            said = all_said(behind)
+            assert said[-1].startswith(reason), said
+            assert len(said[-1]) <= 130
+        assert [notice.split(":")[0] for notice in behind.notices] == ["task 1 failed", "task 2 failed"]
+
+
+def test_an_endpoint_that_is_not_there_is_a_failure(chat_server: ChatServer) -> None:
+    nowhere = dataclasses.replace(chat_server, url="http://127.0.0.1:9/v1")
+    with background(nowhere) as behind:
+        behind.act(DELEGATE, conversation)
+        assert all_said(behind) == ["failed: Connection error."]
+
+
+def test_a_session_that_cannot_be_made_is_a_failure(chat_server: ChatServer) -> None:
+    def impossible() -> Session:
+        raise ValueError("no sound")
+
+    with background(chat_server) as behind:
+        behind.act(DELEGATE, impossible)
+        assert all_said(behind) == ["failed: no sound"]
+
+
+def test_what_is_cancelled_does_not_come_back(chat_server: ChatServer) -> None:
+    with background(chat_server, "gated") as behind:
+        behind.act(DELEGATE, conversation)
+        wait_until(lambda: bool(chat_server.requests()))
+        behind.act(CANCEL, conversation)
+        assert behind.num_in_flight == 0
+        chat_server.release()
+        behind.act(DELEGATE, conversation)
+        assert "".join(all_said(behind)) == "result it is late now"
+        assert behind.notices == ["task 1: cancelled by the model"]
+
+
+def test_a_result_that_has_come_but_was_not_read_is_dropped_with_a_notice(chat_server: ChatServer) -> None:
+    with background(chat_server) as behind:
+        behind.act(DELEGATE, conversation)
+        wait_until(lambda: behind._news.qsize() >= 3)
+        behind.act(CANCEL, conversation)
+        assert behind.poll() == []
+        cancelled, *dropped = behind.notices
+        assert cancelled == "task 1: cancelled by the model"
+        assert dropped
+        assert all("task 1: dropped, too late: " in notice for notice in dropped)
+
+
+def test_time_is_up_and_the_next_task_runs(chat_server: ChatServer) -> None:
+    with background(chat_server, "gated", timeout_s=0.3) as behind:
+        behind.act(DELEGATE, conversation)
+        assert all_said(behind) == ["failed: no result in 0.3 s"]
+        behind.act(DELEGATE, conversation)
+        assert behind.num_in_flight == 1
+
+
+def test_what_is_in_flight_at_the_end_is_named_and_cancelled(chat_server: ChatServer) -> None:
+    with background(chat_server, "gated") as behind:
+        behind.act(DELEGATE, conversation)
+        wait_until(lambda: bool(chat_server.requests()))
+    assert behind.notices == ["task 1 was still in flight when the session ended, and is cancelled"]
+    chat_server.release()
+    wait_until((chat_server.folder / "hung_up").exists)
+
+
+def test_a_result_that_nobody_read_before_the_end_is_named(chat_server: ChatServer) -> None:
+    with background(chat_server) as behind:
+        behind.act(DELEGATE, conversation)
+        wait_until(lambda: behind._news.qsize() >= 4)
+    assert "dropped, since the session is over: 'result it is seven'" in behind.notices
+
+
+def test_halves_of_surrogate_pairs_do_not_reach_the_tokenizer(chat_server: ChatServer) -> None:
+    with background(chat_server, "surrogate") as behind:
+        behind.act(DELEGATE, conversation)
+        assert "".join(all_said(behind)) == "result odd ? thing"
+
+
+def test_a_result_without_end_is_cut_off(chat_server: ChatServer) -> None:
+    with background(chat_server, "endless", max_characters=50) as behind:
+        behind.act(DELEGATE, conversation)
+        said = "".join(all_said(behind))
+        assert said.startswith("result 0 1 2 3")
+        assert 50 <= len(said) < 100
+        assert "task 1: cut off after 50 characters" in behind.notices
+    wait_until((chat_server.folder / "hung_up").exists)
+
+
+def test_several_delegations_say_which_they_are_and_can_be_cancelled_one_by_one(chat_server: ChatServer) -> None:
+    with background(chat_server, "gated", max_delegations=2) as behind:
+        for _ in range(3):
+            behind.act(DELEGATE, conversation)
+        assert behind.poll() == ["failed: 2 in flight already"]
+        behind.act(Call(name="cancel", arguments={"task": 1}).spelt(), conversation)
+        assert behind.num_in_flight == 1
+        chat_server.release()
+        said = all_said(behind)
+        assert said[0].startswith("task 2 result it")
+        assert all(text.startswith("task 2 ") for text in said)
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        ('{"name":"calculator","arguments":{"expr', "failed: not JSON"),
+        ("it is seven", "failed: not JSON"),
+        ('{"name":3}', "failed: a call needs a name"),
+        ('{"name":"teleport"}', "failed: there is no tool teleport"),
+        ('{"name":"calculator","arguments":{"expression":6}}', "failed: calculator: expression 6 is not of type"),
+        ('{"name":"calculator"}', "failed: calculator: 'expression' is a required property"),
+        ('{"name":"delegate","arguments":{"query":"bread"}}', "failed: delegate: Additional properties are not"),
+        ('{"name":"cancel","arguments":{"task":"one"}}', "failed: cancel: task 'one' is not of type 'integer'"),
+        (DELEGATE, "failed: there is no background model"),
+    ],
+)
+def test_a_call_that_cannot_be_carried_out_comes_back_as_a_failure(
+    tools_alone: Background, payload: str, reason: str
+) -> None:
+    tools_alone.act(payload, conversation)
+    [said] = tools_alone.poll()
+    assert said.startswith(reason)
+    assert tools_alone.num_in_flight == 0
+    assert tools_alone.notices[-1].startswith("refused ")
+    tools_alone.act('{"name":"calculator","arguments":{"expression":"1+1"}}', conversation)
+    assert all_said(tools_alone) == ["calculator result 2"]
+
+
+def test_the_model_calls_every_tool_itself(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "bread.md").write_text("The price of bread is five.")
+    canvas = tmp_path / "canvas.svg"
+    with background(None, tools=(tool_server(f"--documents={tmp_path}/texts", f"--canvas={canvas}"),)) as behind:
+
+        def called(name: str, **arguments) -> list[str]:
+            behind.act(Call(name=name, arguments=arguments).spelt(), conversation)
+            return all_said(behind)
+
+        assert called("search", query="price bread") == ["search result bread: The price of bread is five."]
+        assert called("draw", shape="circle") == ["draw result drew a black circle at 320, 240"]
+        assert '<circle cx="320" cy="240" r="50" fill="black" />' in canvas.read_text()
+        assert called("draw", shape="star")[0].startswith("failed: draw: shape 'star' is not one of")
+        assert called("calculator", expression="1/0")[0].startswith("calculator failed: Error executing")
+        assert called("time")[0].endswith("UTC+00:00")
+        assert called("cancel") == []
+        assert behind.notices[-1] == "there was nothing in flight to cancel"
+
+
+def test_a_tool_server_that_dies_or_hangs_harms_nobody_else() -> None:
+    with background(None, tools=(odd_tools(), tool_server()), timeout_s=5.0, max_tool_calls=1) as behind:
+        for name, reason in (("hang", "hang failed: no result in 5 s"), ("die", "die failed: ")):
+            behind.act(Call(name=name).spelt(), conversation)
+            behind.act(Call(name="die").spelt(), conversation)
+            assert behind.poll() == ["failed: die: 1 calls in flight already"]
+            [said] = all_said(behind)
+            assert said.startswith(reason)
+        behind.act(Call(name="die").spelt(), conversation)
+        assert all_said(behind)[0].startswith("die failed: ")
+        calculation = Call(name="calculator", arguments={"expression": "2^10"}).spelt()
+
+        def again() -> bool:
+            behind.act(calculation, conversation)
+            return all_said(behind) == ["calculator result 1024"]
+
+        wait_until(again)
+
+
+def test_a_tool_that_says_nothing_puts_nothing_into_the_stream() -> None:
+    with background(None, tools=(odd_tools(),)) as behind:
+        behind.act(Call(name="light", arguments={"colour": "red"}).spelt(), conversation)
+        assert all_said(behind) == []
+        assert behind.notices == []
+
+
+@pytest.mark.parametrize(
+    ("servers", "reason"),
+    [
+        (("no-such-command",), "'no-such-command' does not start: "),
+        (("true",), "'true' does not start: "),
+        ((odd_tools(), odd_tools()), "has a tool 'die', but there is one already"),
+        (("",), "needs a command or an http address"),
+    ],
+)
+def test_a_tool_server_that_cannot_be_had_is_an_error_at_once(servers: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Background(servers, limits=Limits(start_timeout_s=WAIT_S))
+
+
+def test_an_endpoint_needs_an_address_and_a_model() -> None:
+    with pytest.raises(ValueError, match="does not begin with http"):
+        Endpoint(url="localhost:8000", model="x")
+    with pytest.raises(ValueError, match="needs the name of a model"):
+        Endpoint(url="http://localhost", model="")
+
+
+def test_acting_and_polling_wait_for_nothing(chat_server: ChatServer) -> None:
+    with background(chat_server, "gated") as behind:
+        fastest_s = []
+        for _ in range(20):
+            begun = time.perf_counter()
+            behind.act(DELEGATE, conversation)
+            behind.poll()
+            fastest_s.append(time.perf_counter() - begun)
+        assert sorted(fastest_s)[10] < 0.02
+        assert behind.num_in_flight == 1

@@ -1,0 +1,1 @@
+"""What surrounds live sessions: the loop that keeps time, the background model and its tools."""

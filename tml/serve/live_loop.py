@@ -1,0 +1,96 @@
+"""The loop that keeps a live session going: sound in on time, calls out, results in, and never a wait for either."""
+
+import enum
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tml.serve.background import Background
+from tml.session import Stream
+from tml.stream.live import LiveSession, TurnResult
+
+
+class Pace(enum.StrEnum):
+    """When sound goes in."""
+
+    REAL_TIME = "real_time"
+    """When its last sample would have come from a sound card."""
+    AT_ONCE = "at_once"
+    """As fast as it can be taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
+    """One micro-turn as the loop saw it; times are of the wall clock, from the session's start.
+
+    Attributes:
+        result: what the turn put out.
+        due_s: when its last sample was there.
+        done_s: when its output was out.
+        came_back: what the background said that went in with it or, where it is more, with the turns after it.
+        num_in_flight: tasks of the background once its own calls were made.
+    """
+
+    result: TurnResult
+    due_s: float
+    done_s: float
+    came_back: tuple[str, ...]
+    num_in_flight: int
+
+    @property
+    def behind_s(self) -> float:
+        """How long after its last sample the output was out."""
+        return self.done_s - self.due_s
+
+
+def run_session(
+    live: LiveSession,
+    samples: np.ndarray,
+    chunk: int,
+    background: Background | None = None,
+    pace: Pace = Pace.AT_ONCE,
+    before: Callable[[int], None] = lambda sample: None,
+) -> Iterator[Tick]:
+    """Streams sound through a session, a Tick for every micro-turn that it completes.
+
+    Args:
+        live: the session, which has heard nothing yet.
+        samples: the sound (float32 [n], at the model's rate).
+        chunk: samples that arrive together; at most a micro-turn, so that calls are carried out turn by turn.
+        background: carries out what the model calls; without one, calls are only shown.
+        pace: when sound goes in.
+        before: called with the number of samples that have gone in, ahead of every chunk: what is typed or shown then.
+
+    Raises:
+        ValueError: `chunk` is less than a sample or longer than a micro-turn; what `LiveSession.push` raises.
+    """
+    clock = live.clock
+    if not 0 < chunk <= clock.turn_samples:
+        raise ValueError(f"chunks of {chunk} samples are not in 1..{clock.turn_samples}, a micro-turn")
+    begun = time.perf_counter()
+    came_back: list[str] = []
+    for first in range(0, len(samples), chunk):
+        piece = samples[first : first + chunk]
+        if pace is Pace.REAL_TIME:
+            ahead_s = begun + (first + len(piece)) / clock.sample_rate_hz - time.perf_counter()
+            time.sleep(max(0.0, ahead_s))
+        before(first)
+        for text in background.poll() if background is not None else ():
+            live.type_text(text, Stream.BACKGROUND)
+            came_back.append(text)
+        for result in live.push(piece):
+            done_s = time.perf_counter() - begun
+            if background is not None:
+                for payload in result.said.actions:
+                    background.act(payload, functools.partial(live.recording().session, "live"))
+            yield Tick(
+                result=result,
+                due_s=clock.emission_s(result.said.turn),
+                done_s=done_s,
+                came_back=tuple(came_back),
+                num_in_flight=0 if background is None else background.num_in_flight,
+            )
+            came_back.clear()

@@ -1,0 +1,1 @@
+"""The tools of the tool server, each a plain function or class that knows nothing of how it is called."""
