@@ -57,7 +57,7 @@ def played() -> list[Played]:
 
 
 def assert_same(one: Played, other: Played) -> None:
-    """The same words and the same turns of speech; sound to the rounding of float16, as programs of other sizes give."""
+    """The same words and the same turns of speech; sound to the rounding of float16, as other programs give."""
     assert one.said == other.said
     for mine, others in zip(one.mels, other.mels, strict=True):
         assert (mine is None) == (others is None)
