@@ -157,7 +157,7 @@ def _placed(marks: Sequence[Mark]) -> list[tuple[Mark, int]]:
     return placed
 
 
-def _x(time_s: float) -> float:
+def _x(time_s: int | float) -> float:
     return LEFT_PX + time_s * PX_PER_S
 
 
