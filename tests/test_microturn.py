@@ -96,8 +96,7 @@ def lay_out(layout: Layout, encoded: EncodedSession) -> Segment:
 
 
 def turns_of(segment: Segment) -> list[slice]:
-    starts = segment.turn_starts.tolist()
-    return [slice(start, end) for start, end in itertools.pairwise(starts)]
+    return [slice(start, end) for start, end in itertools.pairwise(segment.turn_starts.tolist())]
 
 
 def read_inputs(layout: Layout, segment: Segment, turn: slice, at: int, held: dict[str, list]) -> int:
@@ -130,10 +129,8 @@ def parse_turn(layout: Layout, segment: Segment, turn: slice) -> dict[str, list]
     """Reads one turn in the documented order; fails where it departs from it."""
     tokens, kinds = segment.tokens[turn].tolist(), segment.kinds[turn].tolist()
     held: dict[str, list] = {"tiles": [], "text_in": [], "actions": [], "own": []}
-    at = 0
-    if layout.turn.boundary is Boundary.TICK:
-        assert (tokens[0], kinds[0]) == (SPECIAL.tick, Kind.TOKEN)
-        at = 1
+    at = int(layout.turn.boundary is Boundary.TICK)
+    assert not at or (tokens[0], kinds[0]) == (SPECIAL.tick, Kind.TOKEN)
     at = read_inputs(layout, segment, turn, at, held)
     assert set(kinds[at:]) == {Kind.TOKEN}
     held["first_out"] = [turn.start + at]
