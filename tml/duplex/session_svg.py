@@ -1,9 +1,10 @@
 """One session as inline SVG: what came in, what the model did and what was expected, on the grid of micro-turns."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape as escape_html
 
 import numpy as np
 
@@ -155,6 +156,11 @@ def _placed(marks: Sequence[Mark]) -> list[tuple[Mark, int]]:
         ends[line : line + 1] = [end]
         placed.append((mark, line))
     return placed
+
+
+def escape(text: str) -> str:
+    """Text for XML, without the control characters that XML cannot hold; a model may say any bytes."""
+    return escape_html(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", text))
 
 
 def _x(time_s: int | float) -> float:
