@@ -158,10 +158,17 @@ class Player:
         played: list[Played | None] = [None] * len(sessions)
         # Sessions of about the same length end together; the longest come first and decide the size of the caches.
         order = sorted(range(len(sessions)), key=lambda i: (-self.num_turns(sessions[i]), i))
-        done = 0
+        done = furthest = 0
+
+        def at_least(turns: int) -> None:
+            # A group that is streamed anew begins again; what was reached before stands.
+            nonlocal furthest
+            furthest = max(furthest, turns)
+            progress(furthest)
+
         for first in range(0, len(order), self._num_slots):
             group = order[first : first + self._num_slots]
-            for number, found in zip(group, self._play_group(sessions, group, done, progress), strict=True):
+            for number, found in zip(group, self._play_group(sessions, group, done, at_least), strict=True):
                 played[number] = found
             done += sum(self.num_turns(sessions[number]) for number in group)
         return [found for found in played if found is not None]
