@@ -9,17 +9,14 @@ end the report says what was measured. Its minutes are those of these commands, 
 """
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from absl import flags
 
 from launch.app import run_app
+from launch.child import run_child
 
 _DATA = flags.DEFINE_string("data", "data/quickstart", "Folder of the data sets.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Run folder.")
@@ -27,9 +24,6 @@ _CONFIG = flags.DEFINE_string("experiment", "experiments/quickstart.py", "The ex
 _STEPS = flags.DEFINE_integer("num_steps", 0, "Train so many steps; the experiment's own number by default.")
 _SESSIONS = flags.DEFINE_integer("num_sessions", 5_500, "Training sessions to synthesise.", lower_bound=1)
 _HUMAN = flags.DEFINE_bool("human", True, "Also test on human digits, from a Debian package of telephone prompts.")
-
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""XLA on CPU allocates its buffers anew every step; huge pages take a third off the step's time."""
 
 
 def main(argv: list[str]) -> int:
@@ -90,22 +84,8 @@ def _run(module: str, *arguments: str, hint: str = "") -> None:
         ValueError: it failed; its own error stands above.
     """
     print(f"\n$ python -m {module} {' '.join(arguments)}", flush=True)
-    begun, stopped_by = time.monotonic(), 0
-    command = [sys.executable, "-m", module, *arguments]
-    # In a session of its own, so that Ctrl-C reaches it once, through us.
-    with subprocess.Popen(command, env=HUGE_PAGES | os.environ, start_new_session=True) as child:
-
-        def pass_on(number: int, _: FrameType | None) -> None:
-            nonlocal stopped_by
-            stopped_by = number
-            child.send_signal(number)
-
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            code = child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    begun = time.monotonic()
+    code, stopped_by = run_child(module, arguments)
     if stopped_by:
         print(f"stopped in {module}; run the same command again to go on from here", file=sys.stderr, flush=True)
         raise SystemExit(code if code > 0 else 128 + stopped_by)

@@ -31,7 +31,16 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 RATE_HZ = 16_000
 
 
-def small_experiment(voice: AudioOutConfig | None = None, video: VideoConfig | None = None, **stream) -> Experiment:
+SMALL_TURN = MicroTurnConfig(max_text_in_per_turn=4, max_text_out_per_turn=3, max_action_per_turn=4)
+
+
+def small_experiment(
+    voice: AudioOutConfig | None = None,
+    video: VideoConfig | None = None,
+    vocab_size: int = 288,
+    turn: MicroTurnConfig = SMALL_TURN,
+    **stream,
+) -> Experiment:
     """A sliding and a global layer: programs take long to compile."""
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, window=8, global_extent=16, rel_rank=2)
     return Experiment(
@@ -42,23 +51,25 @@ def small_experiment(voice: AudioOutConfig | None = None, video: VideoConfig | N
             global_layers=(1,),
             d_model=16,
             dense_dim=24,
-            vocab_size=288,
+            vocab_size=vocab_size,
             attention=attention,
             moe=MoEConfig(num_experts=4, expert_dim=8, block_rows=8),
             audio=AudioConfig(num_mels=8, num_levels=4),
             audio_out=voice or AudioOutConfig(),
             video=video or VideoConfig(),
         ),
-        turn=MicroTurnConfig(max_text_in_per_turn=4, max_text_out_per_turn=3, max_action_per_turn=4),
+        turn=turn,
         stream=StreamConfig(**{"max_positions": 512, "temperature": 1.0, **stream}),
         evaluation=EvaluationConfig(num_slots=2, answer_window_s=1.0),
     )
 
 
-def small_model(folder: Path, voice: AudioOutConfig | None = None, video: VideoConfig | None = None, **stream) -> Model:
+def small_model(
+    folder: Path, voice: AudioOutConfig | None = None, video: VideoConfig | None = None, **changes
+) -> Model:
     """Random values in every parameter; the tokenizer is trained into `folder`."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 288, folder / "tokenizer")
-    experiment = small_experiment(voice, video, **stream)
+    experiment = small_experiment(voice, video, **changes)
     rng = np.random.default_rng(0)
 
     def drawn(spec: ParamSpec) -> jax.Array:

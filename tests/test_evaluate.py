@@ -10,6 +10,7 @@ import scipy.stats
 from small_model import RATE_HZ, small_model, small_session, small_sound, without_sound
 
 from tml import evaluate
+from tml.config import AudioOutConfig, FlowConfig
 from tml.evaluate import Condition, Rate, Scores, condition_sounds, envelope_noise, score
 from tml.export.bundle import Model
 from tml.session import Expectation, ExpectationKind, Session
@@ -235,13 +236,25 @@ def test_blanked_is_silence_and_nothing_else_is(report: evaluate.Report, model: 
     assert silent.said != report.said
 
 
-def test_the_evaluation_hears_what_a_live_session_hears(
-    report: evaluate.Report, model: Model, sessions: list[Session]
-) -> None:
+def said_live(model: Model, session: Session, number: int) -> list[Said]:
     config = model.experiment
-    live = LiveSession(model.params, config.model, model.layout, config.stream, model.tokenizer)
-    turns = live.push(evaluate.heard(sessions[0], config.model))
-    assert [turn.said for turn in turns] == report.said[0]
+    live = LiveSession(model.params, config.model, model.layout, config.stream, model.tokenizer, number)
+    return [turn.said for turn in live.push(evaluate.heard(session, config.model))]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_the_evaluation_hears_and_draws_what_a_live_session_of_its_number_does(
+    number: int, report: evaluate.Report, model: Model, sessions: list[Session]
+) -> None:
+    assert said_live(model, sessions[number], number) == report.said[number]
+
+
+def test_a_voice_speaks_in_the_evaluation_as_it_does_live(sessions: list[Session], tmp_path) -> None:
+    flow = FlowConfig(width=8, num_blocks=1, num_steps=1)
+    voiced = small_model(tmp_path, AudioOutConfig(frames_per_position=4, num_mels=20, flow=flow))
+    report = evaluated(voiced, sessions, (Condition.SPEECH,))
+    assert said_live(voiced, sessions[2], 2) == report.said[2]
+    assert any(turn.tokens for turn in report.said[2])
 
 
 def test_sessions_that_cannot_be_streamed_are_refused(model: Model, sessions: list[Session]) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tml.config import AudioConfig, Boundary, Control, MicroTurnConfig
+from tml.config import AudioConfig, Boundary, Control, MicroTurnConfig, Modality
 from tml.microturn import (
     SPECIAL_TOKEN_NAMES,
     Clock,
@@ -33,6 +33,7 @@ LAYOUTS = [
         turn=MicroTurnConfig(
             boundary=boundary,
             control=control,
+            order=order,
             max_text_in_per_turn=text_in,
             max_text_out_per_turn=text_out,
             max_action_per_turn=40,
@@ -40,11 +41,11 @@ LAYOUTS = [
         special=SPECIAL,
         max_tiles_per_turn=MAX_TILES,
     )
-    for boundary, control, text_in, text_out in [
-        (Boundary.TICK, Control.EXPLICIT, 5, 2),
-        (Boundary.NONE, Control.EXPLICIT, 16, 8),
-        (Boundary.TICK, Control.IMPLICIT, 2, 3),
-        (Boundary.NONE, Control.IMPLICIT, 4, 1),
+    for boundary, control, text_in, text_out, order in [
+        (Boundary.TICK, Control.EXPLICIT, 5, 2, tuple(Modality)),
+        (Boundary.NONE, Control.EXPLICIT, 16, 8, (Modality.VIDEO, Modality.TEXT, Modality.AUDIO)),
+        (Boundary.TICK, Control.IMPLICIT, 2, 3, (Modality.TEXT, Modality.AUDIO, Modality.VIDEO)),
+        (Boundary.NONE, Control.IMPLICIT, 4, 1, tuple(Modality)),
     ]
 ]
 ROOMY = dataclasses.replace(
@@ -95,34 +96,43 @@ def lay_out(layout: Layout, encoded: EncodedSession) -> Segment:
 
 
 def turns_of(segment: Segment) -> list[slice]:
-    starts = segment.turn_starts.tolist()
-    return [slice(start, end) for start, end in itertools.pairwise(starts)]
+    return [slice(start, end) for start, end in itertools.pairwise(segment.turn_starts.tolist())]
+
+
+def read_inputs(layout: Layout, segment: Segment, turn: slice, at: int, held: dict[str, list]) -> int:
+    tokens, kinds = segment.tokens[turn].tolist(), segment.kinds[turn].tolist()
+    for modality in layout.turn.order:
+        first = at
+        if modality is Modality.TEXT:
+            at = read_text_in(tokens, at, held)
+            continue
+        at += layout.clock.frames_per_turn if modality is Modality.AUDIO else kinds.count(Kind.TILE)
+        token, kind = (SPECIAL.audio, Kind.AUDIO) if modality is Modality.AUDIO else (SPECIAL.tile, Kind.TILE)
+        assert all(pair == (token, kind) for pair in zip(tokens[first:at], kinds[first:at], strict=True))
+        held["tiles"] += segment.source[turn][first:at].tolist() if modality is Modality.VIDEO else []
+    return at
+
+
+def read_text_in(tokens: list[int], at: int, held: dict[str, list]) -> int:
+    streams = []
+    while stream := next((stream for stream, marker in MARKERS.items() if marker == tokens[at]), None):
+        streams.append(stream)
+        at += 1
+        while FIRST_TOKEN <= tokens[at] < FIRST_OWN_TOKEN:
+            held["text_in"].append((stream, tokens[at]))
+            at += 1
+    assert streams == [stream for stream in MARKERS if stream in streams], "streams of text in are in their order, once"
+    return at
 
 
 def parse_turn(layout: Layout, segment: Segment, turn: slice) -> dict[str, list]:
     """Reads one turn in the documented order; fails where it departs from it."""
     tokens, kinds = segment.tokens[turn].tolist(), segment.kinds[turn].tolist()
     held: dict[str, list] = {"tiles": [], "text_in": [], "actions": [], "own": []}
-    at = 0
-    if layout.turn.boundary is Boundary.TICK:
-        assert (tokens[0], kinds[0]) == (SPECIAL.tick, Kind.TOKEN)
-        at = 1
-    for _ in range(layout.clock.frames_per_turn):
-        assert (tokens[at], kinds[at]) == (SPECIAL.audio, Kind.AUDIO)
-        at += 1
-    while kinds[at] == Kind.TILE:
-        assert tokens[at] == SPECIAL.tile
-        held["tiles"].append(int(segment.source[turn][at]))
-        at += 1
+    at = int(layout.turn.boundary is Boundary.TICK)
+    assert not at or (tokens[0], kinds[0]) == (SPECIAL.tick, Kind.TOKEN)
+    at = read_inputs(layout, segment, turn, at, held)
     assert set(kinds[at:]) == {Kind.TOKEN}
-    streams = []
-    while tokens[at] in MARKERS.values():
-        streams.append(next(stream for stream, marker in MARKERS.items() if marker == tokens[at]))
-        at += 1
-        while FIRST_TOKEN <= tokens[at] < FIRST_OWN_TOKEN:
-            held["text_in"].append((streams[-1], tokens[at]))
-            at += 1
-    assert streams == [stream for stream in MARKERS if stream in streams], "streams of text in are in their order, once"
     held["first_out"] = [turn.start + at]
     while tokens[at] == SPECIAL.action:
         end = tokens.index(SPECIAL.end_of_text, at)

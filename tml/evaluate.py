@@ -156,8 +156,8 @@ class _Runner:
         self._stream, self._num_slots = stream, min(num_slots, len(sessions))
         self._num_turns = max(layout.clock.num_turns(session.num_samples) for session in sessions)
         slots_in = max(int(session_inputs(layout, session, model).counts_B.sum()) for session in sessions)
-        # Most turns put out one or two positions; what none can pass is for a session that talks without end.
-        likely = slots_in + 2 * self._num_turns
+        # Most turns put out one or two tokens; what none can pass is for a session that talks without end.
+        likely = slots_in + (2 + layout.own_positions_per_turn) * self._num_turns
         self._most_positions = slots_in + layout.max_slots_out * self._num_turns
         self._make_room(-(-likely // POSITIONS_STEP) * POSITIONS_STEP)
 
@@ -170,24 +170,25 @@ class _Runner:
         self._run = jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs))
 
     def run(self, sessions: Sequence[EncodedSession]) -> list[list[Said]]:
-        """What was said in each session, turn by turn."""
+        """What was said in each session, turn by turn. A session draws by its number, in any slot and company."""
         said: list[list[Said]] = []
         for first in range(0, len(sessions), self._num_slots):
             group = list(sessions[first : first + self._num_slots])
             idle = [group[0]] * (self._num_slots - len(group))
             columns = [session_inputs(self._layout, session, self._model) for session in group + idle]
-            outputs = self._outputs(join_sessions(columns, self._num_turns))
+            outputs = self._outputs(join_sessions(columns, self._num_turns), range(first, first + self._num_slots))
             for slot, session in enumerate(group):
                 turns = self._layout.clock.num_turns(session.num_samples)
                 said.append(read_session(outputs, slot, turns, self._layout, self._tokenizer))
         return said
 
-    def _outputs(self, inputs: TurnInputs) -> TurnOutputs:
+    def _outputs(self, inputs: TurnInputs, numbers: Sequence[int]) -> TurnOutputs:
         """Streams one group; anew, in caches that hold anything, if a session has said more than is likely."""
-        state, outputs = self._run(self._params, self._state, inputs)
+        keys_B2 = engine.session_keys(numbers)
+        state, outputs = self._run(self._params, replace(self._state, keys_B2=keys_B2), inputs)
         if int(np.max(state.decode.num_positions_B)) > self._max_positions:
             self._make_room(self._most_positions)
-            _, outputs = self._run(self._params, self._state, inputs)
+            _, outputs = self._run(self._params, replace(self._state, keys_B2=keys_B2), inputs)
         return outputs
 
 

@@ -26,7 +26,7 @@ _TITLE_IN, _AXIS_IN, _LINE_IN, _WAVE_IN, _GAP_IN = 0.45, 0.42, 0.2, 0.5, 0.12
 _LABEL_SHIFT_IN = 0.03
 _PANEL_S, _MAX_PANELS, _MAX_LABEL = 12.0, 40, 56
 _DPI, _FONT_POINTS = 110, 8.5
-_COLOURS = {
+COLOURS = {
     Stream.USER_AUDIO: "#33658a",
     Stream.VIDEO: "#5b5f97",
     Stream.SYSTEM: "#6b705c",
@@ -38,7 +38,7 @@ _COLOURS = {
 }
 _QUIET = (ExpectationKind.SILENCE, ExpectationKind.STOP, ExpectationKind.NO_ACTION)
 _EXPECTATION_COLOURS = {kind: "#5c677d" if kind in _QUIET else "#4f772d" for kind in ExpectationKind}
-_NAMES = {
+NAMES = {
     Stream.USER_AUDIO: "user",
     Stream.VIDEO: "video",
     Stream.SYSTEM: "system",
@@ -87,11 +87,11 @@ def timeline_text(session: Session, clock: Clock) -> str:
         said.setdefault(tick, {}).setdefault(name, []).append(text)
 
     for word in session.user_words:
-        add(word.start, _NAMES[Stream.USER_AUDIO], word.text)
+        add(word.start, NAMES[Stream.USER_AUDIO], word.text)
     for frame in session.frames:
-        add(frame.sample, _NAMES[Stream.VIDEO], "frame")
+        add(frame.sample, NAMES[Stream.VIDEO], "frame")
     for event in session.texts:
-        add(event.start, _NAMES[event.stream], " ".join(event.text.split()))
+        add(event.start, NAMES[event.stream], " ".join(event.text.split()))
     for item in session.expectations:
         if item.kind is ExpectationKind.ANSWER:
             add(item.end, "expected", item.text)
@@ -180,18 +180,18 @@ def _lanes(session: Session) -> list[_Lane]:
         return tuple(_Mark(start_s=a / rate, end_s=b / rate, label=text, colour=colour) for text, a, b in words)
 
     def texts(stream: Stream) -> tuple[_Mark, ...]:
-        return seconds(((_label(e), e.start, e.end) for e in session.texts_of(stream)), _COLOURS[stream])
+        return seconds(((_label(e), e.start, e.end) for e in session.texts_of(stream)), COLOURS[stream])
 
     lanes: list[_Lane] = []
     for stream in Stream:
         heard = ((word.text, word.start, word.end) for word in session.user_words)
-        marks = seconds(heard, _COLOURS[stream]) if stream is Stream.USER_AUDIO else texts(stream)
+        marks = seconds(heard, COLOURS[stream]) if stream is Stream.USER_AUDIO else texts(stream)
         clip = session.audio.get(stream)
         pictures = tuple((f.sample / rate, f.data) for f in session.frames) if stream is Stream.VIDEO else ()
         if marks or clip or pictures:
             samples = decode_clip(clip, rate) if clip else None
             lanes.append(
-                _Lane(name=_NAMES[stream], colour=_COLOURS[stream], marks=marks, samples=samples, pictures=pictures)
+                _Lane(name=NAMES[stream], colour=COLOURS[stream], marks=marks, samples=samples, pictures=pictures)
             )
     expected = tuple(
         _Mark(

@@ -247,7 +247,7 @@ def _loss(
     model, cfg = experiment.model, experiment.loss
     found = transformer.hidden(params, rows, model, sizes)
     with jax.named_scope("objective"):
-        scores = transformer.score(params, found.h_BSD, rows.targets_BS, cfg.chunk_positions, model, sizes)
+        scores = transformer.score(params, found.h_BSD, rows.targets_BS, cfg.vocab_block, model, sizes)
         loss, metrics = objective(scores, rows, weight.targets, cfg)
     if rows.own is not None:
         with jax.named_scope("audio_objective"):
@@ -259,7 +259,7 @@ def _loss(
     with jax.named_scope("mtp_objective"):
         ahead = targets_ahead(rows, len(found.ahead), sizes)
         h_BSD = jnp.concatenate(found.ahead)
-        scores = transformer.score(params, h_BSD, ahead.targets_BS, cfg.chunk_positions, model, sizes)
+        scores = transformer.score(params, h_BSD, ahead.targets_BS, cfg.vocab_block, model, sizes)
         loss_ahead, metrics_ahead = objective_ahead(scores, ahead, len(found.ahead), weight.targets, cfg)
     return loss + loss_ahead, ({**metrics, **metrics_ahead}, found.load)
 

@@ -1,4 +1,4 @@
-"""Chunked and vocabulary-sharded scores against whole logits, with gradients."""
+"""Scores by blocks and shards of the vocabulary against whole logits, with gradients."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tml.config import MeshConfig
 from tml.mesh import make_mesh
 from tml.ops.collectives import sum_over
-from tml.ops.cross_entropy import Scores, score, score_in_chunks
+from tml.ops.cross_entropy import Scores, score, score_in_blocks
 
 NUM_LOGITS, VOCABULARY = 13, 16
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -39,17 +39,22 @@ def assert_alike(found, gradients) -> None:
         np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [4, 100])
-def test_chunks_equal_the_whole(chunk: int) -> None:
-    def chunked(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, Scores]:
-        scores = score_in_chunks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, chunk, MeshConfig())
+def as_it_is(part_DV: jax.Array) -> jax.Array:
+    return part_DV
+
+
+@pytest.mark.parametrize("block", [5, 8, 100])
+def test_blocks_equal_the_whole(block: int) -> None:
+    def in_blocks(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, Scores]:
+        scores = score_in_blocks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, block, as_it_is, MeshConfig())
         return weighted(scores), scores
 
-    (_, found), gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(H_BSD, UNEMBED_DV)
+    (_, found), gradients = jax.jit(jax.value_and_grad(in_blocks, (0, 1), has_aux=True))(H_BSD, UNEMBED_DV)
     assert_alike(found, gradients)
 
 
-def test_shards_of_the_vocabulary_equal_the_whole() -> None:
+@pytest.mark.parametrize("block", [3, 4])
+def test_shards_of_the_vocabulary_equal_the_whole(block: int) -> None:
     sizes = MeshConfig(tensor=4)
 
     @functools.partial(
@@ -61,7 +66,7 @@ def test_shards_of_the_vocabulary_equal_the_whole() -> None:
     )
     def sharded(h_BSD: jax.Array, unembed_DV: jax.Array):
         def loss(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, Scores]:
-            scores = score_in_chunks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, 5, sizes)
+            scores = score_in_blocks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, block, as_it_is, sizes)
             return weighted(scores) / sizes.tensor, scores
 
         (_, scores), (grad_h, grad_w) = jax.value_and_grad(loss, (0, 1), has_aux=True)(h_BSD, unembed_DV)
@@ -71,11 +76,10 @@ def test_shards_of_the_vocabulary_equal_the_whole() -> None:
 
 
 def test_no_array_holds_all_logits() -> None:
-    def chunked(h_BSD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
-        return weighted(score_in_chunks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, 3, MeshConfig()))
+    def in_blocks(h_BSD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
+        return weighted(score_in_blocks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, 4, as_it_is, MeshConfig()))
 
-    text = str(jax.make_jaxpr(jax.grad(chunked, (0, 1)))(H_BSD, UNEMBED_DV))
-    assert f"f32[3,{VOCABULARY}]" in text
+    text = str(jax.make_jaxpr(jax.grad(in_blocks, (0, 1)))(H_BSD, UNEMBED_DV))
+    assert "f32[18,4]" in text
     assert f"f32[18,{VOCABULARY}]" not in text
-    assert f"[6,3,{VOCABULARY}]" not in text
     assert f"[2,9,{VOCABULARY}]" not in text

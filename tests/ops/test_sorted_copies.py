@@ -9,9 +9,10 @@ import pytest
 
 from tml.ops import grouped_matmul_tpu
 from tml.ops.grouped_matmul import sums_of_groups_reference
-from tml.ops.sorted_copies import BLOCK_TOKENS, rows_of_tokens, sort_copies, sum_of_rows
+from tml.ops.sorted_copies import BLOCK_TOKENS, count_copies, rows_of_tokens, sort_copies, sum_of_rows
 
 EXPERTS, CHOICES = 5, 2
+FIND_ROWS = {"sorted": sort_copies, "counted": count_copies}
 SUMS = {
     "reference": sums_of_groups_reference,
     "TPU": functools.partial(grouped_matmul_tpu.multiply_groups, unit=8, interpret=True),
@@ -30,11 +31,12 @@ def rows_of(experts: np.ndarray, num_rows: int) -> list[int]:
     return [copy for expert in range(EXPERTS) for copy in np.flatnonzero(flat == expert)][:num_rows]
 
 
+@pytest.mark.parametrize("find_rows", FIND_ROWS.values(), ids=FIND_ROWS.keys())
 @pytest.mark.parametrize("num_rows", [8, 64, 1024], ids=["too few", "some over", "more than copies"])
-def test_rows_hold_the_copies_of_each_expert_in_turn(num_rows: int) -> None:
+def test_rows_hold_the_copies_of_each_expert_in_turn(num_rows: int, find_rows) -> None:
     experts, gates = routing(60), np.random.default_rng(1).random((60, CHOICES), np.float32)
     copies = rows_of(experts, num_rows)
-    plan, gate_R = jax.jit(sort_copies, static_argnums=(2, 3))(jnp.asarray(experts), gates, EXPERTS, num_rows)
+    plan, gate_R = jax.jit(find_rows, static_argnums=(2, 3))(jnp.asarray(experts), gates, EXPERTS, num_rows)
     np.testing.assert_array_equal(np.flatnonzero(plan.is_row), np.arange(len(copies)))
     np.testing.assert_array_equal(plan.token_of_row[: len(copies)], np.array(copies) // CHOICES)
     np.testing.assert_array_equal(gate_R, np.pad(gates.reshape(-1)[copies], (0, num_rows - len(copies))))
@@ -43,8 +45,23 @@ def test_rows_hold_the_copies_of_each_expert_in_turn(num_rows: int) -> None:
     assert int(plan.num_dropped) == (experts >= 0).sum() - len(copies)
 
 
+@pytest.mark.parametrize("num_tokens", [70, 70_000], ids=["one block", "blocks of blocks"])
+def test_counting_finds_the_rows_of_sorting(num_tokens: int) -> None:
+    experts, gates = routing(num_tokens), jnp.ones((num_tokens, CHOICES))
+    find = functools.partial(jax.jit, static_argnums=(2, 3))
+    by_sort, by_count = (find(f)(jnp.asarray(experts), gates, EXPERTS, num_tokens)[0] for f in FIND_ROWS.values())
+    num_rows = int(by_sort.group_sizes_E.sum())
+    assert int(by_sort.num_dropped) > 0
+    for name in ("token_of_row", "row_by_token", "place_by_token"):
+        np.testing.assert_array_equal(getattr(by_sort, name)[:num_rows], getattr(by_count, name)[:num_rows], name)
+    for name in ("is_row", "group_sizes_E", "block_sizes", "num_dropped"):
+        np.testing.assert_array_equal(getattr(by_sort, name), getattr(by_count, name), name)
+    assert sorted(by_count.row_by_token.tolist()) == list(range(num_tokens))
+
+
+@pytest.mark.parametrize("find_rows", FIND_ROWS.values(), ids=FIND_ROWS.keys())
 @pytest.mark.parametrize("sum_groups", SUMS.values(), ids=SUMS.keys())
-def test_sums_and_gradients_equal_a_loop_over_copies(sum_groups) -> None:
+def test_sums_and_gradients_equal_a_loop_over_copies(sum_groups, find_rows) -> None:
     num_tokens, num_rows = 2 * BLOCK_TOKENS + 40, 160
     experts = routing(num_tokens)
     experts[80:] = np.where(np.arange(num_tokens - 80)[:, None] % 9, -1, experts[80:])
@@ -56,7 +73,7 @@ def test_sums_and_gradients_equal_a_loop_over_copies(sum_groups) -> None:
     )
 
     def ours(x, gates):
-        plan, gate_R = sort_copies(jnp.asarray(experts), gates, EXPERTS, num_rows)
+        plan, gate_R = find_rows(jnp.asarray(experts), gates, EXPERTS, num_rows)
         y_RD = jnp.square(rows_of_tokens(sum_groups, x, plan)) * gate_R[:, None]
         # As kernels leave rows of no expert.
         y_RD = jnp.where(plan.is_row[:, None], y_RD, jnp.nan)

@@ -16,7 +16,7 @@ from tml.params import count_params
 from tml.plan.decode import plan_decode_step
 from tml.plan.estimate import estimate
 from tml.plan.hlo import parse
-from tml.plan.program import Compiled, refused_memory
+from tml.plan.program import Compiled, hbm_of_report, refused_memory
 from tml.plan.report import decode_table, search_line, train_table
 from tml.plan.search import all_meshes, candidates, rank
 from tml.plan.topology import Topology, open_topology
@@ -104,6 +104,15 @@ def test_a_refusal_for_want_of_memory_says_how_much_was_wanted(message: str, wan
     assert memory.is_refused
     assert memory.temporary_bytes == pytest.approx(wanted)
     assert refused_memory(message.replace("RESOURCE_EXHAUSTED", "INTERNAL"), topology) is None
+
+
+def test_hbm_is_what_the_report_of_the_compiler_says():
+    report = (
+        "Memory Space: default (color=0)\nTotal bytes: 6451254368 (6.01GiB)\n  cumulative_size; size\n\n"
+        "Memory Space: vmem (color=1)\nTotal bytes: 33554432 (32.00MiB)\n"
+    )
+    assert hbm_of_report(report) == 6_451_254_368
+    assert hbm_of_report(report.replace("default (color=0)", "vmem (color=1)")) is None
 
 
 def test_a_micro_turn_is_compiled_and_estimated(topology: Topology):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import randomised, rows_of, tiny_layout, tiny_model, tiny_session
 
-from tml.config import Boundary, Control, StreamConfig
+from tml.config import Boundary, Control, Modality, StreamConfig
 from tml.microturn import EncodedText
 from tml.model import cache, transformer
 from tml.params import init_params
@@ -20,7 +20,7 @@ NUM_TURNS = 12
 KNOBS = [
     {},
     pytest.param({"boundary": Boundary.NONE}, marks=pytest.mark.slow),
-    {"control": Control.IMPLICIT},
+    {"control": Control.IMPLICIT, "order": (Modality.TEXT, Modality.VIDEO, Modality.AUDIO)},
     {"turn_ms": 400},
 ]
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny import randomised, tiny_layout, tiny_model, tiny_session
+from tiny import VOICE, randomised, tiny_layout, tiny_model, tiny_session
 
 from tml.config import MatmulBackend, ModelConfig, StreamConfig
 from tml.mesh import param_sharding
@@ -18,9 +18,9 @@ from tml.stream.placement import check_backend, served_params, stream_mesh
 NUM_TURNS = 6
 
 
-def wide_model() -> ModelConfig:
+def wide_model(**changes) -> ModelConfig:
     """One that eight devices can share; with padding in its vocabulary."""
-    model = tiny_model(vocab_size=48, unpadded_vocab_size=43)
+    model = tiny_model(vocab_size=48, unpadded_vocab_size=43, **changes)
     attention = dataclasses.replace(model.attention, num_heads=16, num_kv_heads=8)
     return dataclasses.replace(model, attention=attention)
 
@@ -47,6 +47,17 @@ def test_devices_that_share_a_model_say_what_one_device_says(tensor: int, backen
     np.testing.assert_array_equal(shared.tokens_BO, alone.tokens_BO)
     np.testing.assert_array_equal(shared.counts_B, alone.counts_B)
     np.testing.assert_allclose(shared.log_probs_BO, alone.log_probs_BO, atol=1e-4)
+
+
+def test_devices_that_share_a_voice_sound_as_one_device_does() -> None:
+    model, stream = wide_model(audio_out=VOICE), StreamConfig(max_positions=128)
+    alone = streamed(model, stream, [0, 1])
+    shared = streamed(model, dataclasses.replace(stream, tensor=2), [0, 1])
+    assert 0 < alone.own.speaks_B.sum() < alone.own.speaks_B.size
+    np.testing.assert_array_equal(shared.tokens_BO, alone.tokens_BO)
+    np.testing.assert_array_equal(shared.own.speaks_B, alone.own.speaks_B)
+    mels, expected = (np.asarray(found.own.mels_BTY, np.float32) for found in (shared, alone))
+    np.testing.assert_allclose(mels, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_a_session_is_the_same_in_any_slot_also_with_experts_by_kernel() -> None:

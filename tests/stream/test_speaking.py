@@ -22,6 +22,8 @@ NUM_TURNS, NUM_SLOTS = 10, 8
 MODEL = tiny_model(audio_out=VOICE)
 KNOBS = [{}, {"control": Control.IMPLICIT}, {"turn_ms": 400}]
 SEED, MINE = 3, 5
+NUMBERS = (MINE, 1, MINE)
+"""Sessions that both speak and listen under each of `KNOBS`; with implicit control few of them listen."""
 
 
 @once
@@ -70,14 +72,16 @@ def said_aloud(session: EncodedSession, outputs, layout: Layout) -> EncodedSessi
     )
 
 
-@pytest.mark.parametrize("knobs", KNOBS, ids=str)
-def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_of_itself(knobs: dict) -> None:
-    layout, run, step, state = runner(1, [MINE], **knobs)
+@pytest.mark.parametrize(("knobs", "number"), zip(KNOBS, NUMBERS, strict=True), ids=str)
+def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_of_itself(
+    knobs: dict, number: int
+) -> None:
+    layout, run, step, state = runner(1, [number], **knobs)
     session = tiny_session(MODEL, NUM_TURNS)
     turns = session.num_samples // layout.clock.turn_samples
     inputs = inputs_of(layout, session, turns)
     outputs = run(inputs)
-    key = jax.random.wrap_key_data(state.keys_B2[0])  # the state is donated
+    key = state.keys_B2[0]  # the state is donated
     jitted, singles, now = engine.jit_step(step), [], state
     for turn in range(turns):
         now, single = jitted(some_params(), now, jax.tree.map(lambda leaf, turn=turn: jnp.asarray(leaf[turn]), inputs))
@@ -94,7 +98,8 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     np.testing.assert_array_equal(batch.own.mels_BPY[0, :count], mels)
 
     found = jax.jit(lambda p, b: transformer.hidden(p, b, MODEL, MeshConfig()).h_BSD)(some_params(), batch)
-    log_probs = jax.nn.log_softmax(transformer.unembed(some_params()["unembed"], found, MODEL), axis=-1)[0]
+    logits = transformer.unembed(jnp.asarray(some_params()["unembed"]), found, MODEL)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)[0]
     tokens = np.concatenate([t[:c] for t, c in zip(outputs.tokens_BO[:, 0], outputs.counts_B[:, 0], strict=True)])
     streamed = np.concatenate([p[:c] for p, c in zip(outputs.log_probs_BO[:, 0], outputs.counts_B[:, 0], strict=True)])
     kinds = batch.target_kinds_BS[0]
@@ -105,7 +110,8 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     # From the training forward the head draws the mels that were streamed.
     before = batch.own.places_BP[0, :count] - 1
     keys = jax.vmap(_sound_key, in_axes=(None, 0))(key, jnp.asarray(before + 1))
-    again = flow_head.sample(some_params()["audio_out"], found[0, before], keys, MODEL)
+    head = jax.tree.map(jnp.asarray, some_params()["audio_out"])
+    again = flow_head.sample(head, found[0, before], keys, MODEL)
     np.testing.assert_allclose(np.asarray(again, np.float32), mels.astype(np.float32), rtol=2e-3, atol=2e-3)
 
 

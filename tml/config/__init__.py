@@ -3,6 +3,7 @@
 from tml.config.audio_out import AudioOutConfig, FlowConfig, FlowSolver, VocoderConfig, VocoderKind
 from tml.config.data import DataConfig, SourceConfig, SourceKind
 from tml.config.experiment import Experiment
+from tml.config.grid import Grid
 from tml.config.mesh import DATA_AXES, ROW_AXES, SHARD_AXES, MeshConfig, Split
 from tml.config.model import (
     AttentionBackend,
@@ -20,7 +21,7 @@ from tml.config.model import (
     VideoConfig,
     check_platform,
 )
-from tml.config.stream import Boundary, Control, MicroTurnConfig, TextConfig
+from tml.config.stream import Boundary, Control, MicroTurnConfig, Modality, TextConfig
 from tml.config.training import (
     EvaluationConfig,
     LossConfig,
@@ -57,11 +58,13 @@ __all__ = [
     "ExpertDispatch",
     "FlowConfig",
     "FlowSolver",
+    "Grid",
     "LossConfig",
     "MatmulBackend",
     "MeshConfig",
     "MicroTurnConfig",
     "MoEConfig",
+    "Modality",
     "ModelConfig",
     "MtpChain",
     "MtpConfig",

@@ -20,13 +20,24 @@ class Control(enum.StrEnum):
     IMPLICIT = "implicit"
 
 
+class Modality(enum.StrEnum):
+    """What comes in during a micro-turn."""
+
+    AUDIO = "audio"
+    VIDEO = "video"
+    TEXT = "text"
+    """System text, typed text and background results, in this order."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroTurnConfig:
-    """One micro-turn: its length, its boundary, and how many tokens of each text stream fit in it."""
+    """One micro-turn: its length, boundary and order, and how many tokens of each text stream fit in it."""
 
     turn_ms: int = 200
     boundary: Boundary = Boundary.TICK
     control: Control = Control.EXPLICIT
+    order: tuple[Modality, ...] = (Modality.AUDIO, Modality.VIDEO, Modality.TEXT)
+    """In which order the input half of a turn holds what came in."""
     max_text_in_per_turn: int = 16
     """Tokens of system text, typed text and background results (markers included) that one turn may hold;
     what is over waits for the next turn."""
@@ -42,6 +53,10 @@ class MicroTurnConfig:
             max_text_out_per_turn=self.max_text_out_per_turn,
             max_action_per_turn=self.max_action_per_turn,
         )
+        if sorted(self.order) != sorted(Modality):
+            raise ValueError(
+                f"turn.order = {tuple(map(str, self.order))} must name each of {tuple(map(str, Modality))} once"
+            )
         if self.max_text_in_per_turn < 2:
             raise ValueError(
                 f"turn.max_text_in_per_turn = {self.max_text_in_per_turn} must be at least 2: a marker and one token"

@@ -24,8 +24,8 @@ class LossConfig:
     """Weight of multi-token prediction, the mean over its blocks, beside the rest (DeepSeek-V3, equation 25)."""
     z_loss_weight: float = 0.0
     """Weight of logsumexp(logits)^2 (PaLM, section 5)."""
-    chunk_positions: int = 0
-    """Positions of one device whose logits exist at a time; 0 makes all of them at once."""
+    vocab_block: int = 0
+    """Entries of the vocabulary whose logits exist at a time, on one device; 0 makes all of them at once."""
 
     def __post_init__(self) -> None:
         check_not_negative("loss", **vars(self))

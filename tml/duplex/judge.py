@@ -180,14 +180,15 @@ def _go_on(case: _Case) -> list[Outcome]:
 
 def _action(case: _Case) -> list[Outcome]:
     wanted, (start, end) = read_call(case.wanted.text), (case.wanted.start, case.wanted.end)
-    made = [(c.at_s, _call_of(c.payload)) for c in case.trace.calls if start < case.samples(c.at_s) <= end]
+    made = [(c.at_s, call_of(c.payload)) for c in case.trace.calls if start < case.samples(c.at_s) <= end]
     named = [(at_s, call) for at_s, call in made if call is not None and call.name == wanted.name]
     right = [at_s for at_s, call in named if call.arguments == wanted.arguments]
     latency_s = case.latency_s(right[0], start) if right else None
     return [case.outcome("right_tool", bool(named)), case.outcome("right_call", bool(right), latency_s)]
 
 
-def _call_of(payload: str) -> Call | None:
+def call_of(payload: str) -> Call | None:
+    """The call in the payload of an action, or None where it holds none."""
     try:
         return read_call(payload)
     except CallError:

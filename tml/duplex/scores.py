@@ -14,7 +14,7 @@ from typing import Any
 from tml.duplex.judge import Outcome, judge
 from tml.duplex.rates import Rate
 from tml.duplex.trace import Trace
-from tml.session import Behaviour, ExpectationKind, Session
+from tml.session import Behaviour, Expectation, ExpectationKind, Session
 
 LOW_IS_GOOD = frozenset({"pause_takeover", "false_alarm", "took_turn", "false_call"})
 
@@ -94,24 +94,34 @@ class BehaviourScores:
         return value <= bar.value if bar.metric in LOW_IS_GOOD else value >= bar.value
 
 
-def outcomes(session: Session, trace: Trace) -> list[Outcome]:
-    """What came of every expectation of a session.
+def judged(session: Session, trace: Trace) -> list[tuple[Expectation, list[Outcome]]]:
+    """Every expectation of a session with what came of it.
 
     A request with pauses also has the metric `waited`: it was answered, and no word was said in its pauses, so
     that neither silence nor chatter scores.
     """
     requests = [e.start for e in session.expectations if e.kind is ExpectationKind.ANSWER]
-    found: list[Outcome] = []
+    found: list[tuple[Expectation, list[Outcome]]] = []
     for item in session.expectations:
         until = min((start for start in requests if start >= item.end), default=session.num_samples)
-        judged = judge(item, trace, session.sample_rate_hz, until)
-        found += judged
+        came = judge(item, trace, session.sample_rate_hz, until)
         pauses = [e for e in session.expectations if e.tag == "pause" and item.start < e.start and e.end < item.end]
         if item.kind is ExpectationKind.ANSWER and pauses:
             taken = any(o.hit for e in pauses for o in judge(e, trace, session.sample_rate_hz, until))
-            answered = any(o.hit for o in judged if o.metric == "responded")
-            found.append(Outcome(metric="waited", hit=answered and not taken, tag=item.tag))
+            answered = any(o.hit for o in came if o.metric == "responded")
+            came.append(Outcome(metric="waited", hit=answered and not taken, tag=item.tag))
+        found.append((item, came))
     return found
+
+
+def outcomes(session: Session, trace: Trace) -> list[Outcome]:
+    """What came of every expectation of a session."""
+    return [outcome for _, came in judged(session, trace) for outcome in came]
+
+
+def is_good(outcome: Outcome) -> bool:
+    """Whether it is as it should be: a hit, or none where a low rate is good."""
+    return outcome.hit != (outcome.metric in LOW_IS_GOOD)
 
 
 def behaviour_of(session: Session) -> Behaviour:
@@ -200,9 +210,13 @@ def scores_table(scores: Mapping[Behaviour, BehaviourScores]) -> str:
                     ", ".join(f"{bar.value:g} {'reached' if found.reaches(bar) else 'missed'}" for bar in bars),
                 )
             )
+    return "\n".join([aligned(rows), f"macro average {macro_average(scores):.3f}"])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text, each column as wide as its longest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, f"macro average {macro_average(scores):.3f}"])
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def scores_json(scores: Mapping[Behaviour, BehaviourScores]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ One turn, in row order (`||` divides what comes in from what goes out):
 
     [tick]? audio x n, tiles, text in || actions, [listen] or [speak] own text [end of text] own audio x n
 
-Own audio stands in speaking turns of a model with a voice: position j holds what `own_audio` has in the j-th hop of
-[(k+1)T, (k+2)T). A turn speaks if it has own text, or if its own audio can be heard.
+What comes in stands in the order of `turn.order`; this is the default. Own audio stands in speaking turns of a model
+with a voice: position j holds what `own_audio` has in the j-th hop of [(k+1)T, (k+2)T). A turn speaks if it has own
+text, or if its own audio can be heard.
 
 | position                  | input embedding     | target                    | emitted           |
 |---------------------------|---------------------|---------------------------|-------------------|
@@ -40,7 +41,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tml.config import Boundary, Control, MicroTurnConfig
+from tml.config import Boundary, Control, MicroTurnConfig, Modality
 from tml.microturn.clock import Clock
 from tml.microturn.encoded import EncodedSession
 from tml.microturn.positions import Kind, Segment, SpecialTokens, Target
@@ -231,11 +232,14 @@ class Layout:
         """
         num_turns, frames = contents.num_turns, self.clock.frames_per_turn
         tile_turns, text_turns, out_turns = contents.tile_turns, contents.text_in[:, 0], contents.out[:, 0]
-        # What a turn holds, in row order: [tick], audio, tiles, text in, output.
+        # What a turn holds, in row order: [tick], what came in, output.
+        audio_field, tile_field, text_field = (
+            1 + self.turn.order.index(modality) for modality in (Modality.AUDIO, Modality.VIDEO, Modality.TEXT)
+        )
         count_UF = np.empty((num_turns, 5), np.int64)
         count_UF[:, 0] = self.turn.boundary is Boundary.TICK
-        count_UF[:, 1] = frames
-        for field, turns in ((2, tile_turns), (3, text_turns), (4, out_turns)):
+        count_UF[:, audio_field] = frames
+        for field, turns in ((tile_field, tile_turns), (text_field, text_turns), (4, out_turns)):
             count_UF[:, field] = np.bincount(turns, minlength=num_turns)
         end_UF = np.cumsum(count_UF).reshape(count_UF.shape)
         start_UF = end_UF - count_UF
@@ -252,12 +256,12 @@ class Layout:
         target_kinds = np.full(size, Target.NONE.value, np.int32)
         if self.turn.boundary is Boundary.TICK:
             tokens[start_UF[:, 0]] = self.special.tick
-        audio = (start_UF[:, 1:2] + np.arange(frames)).reshape(-1)
+        audio = (start_UF[:, audio_field, None] + np.arange(frames)).reshape(-1)
         tokens[audio], kinds[audio] = self.special.audio, Kind.AUDIO.value
         source[audio] = np.arange(first_frame, first_frame + len(audio))
-        tile, out = places(2, tile_turns), places(4, out_turns)
+        tile, out = places(tile_field, tile_turns), places(4, out_turns)
         tokens[tile], kinds[tile], source[tile] = self.special.tile, Kind.TILE.value, np.arange(len(tile))
-        tokens[places(3, text_turns)] = contents.text_in[:, 1]
+        tokens[places(text_field, text_turns)] = contents.text_in[:, 1]
         tokens[out] = contents.out[:, 1]
         # The token at an output position is the target of the position before it, which is in the same turn.
         targets[out - 1], target_kinds[out - 1] = contents.out[:, 1], contents.out[:, 2]

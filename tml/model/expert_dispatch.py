@@ -23,7 +23,7 @@ from tml.ops.grouped_matmul import (
 )
 from tml.ops.projection import project
 from tml.ops.ragged_exchange import AXIS, bring_back, plan_exchange, send
-from tml.ops.sorted_copies import rows_of_tokens, sort_copies, sum_of_rows
+from tml.ops.sorted_copies import count_copies, rows_of_tokens, sort_copies, sum_of_rows
 
 
 class Dispatched(NamedTuple):
@@ -122,7 +122,8 @@ def kernel_experts(
         cfg: the experts.
     """
     kernels = kernels_of(MatmulBackend(cfg.backend), usual_rows)
-    plan, gate_R = sort_copies(experts_TK, gates_TK, weights["down"].shape[0], num_rows)
+    find_rows = count_copies if cfg.backend == MatmulBackend.GPU else sort_copies
+    plan, gate_R = find_rows(experts_TK, gates_TK, weights["down"].shape[0], num_rows)
     x_RD = rows_of_tokens(kernels.groups, h_TD, plan)
     both_RF = multiply_groups_of_rows(kernels, False, x_RD, _fused(weights["gate_up"]), plan.group_sizes_E)
     # Rows of no expert hold anything from here on; no kernel reads them, and no sum.

@@ -1,5 +1,6 @@
 """The whole network over training rows: embeddings, a stack scanned over its repeating groups of layers, the head."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,11 +19,11 @@ from tml.model.layer_functions import LayerFunctions, LayerState, LiveLayer, row
 from tml.model.live_experts import params_of_layer
 from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params, index_along
-from tml.ops.cross_entropy import Scores, score_in_chunks
+from tml.ops.cross_entropy import Scores, score_in_blocks
 from tml.ops.cross_entropy import score as score_logits
 from tml.ops.norm import rms_norm
 from tml.ops.projection import project
-from tml.params import Leaf, ParamSpec, PyTree, Update, param, scale, stack
+from tml.params import Leaf, ParamSpec, PyTree, Update, map_specs, param, scale, stack
 
 
 class Stage(NamedTuple):
@@ -217,7 +218,7 @@ def run_layers(
                     group_loads.append(load if count > 1 else _add_axis(load))
             return parts, _join(group_loads) if group_loads else None
 
-        layers = _stack_runs(stages[index], runs)
+        layers = _stack_runs(_as_multiplied(stages[index], stage, cfg), runs)
         if stage.repeats == 1:
             parts, load = group(parts, jax.tree.map(lambda leaf: leaf[0], layers))
             load = _add_axis(load)
@@ -272,6 +273,19 @@ def run_live_layers(
         x_BWD, written = carry
         after.append(written)
     return x_BWD, after
+
+
+def _as_multiplied(places: list[PyTree], stage: Stage, cfg: ModelConfig) -> list[PyTree]:
+    """The parameters of a stage, matrices in the dtype that multiplies them.
+
+    Cast here and not in the layer, what the loop over layers collects of their gradients is half as large.
+    """
+    dtype = embed.compute_dtype(cfg)
+
+    def cast(spec: ParamSpec, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if spec.update is Update.MATRIX else leaf
+
+    return [map_specs(cast, block.specs(kind, cfg), params) for kind, params in zip(stage.kinds, places, strict=True)]
 
 
 def _stack_runs(places: list[PyTree], runs: list[tuple[LayerKind, int]]) -> list[PyTree]:
@@ -337,29 +351,31 @@ def score(
     params: Mapping[str, PyTree],
     h_BSD: Float[Array, "B S D"],
     targets_BS: Int32[Array, "B S"],
-    chunk_positions: int,
+    vocab_block: int,
     cfg: ModelConfig,
     mesh: MeshConfig,
 ) -> Scores:
-    """Scores of the predictions from `hidden`, whole or in chunks of positions.
+    """Scores of the predictions from `hidden`, whole or a block of the vocabulary at a time.
 
     Args:
         params: all parameters, or this device's parts.
         h_BSD: `Hidden.h_BSD`.
         targets_BS: token to predict.
-        chunk_positions: positions whose logits exist at a time; 0 makes all of them at once.
+        vocab_block: entries of the vocabulary whose logits exist at a time; 0 makes all of them at once.
         cfg: the model.
         mesh: sizes of the axes.
     """
-    unembed_DV = params["unembed"]
-    if mesh.num_devices > 1:
-        # Its gradient is scattered before the layers' way back begins: else it would be whole beside all of theirs.
-        h_BSD, unembed_DV = jax.lax.optimization_barrier((h_BSD, unembed_DV))
-    unembed_DV = gather_params(unembed_DV.astype(h_BSD.dtype), head_specs(cfg)["unembed"], mesh, h_BSD.dtype)
-    if mesh.tensor == 1 and not chunk_positions:
+    spec, part_DV = head_specs(cfg)["unembed"], params["unembed"].astype(h_BSD.dtype)
+    if mesh.tensor == 1 and not vocab_block:
+        unembed_DV = gather_params(part_DV, spec, mesh, h_BSD.dtype)
         return score_logits(unembed(unembed_DV, h_BSD, cfg), targets_BS)
-    chunk = chunk_positions or targets_BS.size
-    return score_in_chunks(h_BSD, unembed_DV, targets_BS, cfg.num_logits, chunk, mesh)
+    width = min(vocab_block or part_DV.shape[1], part_DV.shape[1])
+    block_spec = dataclasses.replace(spec, shape=(cfg.d_model, width * mesh.tensor))
+
+    def gather(block_DV: jax.Array) -> jax.Array:
+        return gather_params(block_DV, block_spec, mesh, h_BSD.dtype)
+
+    return score_in_blocks(h_BSD, part_DV, targets_BS, cfg.num_logits, width, gather, mesh)
 
 
 def move_router_bias(

@@ -1,4 +1,4 @@
-"""Scores of next-token predictions: over whole logits, or a chunk of positions and a shard of the vocabulary at a time.
+"""Scores of next-token predictions: over whole logits, or a block of the vocabulary at a time.
 
 Per position, with logits z and target y: the negative log likelihood logsumexp(z) - z_y, the log
 normaliser logsumexp(z), and whether y is the likeliest. Their gradient by the logits is
@@ -6,6 +6,7 @@ normaliser logsumexp(z), and whether y is the likeliest. Their gradient by the l
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -45,95 +46,123 @@ def score(logits_BSV: Float32[Array, "B S V"], targets_BS: Int32[Array, "B S"]) 
     return Scores(log_sum_BS - picked_BS, log_sum_BS + highest_BS1[:, :, 0], is_right_BS)
 
 
-def score_in_chunks(
+Gather = Callable[[jax.Array], jax.Array]
+"""This device's part of a block of the unembedding to the whole block; linear."""
+
+
+class _Blocks(NamedTuple):
+    """How the vocabulary is cut.
+
+    Attributes:
+        width: entries of a block.
+        num_entries: entries of this device, before the last block is filled up.
+        num_logits: entries of the whole vocabulary that count.
+    """
+
+    width: int
+    num_entries: int
+    num_logits: int
+
+
+def score_in_blocks(
     h_BSD: Float[Array, "B S D"],
-    unembed_DV: Float[Array, "D v"],
+    unembed_DV: Float[Array, "d v"],
     targets_BS: Int32[Array, "B S"],
     num_logits: int,
-    chunk_positions: int,
+    block_entries: int,
+    gather: Gather,
     mesh: MeshConfig,
 ) -> Scores:
-    """The same scores without ever holding the logits of more than one chunk.
+    """The same scores without ever holding more than one block of the vocabulary: of logits, and of the unembedding.
 
-    The backward pass makes the logits of a chunk anew, and adds up the gradient of the unembedding
-    in float32. Memory is that of `chunk_positions` x v float32 values, a few times.
+    A block of the unembedding is gathered when its logits are made, and its gradient leaves before the next block's
+    is made. The backward pass makes logits anew. Memory is that of B x S x `block_entries` float32 values, twice.
 
     Args:
         h_BSD: inputs of the unembedding, this device's positions.
-        unembed_DV: this device's part of the vocabulary: `mesh.tensor` parts in order.
+        unembed_DV: this device's part, of `mesh.tensor` parts of the vocabulary in order.
         targets_BS: token to predict, of the whole vocabulary.
         num_logits: entries of the vocabulary that count; the rest is padding.
-        chunk_positions: positions of a chunk; the last one is padded.
+        block_entries: entries of a block; the last one is padded.
+        gather: how a block's part becomes whole along D.
         mesh: sizes of the axes.
     """
-    shape = targets_BS.shape
-    num_positions = targets_BS.size
-    chunk = min(chunk_positions, num_positions)
-    num_chunks = -(-num_positions // chunk)
-    tail = num_chunks * chunk - num_positions
-    h_CAD = jnp.pad(h_BSD.reshape(num_positions, -1), ((0, tail), (0, 0))).reshape(num_chunks, chunk, -1)
-    targets_CA = jnp.pad(targets_BS.reshape(-1), (0, tail)).reshape(num_chunks, chunk)
-    scores = _score_chunks(h_CAD, unembed_DV, targets_CA, num_logits, mesh)
-    return Scores(*(value.reshape(-1)[:num_positions].reshape(shape) for value in scores))
+    num_rows, num_entries = unembed_DV.shape
+    blocks = _Blocks(min(block_entries, num_entries), num_entries, num_logits)
+    w_DV = jnp.pad(unembed_DV, ((0, 0), (0, -num_entries % blocks.width)))
+    w_CDV = jnp.moveaxis(w_DV.reshape(num_rows, -1, blocks.width), 1, 0)
+    h_TD = h_BSD.reshape(targets_BS.size, -1)
+    scores = _score_blocks(h_TD, w_CDV, targets_BS.reshape(-1), blocks, gather, mesh)
+    return Scores(*(value_T.reshape(targets_BS.shape) for value_T in scores))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _score_chunks(
-    h_CAD: jax.Array, unembed_DV: jax.Array, targets_CA: jax.Array, num_logits: int, mesh: MeshConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def chunk(h_and_targets: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        h_AD, targets_A = h_and_targets
-        logits_AV, is_target_AV = _chunk_logits(h_AD, unembed_DV, targets_A, num_logits, mesh)
-        highest_A = highest_over(jnp.max(logits_AV, axis=-1), "tensor", mesh)
-        picked_A = jnp.sum(jnp.where(is_target_AV, logits_AV, 0.0), axis=-1)
-        sum_A = jnp.sum(jnp.exp(logits_AV - highest_A[:, None]), axis=-1)
-        sum_A, picked_A = sum_over((sum_A, picked_A), ("tensor",), mesh)
-        log_norm_A = jnp.log(sum_A) + highest_A
-        return log_norm_A - picked_A, log_norm_A, (picked_A >= highest_A).astype(jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _score_blocks(
+    h_TD: jax.Array, w_CDV: jax.Array, targets_T: jax.Array, blocks: _Blocks, gather: Gather, mesh: MeshConfig
+) -> Scores:
+    def block(
+        found: tuple[jax.Array, jax.Array, jax.Array], index_and_part: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        highest_T, sum_T, picked_T = found
+        index, part_DV = index_and_part
+        logits_TV, is_target_TV = _block_logits(h_TD, gather(part_DV), targets_T, index, blocks, mesh)
+        higher_T = jnp.maximum(highest_T, jnp.max(logits_TV, axis=-1))
+        sum_T = sum_T * jnp.exp(highest_T - higher_T) + jnp.sum(jnp.exp(logits_TV - higher_T[:, None]), axis=-1)
+        picked_T += jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1)
+        return (higher_T, sum_T, picked_T), None
 
-    return jax.lax.map(chunk, (h_CAD, targets_CA))
+    nothing_T = jnp.zeros(targets_T.shape, jnp.float32)
+    start = nothing_T + EXCLUDED, nothing_T, nothing_T
+    (local_T, sum_T, picked_T), _ = jax.lax.scan(block, start, _numbered(w_CDV))
+    highest_T = highest_over(local_T, "tensor", mesh)
+    sum_T, picked_T = sum_over((sum_T * jnp.exp(local_T - highest_T), picked_T), ("tensor",), mesh)
+    log_norm_T = jnp.log(sum_T) + highest_T
+    return Scores(log_norm_T - picked_T, log_norm_T, (picked_T >= highest_T).astype(jnp.float32))
 
 
-def _chunk_logits(
-    h_AD: jax.Array, unembed_DV: jax.Array, targets_A: jax.Array, num_logits: int, mesh: MeshConfig
+def _numbered(w_CDV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.arange(w_CDV.shape[0], dtype=jnp.int32), w_CDV
+
+
+def _block_logits(
+    h_TD: jax.Array, w_DV: jax.Array, targets_T: jax.Array, index: jax.Array, blocks: _Blocks, mesh: MeshConfig
 ) -> tuple[jax.Array, jax.Array]:
-    logits_AV = jnp.einsum("AD,DV->AV", h_AD, unembed_DV, preferred_element_type=jnp.float32)
-    num_local = unembed_DV.shape[1]
-    entry_V = index_along("tensor", mesh) * num_local + jnp.arange(num_local, dtype=jnp.int32)
-    logits_AV = jnp.where((entry_V < num_logits)[None], logits_AV, EXCLUDED)
-    return logits_AV, entry_V[None] == targets_A[:, None]
+    """A block's logits, and which of them are the targets'."""
+    logits_TV = jnp.einsum("TD,DV->TV", h_TD, w_DV, preferred_element_type=jnp.float32)
+    local_V = index * blocks.width + jnp.arange(blocks.width, dtype=jnp.int32)
+    entry_V = index_along("tensor", mesh) * blocks.num_entries + local_V
+    counts_V = (local_V < blocks.num_entries) & (entry_V < blocks.num_logits)
+    logits_TV = jnp.where(counts_V[None], logits_TV, EXCLUDED)
+    return logits_TV, counts_V[None] & (entry_V[None] == targets_T[:, None])
 
 
-def _score_chunks_fwd(
-    h_CAD: jax.Array, unembed_DV: jax.Array, targets_CA: jax.Array, num_logits: int, mesh: MeshConfig
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    scores = _score_chunks(h_CAD, unembed_DV, targets_CA, num_logits, mesh)
-    return scores, (h_CAD, unembed_DV, targets_CA, scores[1])
+def _score_blocks_fwd(
+    h_TD: jax.Array, w_CDV: jax.Array, targets_T: jax.Array, blocks: _Blocks, gather: Gather, mesh: MeshConfig
+) -> tuple[Scores, tuple[jax.Array, ...]]:
+    scores = _score_blocks(h_TD, w_CDV, targets_T, blocks, gather, mesh)
+    return scores, (h_TD, w_CDV, targets_T, scores.log_norm_BS)
 
 
-def _score_chunks_bwd(
-    num_logits: int,
-    mesh: MeshConfig,
-    saved: tuple[jax.Array, ...],
-    grads: tuple[jax.Array, jax.Array, jax.Array],
+def _score_blocks_bwd(
+    blocks: _Blocks, gather: Gather, mesh: MeshConfig, saved: tuple[jax.Array, ...], grads: Scores
 ) -> tuple[jax.Array, jax.Array, None]:
-    h_CAD, unembed_DV, targets_CA, log_norm_CA = saved
+    h_TD, w_CDV, targets_T, log_norm_T = saved
     # Every device along `tensor` has the same scores; the loss of their positions is spread over them.
-    grad_nll_CA, grad_norm_CA = sum_over(grads[:2], ("tensor",), mesh)
+    grad_nll_T, grad_norm_T = sum_over((grads.nll_BS, grads.log_norm_BS), ("tensor",), mesh)
 
-    def chunk(grad_w_DV: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        h_AD, targets_A, log_norm_A, grad_nll_A, grad_norm_A = inputs
-        logits_AV, is_target_AV = _chunk_logits(h_AD, unembed_DV, targets_A, num_logits, mesh)
-        probabilities_AV = jnp.exp(logits_AV - log_norm_A[:, None])
-        grad_AV = (grad_nll_A + grad_norm_A)[:, None] * probabilities_AV
-        grad_AV = (grad_AV - jnp.where(is_target_AV, grad_nll_A[:, None], 0.0)).astype(h_AD.dtype)
-        grad_w_DV += jnp.einsum("AD,AV->DV", h_AD, grad_AV, preferred_element_type=jnp.float32)
-        return grad_w_DV, jnp.einsum("AV,DV->AD", grad_AV, unembed_DV)
+    def block(grad_h_TD: jax.Array, index_and_part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        index, part_DV = index_and_part
+        w_DV, scatter = jax.vjp(gather, part_DV)
+        logits_TV, is_target_TV = _block_logits(h_TD, w_DV, targets_T, index, blocks, mesh)
+        grad_TV = (grad_nll_T + grad_norm_T)[:, None] * jnp.exp(logits_TV - log_norm_T[:, None])
+        grad_TV = (grad_TV - jnp.where(is_target_TV, grad_nll_T[:, None], 0.0)).astype(h_TD.dtype)
+        grad_h_TD += jnp.einsum("TV,DV->TD", grad_TV, w_DV, preferred_element_type=jnp.float32)
+        (grad_part_DV,) = scatter(jnp.einsum("TD,TV->DV", h_TD, grad_TV))
+        return grad_h_TD, grad_part_DV
 
-    start_DV = jnp.zeros(unembed_DV.shape, jnp.float32)
-    inputs = (h_CAD, targets_CA, log_norm_CA, grad_nll_CA, grad_norm_CA)
-    grad_w_DV, grad_h_CAD = jax.lax.scan(chunk, start_DV, inputs)
-    return grad_h_CAD, grad_w_DV.astype(unembed_DV.dtype), None
+    start_TD = jnp.zeros(h_TD.shape, jnp.float32)
+    grad_h_TD, grad_w_CDV = jax.lax.scan(block, start_TD, _numbered(w_CDV))
+    return grad_h_TD.astype(h_TD.dtype), grad_w_CDV, None
 
 
-_score_chunks.defvjp(_score_chunks_fwd, _score_chunks_bwd)
+_score_blocks.defvjp(_score_blocks_fwd, _score_blocks_bwd)

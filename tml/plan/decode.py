@@ -62,6 +62,7 @@ class DecodePlan:
         model, turn = self.experiment.model, self.experiment.turn
         layout = planned_layout(self.experiment)
         positions = int(turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + self.output_positions
+        positions += layout.own_positions_per_turn
         attention, itemsize = model.attention, embed.compute_dtype(model).itemsize
         per_position = 2 * attention.num_kv_heads * attention.head_dim * itemsize * len(set(model.global_layers))
         return per_position * positions * 60_000 / turn.turn_ms

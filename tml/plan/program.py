@@ -1,9 +1,11 @@
 """The real programs of a run, compiled from shapes alone for devices that are not there."""
 
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import cast
 
 import jax
@@ -20,6 +22,7 @@ from tml.stream.placement import served_params, stream_mesh
 from tml.train_step import abstract_state, make_train_step
 
 _OVER = re.compile(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)")
+_IN_HBM = re.compile(r"^Memory Space: default \(color=0\)\s+Total bytes: (\d+)", re.MULTILINE)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -127,22 +130,45 @@ def _abstract_inputs(experiment: Experiment, num_sessions: int) -> TurnInputs:
 def _compile(lower: Callable[[], jax.stages.Lowered], topology: Topology) -> Compiled:
     began = time.perf_counter()
     lowered = lower()
-    try:
-        compiled = lowered.compile(topology.compiler_options)
-    except jax.errors.JaxRuntimeError as error:
-        refused = refused_memory(str(error), topology)
-        if refused is None:
-            raise
-        return Compiled(text="", memory=refused, compile_seconds=time.perf_counter() - began)
+    with tempfile.TemporaryDirectory() as folder:
+        dumping: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = {**topology.compiler_options, **(dumping if topology.chip.is_tpu else {})}
+        try:
+            compiled = lowered.compile(options)
+        except jax.errors.JaxRuntimeError as error:
+            refused = refused_memory(str(error), topology)
+            if refused is None:
+                raise
+            return Compiled(text="", memory=refused, compile_seconds=time.perf_counter() - began)
+        reports = [path.read_text() for path in Path(folder).glob("*memory-usage-report.txt")]
+    memory = _memory_of(compiled, hbm_of_report(reports[0]) if reports else None, topology)
+    return Compiled(text=compiled.as_text() or "", memory=memory, compile_seconds=time.perf_counter() - began)
+
+
+def _memory_of(compiled: jax.stages.Compiled, hbm_bytes: float | None, topology: Topology) -> Memory:
+    """What a program takes; its buffers in HBM together are `hbm_bytes`, where the compiler reports it."""
     found = compiled.memory_analysis()
     assert found is not None, "the compiler states no memory"
     each = float(topology.chip.devices_per_chip)
-    memory = Memory(
+    output_bytes = found.output_size_in_bytes - found.alias_size_in_bytes
+    temporary_bytes = found.temp_size_in_bytes
+    if hbm_bytes is not None:
+        temporary_bytes = hbm_bytes - found.argument_size_in_bytes - output_bytes
+    return Memory(
         argument_bytes=each * found.argument_size_in_bytes,
-        output_bytes=each * (found.output_size_in_bytes - found.alias_size_in_bytes),
-        temporary_bytes=each * (found.temp_size_in_bytes + found.generated_code_size_in_bytes),
+        output_bytes=each * output_bytes,
+        temporary_bytes=each * (temporary_bytes + found.generated_code_size_in_bytes),
     )
-    return Compiled(text=compiled.as_text() or "", memory=memory, compile_seconds=time.perf_counter() - began)
+
+
+def hbm_of_report(report: str) -> float | None:
+    """Bytes in HBM by libtpu's report of a program's memory: what it holds against a chip's before it refuses.
+
+    The temporaries of its `memory_analysis` (libtpu 0.0.42) are more: with them count the batch, and some 30 MB for
+    every collective of the SparseCores, which is nowhere in HBM.
+    """
+    found = _IN_HBM.search(report)
+    return float(found.group(1)) if found else None
 
 
 def refused_memory(message: str, topology: Topology) -> Memory | None:

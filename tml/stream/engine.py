@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import layout as memory
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from tml.config import Control, MeshConfig, ModelConfig, StreamConfig
 from tml.mesh import param_partition, param_sharding
@@ -85,15 +85,15 @@ def init_state(
     """
     max_slots = max(layout.max_slots_in, 1)
     decode = cache.init_state(model, num_slots, stream.max_positions, max_slots)
-    numbers_B = jnp.asarray(_numbers(num_slots, numbers))
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B)
-    return StreamState(decode=decode, keys_B2=jax.random.key_data(keys_B))
+    numbers = range(num_slots) if numbers is None else numbers
+    assert len(numbers) == num_slots, f"{len(numbers)} numbers for {num_slots} slots"
+    return StreamState(decode=decode, keys_B2=session_keys(numbers, seed))
 
 
-def _numbers(num_slots: int, numbers: Sequence[int] | None) -> np.ndarray:
-    found = np.arange(num_slots, dtype=np.int32) if numbers is None else np.array(numbers, np.int32)
-    assert found.shape == (num_slots,), f"{len(found)} numbers for {num_slots} slots"
-    return found
+def session_keys(numbers: Sequence[int], seed: int = 0) -> UInt32[Array, "B 2"]:
+    """Data of the random keys of sessions, by their numbers: `StreamState.keys_B2`."""
+    numbers_B = jnp.array(numbers, jnp.int32)
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers_B))
 
 
 def partition(state: StreamState) -> StreamState:

@@ -1,0 +1,1 @@
+"""One file per question; each defines `get_grid()` for `launch.sweep`."""

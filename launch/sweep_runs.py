@@ -1,0 +1,121 @@
+"""The runs of a sweep: what each of them is, how far it is, and how it is made."""
+
+import importlib.util
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import app
+from ml_collections import ConfigDict
+
+from launch.child import run_child
+from tml.config import Experiment, Grid, from_config_dict
+
+METRICS, LOG = "metrics.jsonl", "log.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a grid: a variant with a seed."""
+
+    variant: str
+    seed: int
+    experiment: Experiment
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """As screen and report name it."""
+        return f"{self.variant}/seed-{self.seed}"
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """Held-out metrics by step, ascending; the last of a step counts, as runs go on after interruptions."""
+        path = self.folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        found = (json.loads(line) for line in lines)
+        by_step = {line["step"]: line for line in found if any(key.startswith("eval/") for key in line)}
+        return [by_step[step] for step in sorted(by_step)]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its last held-out metrics are those of its last step."""
+        return bool(self.curve) and self.curve[-1]["step"] >= self.experiment.train.num_steps
+
+
+def runs_of(grid: Grid, workdir: Path) -> list[Run]:
+    """Every run of a grid, all variants of a seed before the next seed.
+
+    Raises:
+        app.UsageError: see `experiment_of`.
+    """
+    return [
+        Run(variant=name, seed=seed, experiment=experiment_of(grid, name, seed), folder=workdir / name / f"seed-{seed}")
+        for seed in grid.seeds
+        for name in grid.variants
+    ]
+
+
+def load(path: str) -> Any:
+    """The module of a Python file.
+
+    Raises:
+        app.UsageError: there is no such file.
+    """
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise app.UsageError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def experiment_of(grid: Grid, variant: str, seed: int) -> Experiment:
+    """The experiment of one run.
+
+    Raises:
+        app.UsageError: an override names no key of the config, or the values do not fit together.
+    """
+    config: ConfigDict = load(grid.base).get_config()
+    try:
+        for key, value in overrides(grid, variant, seed).items():
+            config.update_from_flattened_dict({key: value})
+        return from_config_dict(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise app.UsageError(f"variant {variant!r} of the grid: {error.args[0]}") from error
+
+
+def overrides(grid: Grid, variant: str, seed: int) -> dict[str, Any]:
+    """Dotted keys of the config and values in which a run differs from the base."""
+    return {**grid.common, **grid.variants[variant], "seed": seed}
+
+
+def train(run: Run, grid: Grid, progress: str) -> str:
+    """Encodes the run's data and trains it; returns what failed, empty if nothing did.
+
+    Raises:
+        SystemExit: a signal stopped it.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    changes = overrides(grid, run.variant, run.seed)
+    config = [f"--config={grid.base}", *(f"--config.{key}={value}" for key, value in changes.items())]
+    begun = time.monotonic()
+    with (run.folder / LOG).open("a", encoding="utf-8") as log:
+        for module, extra in (("launch.encode", []), ("launch.train", [f"--workdir={run.folder}", "--noprint_config"])):
+            print(f"{progress}: {module}, output in {log.name}", flush=True)
+            code, stopped_by = run_child(module, [*config, *extra], log)
+            if stopped_by:
+                print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+                raise SystemExit(code if code > 0 else 128 + stopped_by)
+            if code:
+                last = (run.folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1:]
+                error = f"{module} ended with code {code}: {''.join(last)}"
+                print(f"{progress}: FAILED, {error}", flush=True)
+                return error
+    final = run.curve[-1] if run.curve else {}
+    values = ", ".join(f"{name.removeprefix('eval/')} {final[name]:.4g}" for name in grid.measures if name in final)
+    print(f"{progress}: done in {time.monotonic() - begun:.0f} s, {values}", flush=True)
+    return ""

@@ -1,0 +1,121 @@
+"""A sweep of a tiny grid: real runs, one of which cannot work; going on; the report."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import app
+from scipy import stats
+
+from launch.sweep_report import estimate
+from launch.sweep_runs import experiment_of, load
+from tml.config import Grid
+
+ROOT = Path(__file__).parents[2]
+
+GRID = """
+from tml.config import Grid
+
+
+def get_grid():
+    return Grid(
+        question="Is <this> well?",
+        base="experiments/quickstart.py",
+        common={{
+            "train.num_steps": {steps},
+            "train.log_every": 1,
+            "optim.warmup_steps": 0,
+            "train.eval_every": 2,
+            "train.eval_batches": 1,
+            "train.checkpoint_every": 2,
+            "model.num_layers": 2,
+            "model.global_layers": (1,),
+            "text.tokenizer": "{folder}/tokenizer",
+            "text.train_vocab_size": 512,
+            "data.sources.requests.path": "{folder}/data",
+            "data.eval_sources.requests.path": "{folder}/data",
+            "evaluation.sessions": "",
+        }},
+        variants={{
+            "tick": {{"turn.boundary": "tick"}},
+            "absent": {{"data.sources.requests.path": "{folder}/absent"}},
+        }},
+        seeds=(0,),
+        measures=("eval/loss_text",),
+    )
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_goes_on_and_reports_what_failed(tmp_path: Path) -> None:
+    made = run("launch.synthesize", "--task=requests", f"--out={tmp_path}/data", "--num_sessions=12", "--num_workers=1")
+    assert made.returncode == 0, made.stderr
+    grid, workdir = tmp_path / "grid.py", tmp_path / "runs"
+    grid.write_text(GRID.format(steps=2, folder=tmp_path))
+
+    first = run("launch.sweep", f"--grid={grid}", f"--workdir={workdir}")
+    assert first.returncode == 1, first.stdout + first.stderr
+    assert "1 of 2 runs are done, 1 are not" in first.stdout
+    report = json.loads((workdir / "report.json").read_text())
+    assert list(report["failed"]) == ["absent/seed-0"]
+    assert "absent" in report["failed"]["absent/seed-0"]
+    assert report["config"]["turn.boundary"] == {"tick": "tick", "absent": "none"}
+    assert set(report["config"]) == {"turn.boundary", "data.sources.requests.path"}
+    assert set(report["final"]["eval/loss_text"]) == {"tick"}
+    page = (workdir / "report.html").read_text()
+    assert all(text in page for text in ("Is &lt;this&gt; well?", "<svg", "absent/seed-0"))
+    assert not re.search(r'(src|href)="(?!#)', page), "the page needs another file"
+
+    # Nothing is trained twice; a longer grid goes on from the checkpoints.
+    log = (workdir / "tick/seed-0/log.txt").read_text()
+    again = run("launch.sweep", f"--grid={grid}", f"--workdir={workdir}")
+    assert "tick/seed-0: done" in again.stdout
+    assert (workdir / "tick/seed-0/log.txt").read_text() == log
+    grid.write_text(GRID.format(steps=4, folder=tmp_path))
+    longer = run("launch.sweep", f"--grid={grid}", f"--workdir={workdir}")
+    assert longer.returncode == 1
+    steps = [json.loads(line)["step"] for line in (workdir / "tick/seed-0/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_grid_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(app.UsageError, match=r"variant 'a' of the grid.*num_layer"):
+        experiment_of(
+            Grid(question="?", base=str(ROOT / "experiments/quickstart.py"), variants={"a": {"model.num_layer": 3}}),
+            "a",
+            0,
+        )
+    with pytest.raises(ValueError, match="variants"):
+        Grid(question="?", base="", variants={})
+    with pytest.raises(ValueError, match=r"'a/b'.*folders"):
+        Grid(question="?", base="", variants={"a/b": {}})
+    with pytest.raises(ValueError, match="repeat"):
+        Grid(question="?", base="", variants={"a": {}}, seeds=(1, 1))
+    with pytest.raises(app.UsageError, match="no Python file"):
+        load(str(tmp_path / "absent.py"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments/ablations").glob("[a-z]*.py")))
+def test_every_grid_builds_its_experiments(name: str) -> None:
+    grid = load(str(ROOT / f"experiments/ablations/{name}.py")).get_grid()
+    experiments = [experiment_of(grid, variant, seed) for variant in grid.variants for seed in grid.seeds]
+    assert len({str(experiment) for experiment in experiments}) == len(experiments)
+
+
+def test_an_estimate_is_students_interval() -> None:
+    values = [1.0, 2.0, 4.0]
+    low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values))
+    found = estimate(values)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
+    assert math.isinf(estimate([3.0]).half_width)
