@@ -40,6 +40,9 @@ def deltas(model: str, messages: list[dict]) -> Iterator[dict | None]:
         while not (FOLDER / "release").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         yield from words("it is late now")
+    elif model == "slow":
+        time.sleep(1.5)
+        yield from words("seven")
     elif model in ("fast", "busy"):
         yield from words("it is seven")
     elif model == "cut":

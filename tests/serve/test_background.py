@@ -93,6 +93,15 @@ def test_an_endpoint_gets_only_what_it_can_take(chat_server: ChatServer) -> None
         assert texts[1:] == ([], ["What was seen at 0.0 s:", "What was seen at 1.0 s:"])[number]
 
 
+def test_a_slow_worker_leaves_the_stream_alone_until_it_knows(chat_server: ChatServer) -> None:
+    with background(chat_server, "slow") as behind:
+        begun = time.perf_counter()
+        behind.act(DELEGATE, conversation)
+        assert behind.poll() == []
+        assert all_said(behind) == ["result seven"]
+        assert time.perf_counter() - begun > 1.5
+
+
 def test_a_busy_endpoint_is_asked_again(chat_server: ChatServer) -> None:
     with background(chat_server, "busy") as behind:
         behind.act(DELEGATE, conversation)
