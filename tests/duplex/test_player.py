@@ -57,7 +57,7 @@ def played() -> list[Played]:
 
 
 def assert_same(one: Played, other: Played) -> None:
-    """The same words and the same turns of speech; sound to the rounding of float16, as programs of other sizes give."""
+    """The same words and the same turns of speech; sound to the rounding of float16, across programs."""
     assert one.said == other.said
     for mine, others in zip(one.mels, other.mels, strict=True):
         assert (mine is None) == (others is None)
@@ -67,8 +67,9 @@ def assert_same(one: Played, other: Played) -> None:
 
 def test_the_suite_streams_what_a_live_session_streams(played):
     model, config = random_model(), random_model().experiment
+    roomy = replace(config.stream, max_positions=1_024)
     for number, session in enumerate(small_sessions()[:2]):
-        live = LiveSession(model.params, config.model, model.layout, config.stream, model.tokenizer, number)
+        live = LiveSession(model.params, config.model, model.layout, roomy, model.tokenizer, number)
         turns = live.push(decode_clip(session.audio[Stream.USER_AUDIO], RATE_HZ))
         mels = tuple(turn.mels for turn in turns)
         lived = Played(said=tuple(turn.said for turn in turns), mels=mels, background=())
