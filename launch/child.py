@@ -27,9 +27,11 @@ def run_child(module: str, arguments: Sequence[str], output: IO[str] | None = No
     """
     stopped_by = 0
     command = [sys.executable, "-m", module, *arguments]
-    both = {} if output is None else {"stdout": output, "stderr": subprocess.STDOUT}
+    errors = None if output is None else subprocess.STDOUT
     # In a session of its own, so that Ctrl-C reaches it once, through us.
-    with subprocess.Popen(command, env=HUGE_PAGES | os.environ, start_new_session=True, **both) as child:
+    with subprocess.Popen(
+        command, env=HUGE_PAGES | os.environ, start_new_session=True, stdout=output, stderr=errors
+    ) as child:
 
         def pass_on(number: int, _: FrameType | None) -> None:
             nonlocal stopped_by

@@ -96,50 +96,42 @@ def lay_out(layout: Layout, encoded: EncodedSession) -> Segment:
 
 
 def turns_of(segment: Segment) -> list[slice]:
-    starts = segment.turn_starts.tolist()
-    return [slice(start, end) for start, end in itertools.pairwise(starts)]
+    return [slice(start, end) for start, end in itertools.pairwise(segment.turn_starts.tolist())]
 
 
-def read_audio(layout: Layout, segment: Segment, turn: slice, at: int, held: dict[str, list]) -> int:
-    for _ in range(layout.clock.frames_per_turn):
-        assert (segment.tokens[turn][at], segment.kinds[turn][at]) == (SPECIAL.audio, Kind.AUDIO)
-        at += 1
+def read_inputs(layout: Layout, segment: Segment, turn: slice, at: int, held: dict[str, list]) -> int:
+    tokens, kinds = segment.tokens[turn].tolist(), segment.kinds[turn].tolist()
+    for modality in layout.turn.order:
+        first = at
+        if modality is Modality.TEXT:
+            at = read_text_in(tokens, at, held)
+            continue
+        at += layout.clock.frames_per_turn if modality is Modality.AUDIO else kinds.count(Kind.TILE)
+        token, kind = (SPECIAL.audio, Kind.AUDIO) if modality is Modality.AUDIO else (SPECIAL.tile, Kind.TILE)
+        assert all(pair == (token, kind) for pair in zip(tokens[first:at], kinds[first:at], strict=True))
+        held["tiles"] += segment.source[turn][first:at].tolist() if modality is Modality.VIDEO else []
     return at
 
 
-def read_tiles(layout: Layout, segment: Segment, turn: slice, at: int, held: dict[str, list]) -> int:
-    while segment.kinds[turn][at] == Kind.TILE:
-        assert segment.tokens[turn][at] == SPECIAL.tile
-        held["tiles"].append(int(segment.source[turn][at]))
-        at += 1
-    return at
-
-
-def read_text_in(layout: Layout, segment: Segment, turn: slice, at: int, held: dict[str, list]) -> int:
-    tokens, streams = segment.tokens[turn].tolist(), []
-    while tokens[at] in MARKERS.values():
-        streams.append(next(stream for stream, marker in MARKERS.items() if marker == tokens[at]))
+def read_text_in(tokens: list[int], at: int, held: dict[str, list]) -> int:
+    streams = []
+    while stream := next((stream for stream, marker in MARKERS.items() if marker == tokens[at]), None):
+        streams.append(stream)
         at += 1
         while FIRST_TOKEN <= tokens[at] < FIRST_OWN_TOKEN:
-            held["text_in"].append((streams[-1], tokens[at]))
+            held["text_in"].append((stream, tokens[at]))
             at += 1
     assert streams == [stream for stream in MARKERS if stream in streams], "streams of text in are in their order, once"
     return at
-
-
-READ = {Modality.AUDIO: read_audio, Modality.VIDEO: read_tiles, Modality.TEXT: read_text_in}
 
 
 def parse_turn(layout: Layout, segment: Segment, turn: slice) -> dict[str, list]:
     """Reads one turn in the documented order; fails where it departs from it."""
     tokens, kinds = segment.tokens[turn].tolist(), segment.kinds[turn].tolist()
     held: dict[str, list] = {"tiles": [], "text_in": [], "actions": [], "own": []}
-    at = 0
-    if layout.turn.boundary is Boundary.TICK:
-        assert (tokens[0], kinds[0]) == (SPECIAL.tick, Kind.TOKEN)
-        at = 1
-    for modality in layout.turn.order:
-        at = READ[modality](layout, segment, turn, at, held)
+    at = int(layout.turn.boundary is Boundary.TICK)
+    assert not at or (tokens[0], kinds[0]) == (SPECIAL.tick, Kind.TOKEN)
+    at = read_inputs(layout, segment, turn, at, held)
     assert set(kinds[at:]) == {Kind.TOKEN}
     held["first_out"] = [turn.start + at]
     while tokens[at] == SPECIAL.action:

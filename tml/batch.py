@@ -52,7 +52,7 @@ class Batch:
     targets_BS: Leaf
     target_kinds_BS: Leaf
     loss_weights_BS: Leaf
-    own: OwnAudio | None = None
+    own: Leaf = None
 
 
 def max_tiles_per_row(layout: Layout, row_slots: int) -> int:

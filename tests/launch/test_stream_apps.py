@@ -62,7 +62,7 @@ def test_stream_writes_transcript_and_picture(folder: Path) -> None:
     done = run("stream", "--model=bundle", "--wav=in.wav", "--type_text=seven or eight", "--out=out", folder=folder)
     assert done.returncode == 0, done.stderr
     assert "in 21 ticks of 200 ms" in done.stdout
-    assert "wrote out/transcript.json and out/timeline.png" in done.stdout
+    assert "wrote out/transcript.json, out/timeline.png" in done.stdout
     transcript = json.loads((folder / "out" / "transcript.json").read_text())
     assert transcript["wav"] == "in.wav"
     assert transcript["programs_compiled"] == 1

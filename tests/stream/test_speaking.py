@@ -110,7 +110,8 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     # From the training forward the head draws the mels that were streamed.
     before = batch.own.places_BP[0, :count] - 1
     keys = jax.vmap(_sound_key, in_axes=(None, 0))(key, jnp.asarray(before + 1))
-    again = flow_head.sample(some_params()["audio_out"], found[0, before], keys, MODEL)
+    head = jax.tree.map(jnp.asarray, some_params()["audio_out"])
+    again = flow_head.sample(head, found[0, before], keys, MODEL)
     np.testing.assert_allclose(np.asarray(again, np.float32), mels.astype(np.float32), rtol=2e-3, atol=2e-3)
 
 

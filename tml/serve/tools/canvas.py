@@ -38,9 +38,9 @@ class Canvas:
         self,
         shape: Shape,
         colour: str = "black",
-        x: float = WIDTH_PX / 2,
-        y: float = HEIGHT_PX / 2,
-        size: float = 100.0,
+        x: int | float = WIDTH_PX / 2,
+        y: int | float = HEIGHT_PX / 2,
+        size: int | float = 100.0,
     ) -> str:
         """Draws a shape and says what was drawn.
 
@@ -78,7 +78,7 @@ class Canvas:
         unfinished.replace(self._path)
 
 
-def _element(shape: Shape, colour: str, x: float, y: float, size: float) -> ElementTree.Element:
+def _element(shape: Shape, colour: str, x: int | float, y: int | float, size: int | float) -> ElementTree.Element:
     half = size / 2
     if shape is Shape.CIRCLE:
         return ElementTree.Element("circle", cx=f"{x:g}", cy=f"{y:g}", r=f"{half:g}", fill=colour)
