@@ -208,7 +208,6 @@ def collectives_of(experiment: Experiment) -> list[tuple[str, list[tuple[int, ..
     return found
 
 
-@pytest.mark.xfail(reason="fails since the merge of 2026-11-27; see the end of BUILD_NOTES")
 def test_weights_are_gathered_in_their_layer_and_gradients_leave_by_reduce_scatter() -> None:
     plain = made_up_experiment(
         mesh=MeshConfig(fsdp=4, expert=2), optim=OptimConfig(optimizer=Optimizer.ADAMW, warmup_steps=2)

@@ -1,4 +1,4 @@
-"""Synthesised sessions of every behaviour, and a model of random values with a voice that plays them; made once."""
+"""Synthesised sessions of every behaviour, and a model of random values, with eyes and a voice, to play them."""
 
 import functools
 import tempfile
@@ -10,7 +10,7 @@ from small_model import small_model
 from data_pipelines.behaviours.task import BehaviourTask
 from data_pipelines.behaviours.vocabulary import own_words
 from tml.codec.text import train_tokenizer
-from tml.config import AudioOutConfig, EvaluationConfig, FlowConfig, MicroTurnConfig, VocoderConfig
+from tml.config import AudioOutConfig, EvaluationConfig, FlowConfig, MicroTurnConfig, VideoConfig, VocoderConfig
 from tml.duplex.player import Player
 from tml.export.bundle import Model
 from tml.session import Behaviour, Session, Stream
@@ -21,6 +21,7 @@ VOICE = AudioOutConfig(
     flow=FlowConfig(width=8, num_blocks=1, num_steps=1),
     vocoder=VocoderConfig(num_iterations=2),
 )
+EYES = VideoConfig(fold_dims=(4, 8, 16), max_tiles_per_turn=1)
 NUM_SLOTS = 3
 
 
@@ -40,7 +41,7 @@ def delegations() -> tuple[Session, ...]:
 def random_model() -> Model:
     """Random values; its tokenizer knows the words of the behaviours, and its turns hold what they put out."""
     with tempfile.TemporaryDirectory() as folder:
-        model = small_model(Path(folder), VOICE, vocab_size=512, turn=MicroTurnConfig())
+        model = small_model(Path(folder), VOICE, EYES, vocab_size=512, turn=MicroTurnConfig())
         texts = [" ".join(own_words()), '{"name":"delegate","arguments":{"colour":"red"}}'] * 3
         tokenizer = train_tokenizer(texts, 512, Path(folder) / "words")
     experiment = replace(model.experiment, evaluation=EvaluationConfig(num_slots=NUM_SLOTS))

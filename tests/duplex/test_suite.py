@@ -75,7 +75,6 @@ def test_the_ceiling_is_one_and_silence_is_nothing(report):
         assert not any(rate.hits for rate in found.rates.values())
 
 
-@pytest.mark.xfail(reason="fails since the merge of 2026-11-27; see the end of BUILD_NOTES")
 def test_controls_change_what_the_model_says(report):
     sessions = some_sessions()
     assert any(trace.words for trace in report.traces)

@@ -72,7 +72,7 @@ def said_aloud(session: EncodedSession, outputs, layout: Layout) -> EncodedSessi
     )
 
 
-@pytest.mark.parametrize(("knobs", "number"), zip(KNOBS, NUMBERS, strict=True), ids=str)
+@pytest.mark.parametrize(("knobs", "number"), list(zip(KNOBS, NUMBERS, strict=True)), ids=str)
 def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_of_itself(
     knobs: dict, number: int
 ) -> None:

@@ -145,58 +145,61 @@ class Player:
         clock = self.layout.clock
         return clock.num_turns(resampled_length(session.num_samples, session.sample_rate_hz, clock.sample_rate_hz))
 
-    def play(self, sessions: Sequence[Session], progress: Callable[[int], None] = lambda turns: None) -> list[Played]:
-        """What the model does in each session; a session draws by its place in the list, in whatever slot it runs.
+    def play(
+        self,
+        sessions: Sequence[Session],
+        progress: Callable[[int], None] = lambda turns: None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[Played]:
+        """What the model does in each session, in whatever slot it runs.
 
         Args:
             sessions: any number.
             progress: called after every tick with the micro-turns done so far, of all sessions.
+            numbers: a number a session, by which it draws words and sound; its place in the list by default.
 
         Raises:
             SessionError: a session that cannot be encoded or laid out.
         """
+        numbers = range(len(sessions)) if numbers is None else numbers
         played: list[Played | None] = [None] * len(sessions)
         # Sessions of about the same length end together; the longest come first and decide the size of the caches.
         order = sorted(range(len(sessions)), key=lambda i: (-self.num_turns(sessions[i]), i))
-        done = furthest = 0
+        reached = done = 0
 
-        def at_least(turns: int) -> None:
-            # A group that is streamed anew begins again; what was reached before stands.
-            nonlocal furthest
-            furthest = max(furthest, turns)
-            progress(furthest)
+        def show(turns: int) -> None:
+            nonlocal reached
+            reached = max(reached, done + turns)  # a group that is streamed anew has been further
+            progress(reached)
 
         for first in range(0, len(order), self._num_slots):
             group = order[first : first + self._num_slots]
-            for number, found in zip(group, self._play_group(sessions, group, done, at_least), strict=True):
-                played[number] = found
-            done += sum(self.num_turns(sessions[number]) for number in group)
-        return [found for found in played if found is not None]
+            found = self._play_group([sessions[i] for i in group], [numbers[i] for i in group], show)
+            for place, one in zip(group, found, strict=True):
+                played[place] = one
+            done += sum(self.num_turns(sessions[i]) for i in group)
+        return [one for one in played if one is not None]
 
     def _play_group(
-        self, sessions: Sequence[Session], group: Sequence[int], done: int, progress: Callable[[int], None]
+        self, sessions: Sequence[Session], numbers: Sequence[int], show: Callable[[int], None]
     ) -> list[Played]:
         """Streams one group; anew, in caches twice as large, if a session has said more than is likely."""
-        feeds = self._feeds(sessions, group)
+        feeds = self._feeds(sessions)
         turns = max(feed.num_turns for feed in feeds)
         likely = max(feed.slots_in() for feed in feeds)
         likely += (LIKELY_SLOTS_OUT + self.layout.own_positions_per_turn) * turns
         # What was compiled once serves all that fits.
         self._max_positions = max(self._max_positions, -(-likely // POSITIONS_STEP) * POSITIONS_STEP)
-        while (played := self._attempt(feeds, group, done, progress)) is None:
+        while (played := self._attempt(feeds, numbers, show)) is None:
             self._max_positions *= 2
-            feeds = self._feeds(sessions, group)
+            feeds = self._feeds(sessions)
         return played
 
-    def _feeds(self, sessions: Sequence[Session], group: Sequence[int]) -> list[_Feed]:
-        return [_Feed(sessions[number], self.layout, self.model, self.tokenizer) for number in group]
+    def _feeds(self, sessions: Sequence[Session]) -> list[_Feed]:
+        return [_Feed(session, self.layout, self.model, self.tokenizer) for session in sessions]
 
     def _attempt(
-        self,
-        feeds: Sequence[_Feed],
-        numbers: Sequence[int],
-        done: int,
-        progress: Callable[[int], None],
+        self, feeds: Sequence[_Feed], numbers: Sequence[int], show: Callable[[int], None]
     ) -> list[Played] | None:
         """Streams one group to its end, or returns None when a session does not fit in the caches."""
         num_idle = self._num_slots - len(feeds)
@@ -206,6 +209,7 @@ class Player:
         readers = [OutputReader(self.layout, self.tokenizer) for _ in feeds]
         said: list[list[Said]] = [[] for _ in feeds]
         mels: list[list[np.ndarray | None]] = [[] for _ in feeds]
+        done = 0
         for turn in range(max(feed.num_turns for feed in feeds)):
             columns = [feed.turn(turn) for feed in feeds] + [feeds[0].turn(feeds[0].num_turns)] * num_idle
             inputs = jax.tree.map(lambda leaf: leaf[0], join_sessions(columns, 1))
@@ -218,7 +222,7 @@ class Player:
                     mels[slot].append(own.mels_BTY[slot] if own is not None and own.speaks_B[slot] else None)
                     feed.hear(said[slot][-1])
             done += sum(turn < feed.num_turns for feed in feeds)
-            progress(done)
+            show(done)
         if int(np.max(state.decode.num_positions_B)) > self._max_positions:
             return None
         return [

@@ -1,10 +1,9 @@
 """One session as inline SVG: what came in, what the model did and what was expected, on the grid of micro-turns."""
 
 import base64
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape as escape_html
+from html import escape
 
 import numpy as np
 
@@ -146,6 +145,11 @@ def _label(mark: Mark) -> str:
     return mark.label if len(mark.label) <= _LONGEST_LABEL else mark.label[: _LONGEST_LABEL - 1] + "…"
 
 
+def _written(text: str) -> str:
+    """Text as SVG holds it; an untrained model may put out what no document may hold."""
+    return escape("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text))
+
+
 def _placed(marks: Sequence[Mark]) -> list[tuple[Mark, int]]:
     """Every mark with a line on which neither it nor its label touches another."""
     ends: list[float] = []
@@ -158,12 +162,7 @@ def _placed(marks: Sequence[Mark]) -> list[tuple[Mark, int]]:
     return placed
 
 
-def escape(text: str) -> str:
-    """Text for XML, without the control characters that XML cannot hold; a model may say any bytes."""
-    return escape_html(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", text))
-
-
-def _x(time_s: int | float) -> float:
+def _x(time_s: float) -> float:
     return LEFT_PX + time_s * PX_PER_S
 
 
@@ -172,9 +171,10 @@ def _grid(duration_s: float, height: float, clock: Clock) -> list[str]:
     turn_s = clock.turn_samples / clock.sample_rate_hz
     ticks = "".join(f"M{_x(k * turn_s):.1f} {_AXIS_PX:g}V{height:.0f}" for k in range(int(duration_s / turn_s) + 1))
     seconds = "".join(
-        f'<text class="axis" x="{_x(second):.1f}" y="12">{second} s</text>' for second in range(int(duration_s) + 1)
+        f'<text class="axis" x="{_x(float(second)):.1f}" y="12">{second} s</text>'
+        for second in range(int(duration_s) + 1)
     )
-    whole = "".join(f"M{_x(second):.1f} {_AXIS_PX - 4:g}V{height:.0f}" for second in range(int(duration_s) + 1))
+    whole = "".join(f"M{_x(float(second)):.1f} {_AXIS_PX - 4:g}V{height:.0f}" for second in range(int(duration_s) + 1))
     return [f'<path class="tick" d="{ticks}"/>', f'<path class="second" d="{whole}"/>', seconds]
 
 
@@ -190,11 +190,11 @@ def _lane(lane: Lane, top: float, width: float, rate_hz: int) -> list[str]:
     for mark, line in _placed(lane.marks):
         y = top + body + _GAP_PX / 2 + _LINE_PX * line
         length = max((mark.end_s - mark.start_s) * PX_PER_S, 1.5)
-        note = f"<title>{escape(mark.note or f'{mark.start_s:.2f} s: {mark.label}')}</title>"
+        note = f"<title>{_written(mark.note or f'{mark.start_s:.2f} s: {mark.label}')}</title>"
         parts.append(
             f'<g fill="{mark.colour}"><rect x="{_x(mark.start_s):.1f}" y="{y + _LINE_PX - 3:.1f}" width="{length:.1f}" '
-            f'height="2"/><text x="{_x(mark.start_s) + 2:.1f}" y="{y + _LINE_PX - 5:.1f}">{escape(_label(mark))}</text>'
-            f"{note}</g>"
+            f'height="2"/><text x="{_x(mark.start_s) + 2:.1f}" y="{y + _LINE_PX - 5:.1f}">'
+            f"{_written(_label(mark))}</text>{note}</g>"
         )
     return parts
 

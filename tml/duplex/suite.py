@@ -102,21 +102,21 @@ def run_suite(
     total += sum(player.num_turns(one) for made in changes.values() for one in made.values())
     done = 0
 
-    def play(some: Sequence[Session]) -> list[Played]:
+    def play(some: Sequence[Session], numbers: Sequence[int]) -> list[Played]:
         nonlocal done
         before = done
-        played = player.play(some, lambda turns: progress(before + turns, total))
+        played = player.play(some, lambda turns: progress(before + turns, total), numbers)
         done += sum(map(player.num_turns, some))
         return played
 
     clock = player.layout.clock
-    played = play(sessions)
+    played = play(sessions, range(len(sessions)))
     traces = [trace_of_said(one.said, clock) for one in played]
     found: dict[Control, TracesByIndex] = {}
     for control in wanted:
         if control in changes:
             numbers = list(changes[control])
-            streamed = play([changes[control][number] for number in numbers])
+            streamed = play([changes[control][number] for number in numbers], numbers)
             found[control] = {number: traces[number] for number in under[control]}
             found[control] |= {n: trace_of_said(one.said, clock) for n, one in zip(numbers, streamed, strict=True)}
         else:
