@@ -49,12 +49,13 @@ def write_report(grid: Grid, runs: Sequence[Run], failures: Mapping[str, str], w
         failures: by the name of a run, what went wrong with it.
         workdir: where both go.
     """
-    curves = {name: [run.curve for run in runs if run.variant == name] for name in grid.variants}
+    # Of a run that has not come to its end, nothing is drawn: its last value is one of another step.
+    done = {name: [run.curve for run in runs if run.variant == name and run.is_done] for name in grid.variants}
     finals = {
         measure: {
             name: estimate(values)
-            for name, of_seeds in curves.items()
-            if (values := [curve[-1][measure] for curve in of_seeds if curve and measure in curve[-1]])
+            for name, of_seeds in done.items()
+            if (values := [curve[-1][measure] for curve in of_seeds if measure in curve[-1]])
         }
         for measure in grid.measures
     }
@@ -78,7 +79,7 @@ def write_report(grid: Grid, runs: Sequence[Run], failures: Mapping[str, str], w
         + _table(["", *grid.variants], [[key, *row.values()] for key, row in differing.items()]),
         "<h2>Final values, mean and 95 % interval over seeds</h2>"
         + _table(["", *grid.variants], _final_rows(grid, finals)),
-        *(f"<h2>{html.escape(name)}</h2>" + _figure(name, curves, finals[name]) for name in grid.measures),
+        *(f"<h2>{html.escape(name)}</h2>" + _figure(name, done, finals[name]) for name in grid.measures),
         "<h2>Runs without a result</h2>"
         + (_table(["run", "why"], [[name, why] for name, why in failures.items()]) if failures else "<p>none</p>"),
     ]
@@ -131,7 +132,7 @@ def _figure(measure: str, curves: Mapping[str, Sequence[list[dict[str, float]]]]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     curve_axes, bar_axes = figure.subplots(1, 2, width_ratios=(2, 1))
     for index, (name, of_seeds) in enumerate(curves.items()):
-        values = [{at["step"]: at[measure] for at in curve if measure in at} for curve in of_seeds if curve]
+        values = [{at["step"]: at[measure] for at in curve if measure in at} for curve in of_seeds]
         steps = sorted(set.intersection(*map(set, values)) if values else ())
         if steps:
             by_seed = np.array([[of[step] for step in steps] for of in values])

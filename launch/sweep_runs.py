@@ -12,9 +12,9 @@ from absl import app
 from ml_collections import ConfigDict
 
 from launch.child import run_child
-from tml.config import Experiment, Grid, from_config_dict
+from tml.config import Experiment, Grid, difference, from_config_dict, to_json
 
-METRICS, LOG = "metrics.jsonl", "log.txt"
+CONFIG, METRICS, LOG = "config.json", "metrics.jsonl", "log.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,19 @@ class Run:
         return [by_step[step] for step in sorted(by_step)]
 
     @property
+    def changed(self) -> str:
+        """Where the config that its folder was trained with differs from the grid's, beside the number of steps."""
+        path = self.folder / CONFIG
+        if not path.exists():
+            return ""
+        then, now = json.loads(path.read_text(encoding="utf-8")), json.loads(to_json(self.experiment))
+        changes = [change for change in difference(then, now) if change[0] != "train.num_steps"]
+        return ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changes)
+
+    @property
     def is_done(self) -> bool:
-        """Whether its last held-out metrics are those of its last step."""
-        return bool(self.curve) and self.curve[-1]["step"] >= self.experiment.train.num_steps
+        """Whether its last held-out metrics are those of its last step, with the grid's config."""
+        return bool(self.curve) and self.curve[-1]["step"] >= self.experiment.train.num_steps and not self.changed
 
 
 def runs_of(grid: Grid, workdir: Path) -> list[Run]:
@@ -81,8 +91,7 @@ def experiment_of(grid: Grid, variant: str, seed: int) -> Experiment:
     """
     config: ConfigDict = load(grid.base).get_config()
     try:
-        for key, value in overrides(grid, variant, seed).items():
-            config.update_from_flattened_dict({key: value})
+        config.update_from_flattened_dict(overrides(grid, variant, seed))
         return from_config_dict(config)
     except (KeyError, TypeError, ValueError) as error:
         raise app.UsageError(f"variant {variant!r} of the grid: {error.args[0]}") from error
@@ -99,6 +108,10 @@ def train(run: Run, grid: Grid, progress: str) -> str:
     Raises:
         SystemExit: a signal stopped it.
     """
+    if run.changed:
+        error = f"{run.folder} was trained with another config ({run.changed}); delete it, or name another --workdir"
+        print(f"{progress}: FAILED, {error}", flush=True)
+        return error
     run.folder.mkdir(parents=True, exist_ok=True)
     changes = overrides(grid, run.variant, run.seed)
     config = [f"--config={grid.base}", *(f"--config.{key}={value}" for key, value in changes.items())]

@@ -12,9 +12,9 @@ import pytest
 from absl import app
 from scipy import stats
 
-from launch.sweep_report import estimate
-from launch.sweep_runs import experiment_of, load
-from tml.config import Grid
+from launch.sweep_report import estimate, write_report
+from launch.sweep_runs import experiment_of, load, runs_of, train
+from tml.config import Grid, to_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,6 +104,34 @@ def test_a_grid_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -
         Grid(question="?", base="", variants={"a": {}}, seeds=(1, 1))
     with pytest.raises(app.UsageError, match="no Python file"):
         load(str(tmp_path / "absent.py"))
+
+
+def test_a_report_holds_finished_runs_of_this_grid_alone(tmp_path: Path) -> None:
+    grid = Grid(
+        question="?",
+        base=str(ROOT / "experiments/quickstart.py"),
+        variants={"a": {}, "b": {"optim.peak_lr": 1e-3}},
+        common={"train.num_steps": 100},
+        measures=("eval/loss",),
+    )
+    runs = runs_of(grid, tmp_path)
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / "config.json").write_text(to_json(run.experiment))
+        steps = (50,) if run.name == "a/seed-2" else (50, 50, 100)
+        lines = [{"step": step, "eval/loss": 300.0 / step + run.seed} for step in steps]
+        (run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    other = next(run for run in runs if run.name == "b/seed-0")
+    (other.folder / "config.json").write_text(to_json(experiment_of(grid, "a", 0)))
+
+    assert [run.name for run in runs if not run.is_done] == ["b/seed-0", "a/seed-2"]
+    assert "optim.peak_lr was 0.006 and is 0.001" in train(other, grid, "")
+    write_report(grid, runs, {}, tmp_path)
+    final = json.loads((tmp_path / "report.json").read_text())["final"]["eval/loss"]
+    assert {name: (found["mean"], found["num_seeds"]) for name, found in final.items()} == {
+        "a": (3.5, 2),
+        "b": (4.5, 2),
+    }
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments/ablations").glob("[a-z]*.py")))
