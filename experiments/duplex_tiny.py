@@ -25,6 +25,7 @@ from tml.config import (
     Boundary,
     DataConfig,
     Experiment,
+    Feedback,
     FlowConfig,
     LossConfig,
     MicroTurnConfig,
@@ -61,9 +62,11 @@ def get_config() -> ConfigDict:
                     balance_rate=0.02,
                     block_rows=32,
                 ),
-                video=VideoConfig(fold_dims=(16, 32, 128), max_tiles_per_turn=1),
+                video=VideoConfig(fold_dims=(32, 64, 256), max_tiles_per_turn=1),
                 audio_out=AudioOutConfig(
                     frames_per_position=4,
+                    # What it says it knows from its words; its own first mumbles would lead it away from them.
+                    feedback=Feedback.NONE,
                     flow=FlowConfig(width=256, num_blocks=3, num_draws=2, loss_share=0.2, num_steps=4),
                 ),
             ),

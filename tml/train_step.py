@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int32
 
 from tml.batch import Batch
-from tml.config import DATA_AXES, ROW_AXES, Experiment, MeshConfig, check_platform
+from tml.config import DATA_AXES, ROW_AXES, Experiment, MeshConfig, ModelConfig, check_platform
 from tml.mesh import (
     batch_partition,
     batch_sharding,
@@ -207,8 +207,10 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
     specs = transformer.specs(experiment.model)
 
     def part(params: PyTree, rows: Batch, weight: BatchWeight) -> tuple[PyTree, Sums, Load]:
+        heard_BPY = _own_samples(params, rows, experiment.model, sizes)
+
         def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Sums, Load]]:
-            loss, aux = _loss(params, rows, weight, experiment, sizes)
+            loss, aux = _loss(params, rows, weight, experiment, sizes, heard_BPY)
             # The devices along `tensor` have the same positions: each answers for its share (`tml.ops.collectives`).
             return loss if sizes.tensor == 1 else loss / sizes.tensor, aux
 
@@ -240,12 +242,26 @@ def make_gradients(experiment: Experiment, mesh: Mesh) -> Callable[[PyTree, Batc
     return _on_every_device(whole, mesh, (params, batch_partition(experiment.model.has_voice)), (params, P(), P()))
 
 
+def _own_samples(params: PyTree, rows: Batch, model: ModelConfig, sizes: MeshConfig) -> jax.Array | None:
+    """What training feeds back of own audio, where that is not the rows' own."""
+    if rows.own is None or not model.audio_out.feedback_sampled:
+        return None
+    with jax.named_scope("own_samples"):
+        h_BSD = transformer.hidden(params, rows, model, sizes).h_BSD
+        return flow_head.own_samples(params["audio_out"], h_BSD, rows.own, model, sizes)
+
+
 def _loss(
-    params: PyTree, rows: Batch, weight: BatchWeight, experiment: Experiment, sizes: MeshConfig
+    params: PyTree,
+    rows: Batch,
+    weight: BatchWeight,
+    experiment: Experiment,
+    sizes: MeshConfig,
+    heard_BPY: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Sums, Load]]:
     """The loss of some rows, with its metrics and the load of their experts."""
     model, cfg = experiment.model, experiment.loss
-    found = transformer.hidden(params, rows, model, sizes)
+    found = transformer.hidden(params, rows, model, sizes, heard_BPY)
     with jax.named_scope("objective"):
         scores = transformer.score(params, found.h_BSD, rows.targets_BS, cfg.vocab_block, model, sizes)
         loss, metrics = objective(scores, rows, weight.targets, cfg)

@@ -21,17 +21,17 @@ from data_pipelines.mixing import seconds
 from tml.calls import CANCEL, DELEGATE, FAILED, RESULT, SEARCHING
 from tml.session import ExpectationKind
 
-TOOLS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "light": ("colour", "make it {}", COLOURS),
-    "draw": ("shape", "draw a {}", SHAPES),
-    "volume": ("level", "volume {}", DIGITS[1:6]),
-}
-"""By the name of a tool: its argument, how the user asks for it, and the argument's values."""
+TOOLS: tuple[tuple[dict[str, str], str, tuple[str, ...]], ...] = (
+    ({"light": "make it {}", "paint": "paint it {}"}, "colour", COLOURS),
+    ({"draw": "draw a {}", "erase": "erase the {}"}, "shape", SHAPES),
+    ({"volume": "volume {}", "channel": "channel {}"}, "level", DIGITS[1:6]),
+)
+"""Tools that take the same argument, each with how the user asks for it; the argument's name and values.
+A value that is held out for one of them trains with the other."""
 
 _CALL_WINDOW_S = 1.4
 _USE_WINDOW_S = 2.4
 _PHRASE_GAP_S = 0.2
-_TOOL_PAIRS = tuple((name, value) for name, (_, _, values) in TOOLS.items() for value in values)
 
 
 def delegation(stage: Stage, cast: Cast) -> int:
@@ -122,9 +122,9 @@ def tools(stage: Stage, cast: Cast) -> int:
         stage.expect(ExpectationKind.NO_ACTION, 0, stage.own_end, tag="not_asked")
         return stage.own_end + cast.samples(0.8, 1.2)
     for _ in range(cast.number(1, 2)):
-        (name, value), _ = cast.pair(_TOOL_PAIRS, (None,), Axis.OBJECT)
-        argument, form, _ = TOOLS[name]
-        spoken = cast.says(f"please {form.format(value)}")
+        forms, argument, values = cast.one(TOOLS)
+        name, value = cast.pair(tuple(forms), values, Axis.OBJECT)
+        spoken = cast.says(f"please {forms[name].format(value)}")
         if place + len(spoken.samples) + seconds(0.6) > last:
             break
         asked = stage.hear(place, spoken)

@@ -23,6 +23,12 @@ from tml.session import ExpectationKind
 MAX_COUNT = 8
 _EVENTS = ("bounces", "flashes")
 _FLASH_FRAMES = 2
+_WATCHES = {
+    "turns": "tell me when the {shape} turns {colour}",
+    "anything": "tell me when anything turns {colour}",
+    "changes": "tell me when the {shape} changes",
+}
+"""What may be waited for. Where objects are held out, only a pair of shape and colour: the rest teaches its halves."""
 
 
 def counting(stage: Stage, cast: Cast) -> int:
@@ -95,29 +101,31 @@ def _bouncing_film(cast: Cast, bounces: list[int], flashes: list[int], length: i
 
 
 def proactive(stage: Stage, cast: Cast) -> int:
-    """`tell me when the circle turns green`: one word when it does, and none when something else does.
+    """`tell me when the circle turns green`: its colour when it does, and nothing when something else does.
 
     Returns the session's length.
     """
     config = cast.config
     start = cast.samples(0.2, 0.6)
     shape, colour = cast.pair(SHAPES, COLOURS, Axis.OBJECT)
+    watch = "turns" if Axis.OBJECT in cast.novel or cast.chance(0.5) else cast.one(("anything", "changes"))
     asked = not cast.chance(config.negative_fraction / 2)
     first_frame = int(cast.rng.integers(FRAME_SAMPLES))
     begun = start
     if asked:
-        text = f"tell me when the {shape} turns {colour}"
-        request = Request(tag="turns", parts=(cast.worded(text),), answer=(colour,))
+        text = _WATCHES[watch].format(shape=shape, colour=colour)
+        request = Request(tag=watch, parts=(cast.worded(text),), answer=(colour,))
         begun = requests.ask(stage, cast, start, request)
     begin = -(-(begun + seconds(0.3) - first_frame) // FRAME_SAMPLES)
     comes = not cast.chance(max(config.negative_fraction, 0.2))
-    changes, event = _draw_changes(cast, colour, begin, comes=comes)
+    changes, event = _draw_changes(cast, colour, begin, comes=comes, first=watch == "changes")
     last = changes[-1][0]
     others = [name for name in COLOURS if name != colour]
     # Another shape may turn the colour that is waited for: that is not what was asked.
     rivals = [(0, cast.one(others))]
     if cast.chance(0.5):
-        rivals.append((begin + cast.number(3, 12), colour if cast.chance(0.7) else cast.one(others)))
+        is_same = watch != "anything" and cast.chance(0.7)
+        rivals.append((begin + cast.number(3, 12), colour if is_same else cast.one(others)))
     tail = seconds(config.window_s) + cast.samples(0.6, 1.6)
     length = max(first_frame + last * FRAME_SAMPLES + tail, seconds(6.0))
     stage.frames = _turning_film(cast, shape, changes, rivals, length, first_frame)
@@ -126,23 +134,30 @@ def proactive(stage: Stage, cast: Cast) -> int:
         sample = first_frame + event * FRAME_SAMPLES
         windows.append((sample, sample + seconds(config.window_s)))
         stage.say(colour, sample + seconds(config.delay_s + 0.1))
-        stage.expect(ExpectationKind.SAY, *windows[0], colour, "turns")
+        stage.expect(ExpectationKind.SAY, *windows[0], colour, watch)
     tag = "not_asked" if not asked else "not_yet" if windows else "never"
     stage.expect_silence(begun, length, tag, windows)
     return length
 
 
-def _draw_changes(cast: Cast, colour: str, begin: int, *, comes: bool) -> tuple[list[tuple[int, str]], int | None]:
-    """Colours from frame 0 on, and the frame in which the one that is waited for comes, if it does."""
+def _draw_changes(
+    cast: Cast, colour: str, begin: int, *, comes: bool, first: bool
+) -> tuple[list[tuple[int, str]], int | None]:
+    """Colours from frame 0 on, and the frame in which the one that is waited for comes, if it does.
+
+    With `first` any change is waited for: there is none if it does not come, and it comes first if it does.
+    """
     others = [name for name in COLOURS if name != colour]
     shown = [(0, cast.one(others))]
+    if first and not comes:
+        return shown, None
     for _ in range(cast.number(1, 3)):
         frame = max(shown[-1][0] + 5, begin + 1) + cast.number(0, 4)
         shown.append((frame, cast.one([name for name in others if name != shown[-1][1]])))
     if not comes:
         return shown, None
     # It may come first, in the middle or last; behind it the shape keeps it for two frames or more.
-    place = cast.number(1, len(shown) - 1)
+    place = 1 if first else cast.number(1, len(shown) - 1)
     event = shown[place][0]
     shown[place] = (event, colour)
     return shown, event

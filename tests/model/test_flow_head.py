@@ -125,6 +125,67 @@ def test_what_is_fed_back_is_the_nearest_level_of_the_averaged_frames() -> None:
     assert set(np.unique(found)) == set(range(16))
 
 
+def test_training_hears_its_own_samples_in_the_share_that_the_config_asks_for() -> None:
+    layout = tiny_layout(MODEL)
+    batch = rows_of(MODEL, layout, [[tiny_session(MODEL, 20, seed)] for seed in range(4)], 400)
+    params = jax.tree.map(jnp.asarray, randomised(init_params(transformer.specs(MODEL), jax.random.key(0))))
+    here_BP = batch.own.places_BP > 0
+
+    def heard(share: float) -> tuple[np.ndarray, np.ndarray]:
+        model = dataclasses.replace(MODEL, audio_out=dataclasses.replace(VOICE, feedback_sampled=share))
+
+        def both(params, batch):
+            h_BSD = transformer.hidden(params, batch, model, MeshConfig()).h_BSD
+            return h_BSD, flow_head.own_samples(params["audio_out"], h_BSD, batch.own, model, MeshConfig())
+
+        return jax.device_get(jax.jit(both)(params, batch))
+
+    (h_BSD, all_said), (_, half_said) = heard(1.0), heard(0.5)
+    assert here_BP.sum() > 100
+    is_said = {
+        name: (mels != batch.own.mels_BPY).any(axis=-1) for name, mels in (("all", all_said), ("half", half_said))
+    }
+    np.testing.assert_array_equal(is_said["all"], here_BP)
+    assert 0.35 < is_said["half"][here_BP].mean() < 0.65
+    np.testing.assert_array_equal(half_said[is_said["half"]], all_said[is_said["half"]])
+    # Every sample is one that the head draws from the state at the position before.
+    rows, columns = np.nonzero(here_BP)
+    seeds = batch.own.seeds_BP[rows, columns]
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.fold_in(jax.random.key(seed), flow_head.OWN_SAMPLES))[1])
+    h_nD = jnp.asarray(h_BSD)[rows, batch.own.places_BP[rows, columns] - 1]
+    again = jax.jit(lambda h, k: flow_head.sample(params["audio_out"], h, k, MODEL))(h_nD, keys(jnp.asarray(seeds)))
+    np.testing.assert_allclose(all_said[here_BP].astype(float), np.asarray(again, float), rtol=2e-3, atol=2e-3)
+
+
+def test_the_loss_is_of_the_true_sound_after_what_was_heard() -> None:
+    layout = tiny_layout(MODEL)
+    batch = rows_of(MODEL, layout, [[tiny_session(MODEL, 8, seed)] for seed in range(2)], 160)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def grads(share: float) -> tuple[list[np.ndarray], float]:
+        model = dataclasses.replace(MODEL, audio_out=dataclasses.replace(VOICE, feedback_sampled=share))
+        experiment = Experiment(name="heard", model=model, data=DataConfig(row_slots=160, rows_per_batch=2))
+        params = randomised(init_params(transformer.specs(model), jax.random.key(0)))
+        found, sums, _ = jax.jit(make_gradients(experiment, mesh))(params, to_devices(batch, mesh))
+        return found, float(sums["loss_audio"].total)
+
+    def by_hand(params, rows):
+        """The same loss with what is heard put in the rows, and the true sound in the target."""
+        model = dataclasses.replace(MODEL, audio_out=dataclasses.replace(VOICE, feedback_sampled=1.0))
+        first = transformer.hidden(params, rows, model, MeshConfig()).h_BSD
+        said = flow_head.own_samples(params["audio_out"], first, rows.own, model, MeshConfig())
+        heard = rows.replace(own=rows.own.replace(mels_BPY=said))
+        second = transformer.hidden(params, heard, MODEL, MeshConfig()).h_BSD
+        return flow_head.loss(params["audio_out"], second, rows.own, MODEL, MeshConfig()).total
+
+    (true_grads, true_loss), (said_grads, said_loss) = grads(0.0), grads(1.0)
+    assert said_loss != pytest.approx(true_loss, rel=1e-4)
+    params = randomised(init_params(transformer.specs(MODEL), jax.random.key(0)))
+    assert said_loss == pytest.approx(float(jax.jit(by_hand)(params, to_devices(batch, mesh))), rel=1e-5)
+    assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(said_grads))
+    assert any((one != other).any() for one, other in zip(*map(jax.tree.leaves, (true_grads, said_grads)), strict=True))
+
+
 def test_a_batch_without_the_stream_that_the_model_expects_is_an_error() -> None:
     plain, plain_batch = (
         tiny_model(),

@@ -10,7 +10,7 @@ import pytest
 from test_engine import with_outputs
 from tiny import VOICE, randomised, rows_of, tiny_layout, tiny_model, tiny_session
 
-from tml.config import Control, MeshConfig, StreamConfig
+from tml.config import Control, Feedback, MeshConfig, StreamConfig
 from tml.microturn import EncodedSession, Layout, Target
 from tml.model import flow_head, transformer
 from tml.params import init_params
@@ -20,9 +20,9 @@ from tml.stream.speaking import _sound_key
 
 NUM_TURNS, NUM_SLOTS = 10, 8
 MODEL = tiny_model(audio_out=VOICE)
-KNOBS = [{}, {"control": Control.IMPLICIT}, {"turn_ms": 400}]
+KNOBS = [{}, {"control": Control.IMPLICIT}, {"turn_ms": 400}, {"feedback": Feedback.NONE}]
 SEED, MINE = 3, 5
-NUMBERS = (MINE, 1, MINE)
+NUMBERS = (MINE, 1, MINE, MINE)
 """Sessions that both speak and listen under each of `KNOBS`; with implicit control few of them listen."""
 
 
@@ -31,12 +31,16 @@ def some_params():
     return jax.device_get(randomised(init_params(transformer.specs(MODEL), jax.random.key(0))))
 
 
-def runner(num_slots: int, numbers: list[int], temperature: float = 1.0, **turn):
+def with_feedback(feedback: Feedback):
+    return dataclasses.replace(MODEL, audio_out=dataclasses.replace(VOICE, feedback=feedback))
+
+
+def runner(num_slots: int, numbers: list[int], temperature: float = 1.0, feedback: Feedback = Feedback.SOUND, **turn):
     """The layout, a function that runs turns in one program, the step and the first state."""
-    layout = tiny_layout(MODEL, **turn)
+    model, layout = with_feedback(feedback), tiny_layout(MODEL, **turn)
     stream = StreamConfig(max_positions=320, temperature=temperature)
-    step = engine.make_step(MODEL, layout, stream)
-    state = engine.init_state(MODEL, layout, stream, num_slots, seed=SEED, numbers=numbers)
+    step = engine.make_step(model, layout, stream)
+    state = engine.init_state(model, layout, stream, num_slots, seed=SEED, numbers=numbers)
     run = jax.jit(lambda params, inputs: engine.scan_turns(step, params, state, inputs))
     return layout, lambda inputs: jax.device_get(run(some_params(), inputs)[1]), step, state
 
@@ -97,7 +101,8 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     mels = outputs.own.mels_BTY[speaks_U, 0].reshape(count, -1)
     np.testing.assert_array_equal(batch.own.mels_BPY[0, :count], mels)
 
-    found = jax.jit(lambda p, b: transformer.hidden(p, b, MODEL, MeshConfig()).h_BSD)(some_params(), batch)
+    model = with_feedback(knobs.get("feedback", Feedback.SOUND))
+    found = jax.jit(lambda p, b: transformer.hidden(p, b, model, MeshConfig()).h_BSD)(some_params(), batch)
     logits = transformer.unembed(jnp.asarray(some_params()["unembed"]), found, MODEL)
     log_probs = jax.nn.log_softmax(logits, axis=-1)[0]
     tokens = np.concatenate([t[:c] for t, c in zip(outputs.tokens_BO[:, 0], outputs.counts_B[:, 0], strict=True)])
@@ -143,7 +148,7 @@ def test_other_numbers_and_only_they_draw_other_sound() -> None:
     assert (outputs.own.mels_BTY[first, 0] != outputs.own.mels_BTY[first, 1]).mean() > 0.5
 
 
-@pytest.mark.parametrize("knobs", KNOBS[:2], ids=str)
+@pytest.mark.parametrize("knobs", [KNOBS[0], KNOBS[1], KNOBS[3]], ids=str)
 def test_no_sound_is_moved_by_what_comes_in_after_its_turn(knobs: dict) -> None:
     layout, run, _, _ = runner(1, [MINE], **knobs)
     session = tiny_session(MODEL, NUM_TURNS)
@@ -161,8 +166,11 @@ def test_no_sound_is_moved_by_what_comes_in_after_its_turn(knobs: dict) -> None:
         assert np.any(plain.log_probs_BO[turn + 1 :] != moved.log_probs_BO[turn + 1 :])
 
 
-def test_in_training_no_state_before_a_mel_depends_on_it_and_all_after_it_do() -> None:
-    layout = tiny_layout(MODEL)
+@pytest.mark.parametrize("feedback", Feedback)
+def test_in_training_no_state_before_a_mel_depends_on_it_and_those_after_it_do_if_it_is_fed_back(
+    feedback: Feedback,
+) -> None:
+    layout, model = tiny_layout(MODEL), with_feedback(feedback)
     batch = rows_of(MODEL, layout, [[tiny_session(MODEL, NUM_TURNS)]], 200)
     place = int(batch.own.places_BP[0, 3])
 
@@ -170,10 +178,10 @@ def test_in_training_no_state_before_a_mel_depends_on_it_and_all_after_it_do() -
         rows = batch.replace(own=batch.own.replace(mels_BPY=mels))
         return np.asarray(hidden(some_params(), rows))
 
-    hidden = jax.jit(lambda p, b: transformer.hidden(p, b, MODEL, MeshConfig()).h_BSD[0])
+    hidden = jax.jit(lambda p, b: transformer.hidden(p, b, model, MeshConfig()).h_BSD[0])
     changed = batch.own.mels_BPY.copy()
     changed[0, 3] = -changed[0, 3] + 1
     before, after = states(batch.own.mels_BPY), states(changed)
     np.testing.assert_array_equal(before[:place], after[:place])
-    assert (before[place] != after[place]).any()
-    assert (before[place + 1] != after[place + 1]).any()
+    moved = [bool((before[slot] != after[slot]).any()) for slot in (place, place + 1)]
+    assert moved == [feedback is Feedback.SOUND] * 2

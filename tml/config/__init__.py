@@ -1,6 +1,6 @@
 """The configuration of a run: a tree of frozen dataclasses that check themselves. No jax here."""
 
-from tml.config.audio_out import AudioOutConfig, FlowConfig, FlowSolver, VocoderConfig, VocoderKind
+from tml.config.audio_out import AudioOutConfig, Feedback, FlowConfig, FlowSolver, VocoderConfig, VocoderKind
 from tml.config.data import DataConfig, SourceConfig, SourceKind
 from tml.config.experiment import Experiment
 from tml.config.grid import Grid
@@ -56,6 +56,7 @@ __all__ = [
     "EvaluationConfig",
     "Experiment",
     "ExpertDispatch",
+    "Feedback",
     "FlowConfig",
     "FlowSolver",
     "Grid",

@@ -22,6 +22,15 @@ class FlowSolver(enum.StrEnum):
     """Two evaluations, the second at the step's middle."""
 
 
+class Feedback(enum.StrEnum):
+    """What the model hears of the sound that it has just made."""
+
+    SOUND = "sound"
+    """The mel itself, its frames averaged and quantised."""
+    NONE = "none"
+    """That it spoke, and nothing of how it sounded: the same input at every own audio position."""
+
+
 class VocoderKind(enum.StrEnum):
     """What turns mel frames into sound."""
 
@@ -116,6 +125,11 @@ class AudioOutConfig:
     """Log-mels minus the mean, over the deviation, are what the head predicts: about standard normal for speech."""
     audible_log: float = -2.0
     """A turn speaks if its own sound holds a mel as loud as this, or if it has own text."""
+    feedback: Feedback = Feedback.SOUND
+    """How own sound comes back in."""
+    feedback_sampled: float = 0.0
+    """Share of own audio positions at which training feeds back what the model itself says there, after a forward pass
+    over the true sound: live it hears nothing else (Mihaylova & Martins 2019). 0 makes one forward pass."""
     feedback_levels: int = 16
     """Levels of the own sound that is fed back, evenly from `log_floor` to `feedback_high`; its frames are averaged."""
     feedback_high: float = 1.0
@@ -132,6 +146,12 @@ class AudioOutConfig:
         )
         check_at_most("2", 2, "model.audio_out.feedback_levels", self.feedback_levels)
         check_at_most("model.audio_out.feedback_levels", self.feedback_levels, "the uint8 range", 256)
+        check_fraction("model.audio_out", feedback_sampled=self.feedback_sampled)
+        if self.feedback is Feedback.NONE and self.feedback_sampled:
+            raise ValueError(
+                f"model.audio_out.feedback_sampled = {self.feedback_sampled} samples what feedback = 'none' does not "
+                f"feed back; set feedback_sampled to 0, or feedback to 'sound'"
+            )
         if not self.log_floor < min(self.audible_log, self.feedback_high):
             raise ValueError(
                 f"model.audio_out.log_floor = {self.log_floor} must be below audible_log = {self.audible_log} "

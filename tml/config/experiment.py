@@ -42,6 +42,11 @@ class Experiment:
                 f"turn.turn_ms = {self.turn.turn_ms} is one hop of {hop_ms:g} ms; set it to 0, or take longer turns"
             )
         check_splits(self.mesh, self.splits)
+        if self.model.audio_out.feedback_sampled and self.mesh.context > 1:
+            raise ValueError(
+                f"model.audio_out.feedback_sampled = {self.model.audio_out.feedback_sampled} samples sound from whole "
+                f"rows, but mesh.context = {self.mesh.context} splits them; set one of them to 0 or 1"
+            )
         if self.optim.warmup_steps >= self.train.num_steps:
             raise ValueError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} leaves nothing of "

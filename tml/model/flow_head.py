@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8
 
 from tml.batch import OwnAudio
-from tml.config import AudioOutConfig, FlowConfig, MeshConfig, ModelConfig
+from tml.config import AudioOutConfig, Feedback, FlowConfig, MeshConfig, ModelConfig
 from tml.metrics import Mean
 from tml.ops.collectives import gather_params, index_along
 from tml.ops.flow_matching import flow_error, integrate
@@ -27,6 +27,8 @@ from tml.params import Init, PyTree, Update, param
 SLOWEST_PERIOD = 10_000.0
 """Ratio of the slowest to the fastest sine of time (Vaswani et al. 2017); time runs from 0 to `TIME_RANGE`."""
 TIME_RANGE = 1_000.0
+OWN_SAMPLES = 0x0_5A3
+"""Folded into a position's seed, so that what training hears there does not draw what its loss draws."""
 FIXED_POINT = 1_024
 """Mels are averaged as whole multiples of 1 / 1024, so that no program can round a level otherwise than another."""
 
@@ -237,8 +239,42 @@ def sample(
         return jnp.maximum(found_BY, (own.log_floor - own.log_mean) / own.log_deviation).astype(jnp.float16)
 
 
+def own_samples(
+    params: Mapping[str, PyTree], h_BSD: Float[Array, "B S D"], own: OwnAudio, cfg: ModelConfig, mesh: MeshConfig
+) -> Float16[Array, "B P Y"]:
+    """Own audio of which a share (`feedback_sampled`) is what the model says there itself, after the true sound.
+
+    Like the loss, it has room for a part of the positions (`loss_share`); the others keep the true sound.
+
+    Args:
+        params: of the head; on a mesh this device's parts.
+        h_BSD: `Hidden.h_BSD` of a forward pass over the true sound, with all slots here.
+        own: the rows' own audio.
+        cfg: the model.
+        mesh: sizes of the axes; `context` is 1.
+    """
+    params = gather_params(params, specs(cfg), mesh, h_BSD.dtype)
+    num_rows, num_slots, _ = h_BSD.shape
+    mels_nY, seeds_n = own.mels_BPY.reshape(-1, own.mels_BPY.shape[2]), own.seeds_BP.reshape(-1)
+    keys_n2 = jax.vmap(lambda seed: jax.random.split(jax.random.fold_in(jax.random.key(seed), OWN_SAMPLES)))(seeds_n)
+    is_said_n = jax.vmap(lambda key: jax.random.bernoulli(key, cfg.audio_out.feedback_sampled))(keys_n2[:, 0])
+    is_said_n &= own.places_BP.reshape(-1) > 0
+    chosen_k = _chosen(is_said_n, seeds_n, cfg.audio_out.flow.loss_share)
+    rows_B1 = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    slots_n = (rows_B1 * num_slots + jnp.maximum(own.places_BP - 1, 0)).reshape(-1)
+    h_kD = h_BSD.reshape(num_rows * num_slots, -1)[slots_n[chosen_k]]
+    said_kY = sample(params, h_kD, keys_n2[chosen_k, 1], cfg)
+    heard_kY = jnp.where(is_said_n[chosen_k][:, None], said_kY, mels_nY[chosen_k])
+    return mels_nY.at[chosen_k].set(heard_kY).reshape(own.mels_BPY.shape)
+
+
 def feedback_levels(mels: Float16[Array, "*n Y"], own: AudioOutConfig) -> UInt8[Array, "*n M"]:
-    """What is fed back of own audio: its frames averaged, at the nearest of `feedback_levels` levels, in integers."""
+    """What is fed back of own audio: its frames averaged, at the nearest of `feedback_levels` levels, in integers.
+
+    Without feedback (`Feedback.NONE`) every level is the lowest.
+    """
+    if own.feedback is Feedback.NONE:
+        return jnp.zeros((*mels.shape[:-1], own.num_mels), jnp.uint8)
     fixed = jnp.round(mels.astype(jnp.float32) * FIXED_POINT).astype(jnp.int32)
     sums = jnp.sum(fixed.reshape(*mels.shape[:-1], own.frames_per_position, own.num_mels), axis=-2)
     starts = jnp.asarray(_level_starts(own)).reshape((1,) * (sums.ndim) + (-1,))

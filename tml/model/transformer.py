@@ -8,7 +8,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float16, Float32, Int32
 
 from tml.batch import Batch, OwnAudio
 from tml.config import MeshConfig, ModelConfig, MtpEmbedding, Remat
@@ -111,10 +111,23 @@ def head_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     }
 
 
-def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: MeshConfig) -> Hidden:
+def hidden(
+    params: Mapping[str, PyTree],
+    batch: Batch,
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+    heard_BPY: Float16[Array, "B P Y"] | None = None,
+) -> Hidden:
     """The forward pass over packed rows up to the unembedding; every segment is independent of its neighbours.
 
     On a mesh this is the program of one device: its parts of parameters and batch, inside `shard_map`.
+
+    Args:
+        params: the parameters.
+        batch: the rows.
+        cfg: the model.
+        mesh: sizes of the axes.
+        heard_BPY: what is fed back of own audio; `batch.own.mels_BPY` by default.
 
     Raises:
         ValueError: the batch lacks own audio that the model's voice needs, or holds some for a model without one.
@@ -144,7 +157,8 @@ def hidden(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig, mesh: M
         if batch.own is not None:
             first = index_along("context", mesh) * x_BSD.shape[1]
             slots_BP = _places(batch.own) - first
-            x_BSD = embed.put_own_audio(x_BSD, embed_params, batch.kinds_BS, batch.own.mels_BPY, slots_BP, cfg)
+            mels_BPY = batch.own.mels_BPY if heard_BPY is None else heard_BPY
+            x_BSD = embed.put_own_audio(x_BSD, embed_params, batch.kinds_BS, mels_BPY, slots_BP, cfg)
     rows = [jnp.split(x, cfg.row_parts) for x in (x_BSD, batch.segment_ids_BS, batch.positions_BS)]
     functions = [row_functions(segments, positions, cfg, mesh) for segments, positions in zip(*rows[1:], strict=True)]
     parts, load = run_layers(params["stages"], rows[0], functions, cfg, mesh)

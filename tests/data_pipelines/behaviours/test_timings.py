@@ -224,12 +224,27 @@ def test_held_out_wordings_use_words_that_train_in_ways_that_do_not():
 def test_held_out_pairs_never_occur_in_training_sessions():
     pairs = {split: set() for split in ("train", "heldout")}
     for split, found in pairs.items():
-        for session in sessions_of(Behaviour.PROACTIVE, split) + sessions_of(Behaviour.TIMED, split):
+        for session in [
+            s for b in (Behaviour.PROACTIVE, Behaviour.TIMED, Behaviour.TOOLS) for s in sessions_of(b, split)
+        ]:
             found |= {*re.findall(r"the (\w+) turns (\w+)", said(session))}
+            found |= {*re.findall(r"please (make it|paint it|draw a|erase the|volume|channel) (\w+)", said(session))}
             found |= {*re.findall(r"(?:in|every) (\w+) seconds say (\w+)", said(session))}
-    assert pairs["train"]
-    assert pairs["heldout"]
+    for what in ("circle", "red", "five", "two"):
+        assert any(what in pair for pair in pairs["train"]), what
+    assert len(pairs["heldout"]) > 8
     assert not pairs["train"] & pairs["heldout"]
+    # Each value of a tool's argument trains with one of its tools.
+    held = {value for tool, value in pairs["heldout"] if tool in ("paint it", "make it", "volume", "channel")}
+    assert held <= {value for _, value in pairs["train"]}
+
+
+def test_where_objects_are_held_out_only_pairs_of_shape_and_colour_are_waited_for():
+    tags = {
+        split: {e.tag for s in sessions_of(Behaviour.PROACTIVE, split) for e in s.expectations if e.kind is KIND.SAY}
+        for split in ("train", "heldout")
+    }
+    assert tags == {"train": {"turns", "anything", "changes"}, "heldout": {"turns"}}
 
 
 def test_the_model_waits_until_it_has_finished_and_stops_in_the_middle_of_a_word():
