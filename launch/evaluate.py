@@ -108,15 +108,7 @@ def _requests(model: "Model", directory: str) -> None:
     count = min(len(source), _MAX_SESSIONS.value or config.max_sessions)
     sessions = [read_session(source, index) for index in range(count)]
     print(f"streaming {count} of {len(source)} sessions of {directory}, and their controls", flush=True)
-    report = evaluate.evaluate(
-        model.params,
-        sessions,
-        model.experiment.model,
-        model.layout,
-        model.experiment.stream,
-        config,
-        model.tokenizer,
-    )
+    report = evaluate.evaluate(_player(model, count), sessions, config, progress=Progress("requests", "micro-turns"))
     print(evaluate.report_table(report))
     if _OUT.value:
         _write(report, sessions, model, Path(_OUT.value), directory)
@@ -144,21 +136,13 @@ def _write(report: "Report", sessions: list["Session"], model: "Model", out: Pat
 
 def _duplex(model: "Model", directory: str, controls: "tuple[Control, ...]") -> None:
     """The behaviours of duplex speech: `tml.duplex.suite`."""
-    from tml.duplex.player import Player
     from tml.duplex.scores import scores_table
     from tml.duplex.suite import run_suite, suite_table
 
     config = model.experiment
     sessions, total = _limited(directory)
     print(f"streaming {len(sessions)} of {total} sessions of {directory}, and their controls", flush=True)
-    player = Player(
-        model.params,
-        config.model,
-        model.layout,
-        config.stream,
-        model.tokenizer,
-        num_slots=min(config.evaluation.num_slots, len(sessions)),
-    )
+    player = _player(model, len(sessions))
     most = _MAX_CONTROLS.value or config.evaluation.max_control_sessions
     report = run_suite(player, sessions, controls, most, Progress("duplex", "micro-turns"))
     print(suite_table(report))
@@ -167,6 +151,14 @@ def _duplex(model: "Model", directory: str, controls: "tuple[Control, ...]") -> 
     print(f"learnt: {len(learnt)} of {len(report.scores)} behaviours{': ' if learnt else ''}{', '.join(learnt)}")
     if _OUT.value:
         _write_duplex(report, player, Path(_OUT.value), directory)
+
+
+def _player(model: "Model", num_sessions: int) -> "Player":
+    from tml.duplex.player import Player
+
+    config = model.experiment
+    num_slots = max(1, min(config.evaluation.num_slots, num_sessions))
+    return Player(model.params, config.model, model.layout, config.stream, model.tokenizer, num_slots)
 
 
 def _limited(directory: str) -> "tuple[list[Session], int]":

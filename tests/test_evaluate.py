@@ -7,11 +7,13 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from small_model import RATE_HZ, small_model, small_session, small_sound, without_sound
+from small_model import RATE_HZ, small_model, small_session, without_sound
 
 from tml import evaluate
+from tml.codec.waveform import resample
 from tml.config import AudioOutConfig, FlowConfig
-from tml.evaluate import Condition, Rate, Scores, condition_sounds, envelope_noise, score
+from tml.duplex.player import Player
+from tml.evaluate import Condition, Rate, Scores, envelope_noise, score
 from tml.export.bundle import Model
 from tml.session import Expectation, ExpectationKind, Session
 from tml.stream.live import LiveSession
@@ -157,22 +159,28 @@ def test_noise_with_the_envelope_of_speech_has_its_loudness_and_nothing_of_its_s
     assert abs(np.corrcoef(noise, speech)[0, 1]) < 0.05
 
 
+def heard_under(condition: Condition, sessions: list[Session]) -> list[np.ndarray]:
+    return [evaluate.heard(session) for session in evaluate.heard_instead(sessions, condition)]
+
+
 def test_each_condition_does_what_it_says_and_keeps_lengths() -> None:
-    sounds = [small_sound(size, seed) for seed, size in enumerate([3_000, 5_000, 4_001])]
+    sessions = [small_session(number, seconds) for number, seconds in enumerate([1.5, 2.5, 2.0])]
+    sounds = [evaluate.heard(session) for session in sessions]
+    sizes = [session.num_samples for session in sessions]
     for condition in Condition:
-        changed = condition_sounds(sounds, condition, RATE_HZ)
-        assert [len(sound) for sound in changed] == [3_000, 5_000, 4_001]
-        assert all(sound.dtype == np.float32 for sound in changed)
-    assert all(map(np.array_equal, condition_sounds(sounds, Condition.SPEECH, RATE_HZ), sounds))
-    assert not any(sound.any() for sound in condition_sounds(sounds, Condition.BLANKED, RATE_HZ))
-    swapped = condition_sounds(sounds, Condition.SWAPPED, RATE_HZ)
-    np.testing.assert_array_equal(swapped[0], sounds[1][:3_000])
-    np.testing.assert_array_equal(swapped[1], np.append(sounds[2], sounds[2][:999]))
-    np.testing.assert_array_equal(swapped[2][:3_000], sounds[0])
-    noises = [condition_sounds(sounds, Condition.ENVELOPE_NOISE, RATE_HZ) for _ in range(2)]
+        assert [len(sound) for sound in heard_under(condition, sessions)] == sizes
+    assert all(map(np.array_equal, heard_under(Condition.SPEECH, sessions), sounds))
+    assert not any(sound.any() for sound in heard_under(Condition.BLANKED, sessions))
+    swapped = heard_under(Condition.SWAPPED, sessions)
+    np.testing.assert_array_equal(swapped[0], sounds[1][: sizes[0]])
+    np.testing.assert_array_equal(swapped[1], np.append(sounds[2], sounds[2][: sizes[1] - sizes[2]]))
+    np.testing.assert_array_equal(swapped[2][: sizes[0]], sounds[0])
+    noises = [heard_under(Condition.ENVELOPE_NOISE, sessions) for _ in range(2)]
     for first, again, sound in zip(*noises, sounds, strict=True):
         np.testing.assert_array_equal(first, again)
         assert not np.array_equal(first, sound)
+    assert not heard_under(Condition.SPEECH, [without_sound(sessions[0])])[0].any()
+    assert heard_under(Condition.SWAPPED, [without_sound(sessions[0]), sessions[1]])[0].any()
 
 
 @pytest.fixture(scope="module")
@@ -182,16 +190,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def evaluated(model: Model, sessions: list[Session], conditions: tuple[Condition, ...], **stream) -> evaluate.Report:
     config = model.experiment
-    return evaluate.evaluate(
-        model.params,
-        sessions,
-        config.model,
-        model.layout,
-        dataclasses.replace(config.stream, **stream),
-        config.evaluation,
-        model.tokenizer,
-        conditions,
-    )
+    stream = dataclasses.replace(config.stream, **stream)
+    player = Player(model.params, config.model, model.layout, stream, model.tokenizer, config.evaluation.num_slots)
+    return evaluate.evaluate(player, sessions, config.evaluation, conditions)
 
 
 @pytest.fixture(scope="module")
@@ -239,37 +240,26 @@ def test_blanked_is_silence_and_nothing_else_is(report: evaluate.Report, model: 
 def said_live(model: Model, session: Session, number: int) -> list[Said]:
     config = model.experiment
     live = LiveSession(model.params, config.model, model.layout, config.stream, model.tokenizer, number)
-    return [turn.said for turn in live.push(evaluate.heard(session, config.model))]
+    return [
+        turn.said for turn in live.push(resample(evaluate.heard(session), RATE_HZ, config.model.audio.sample_rate_hz))
+    ]
 
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_the_evaluation_hears_and_draws_what_a_live_session_of_its_number_does(
     number: int, report: evaluate.Report, model: Model, sessions: list[Session]
 ) -> None:
-    assert said_live(model, sessions[number], number) == report.said[number]
+    assert said_live(model, sessions[number], number) == list(report.said[number])
 
 
 def test_a_voice_speaks_in_the_evaluation_as_it_does_live(sessions: list[Session], tmp_path) -> None:
     flow = FlowConfig(width=8, num_blocks=1, num_steps=1)
     voiced = small_model(tmp_path, AudioOutConfig(frames_per_position=4, num_mels=20, flow=flow))
     report = evaluated(voiced, sessions, (Condition.SPEECH,))
-    assert said_live(voiced, sessions[2], 2) == report.said[2]
+    assert said_live(voiced, sessions[2], 2) == list(report.said[2])
     assert any(turn.tokens for turn in report.said[2])
 
 
 def test_sessions_that_cannot_be_streamed_are_refused(model: Model, sessions: list[Session]) -> None:
     with pytest.raises(ValueError, match="there is no session to evaluate"):
         evaluated(model, [], (Condition.SPEECH,))
-
-
-def test_caches_grow_until_a_session_fits(
-    model: Model, sessions: list[Session], report: evaluate.Report, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = []
-    make_room = evaluate._Runner._make_room
-    monkeypatch.setattr(evaluate, "POSITIONS_STEP", 1)
-    monkeypatch.setattr(evaluate._Runner, "_make_room", lambda self, size: (sizes.append(size), make_room(self, size)))
-    again = evaluated(model, sessions, (Condition.SPEECH,))
-    assert len(sizes) > 1
-    assert sizes == sorted(sizes)
-    assert again.said == report.said

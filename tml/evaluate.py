@@ -12,35 +12,24 @@ request, in a pause or not; latency = emission of the first word minus the reque
 import enum
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import numpy as np
 import scipy.ndimage
 
-from tml.codec import audio
-from tml.codec.encode import encode_session
-from tml.codec.text import Tokenizer
-from tml.codec.waveform import decode_clip, resample
-from tml.config import EvaluationConfig, ModelConfig, StreamConfig
+from tml.codec.waveform import decode_clip, encode_clip, resample
+from tml.config import EvaluationConfig
+from tml.duplex.player import Player
 from tml.duplex.rates import Rate
 from tml.duplex.trace import normalise
-from tml.microturn import Clock, EncodedSession, Layout
-from tml.params import PyTree
+from tml.microturn import Clock
 from tml.session import ExpectationKind, Session, Stream, TextEvent
-from tml.stream import engine
-from tml.stream.engine import TurnOutputs
-from tml.stream.inputs import TurnInputs, join_sessions, session_inputs
-from tml.stream.outputs import Said, read_session
-from tml.stream.placement import place_params
+from tml.stream.outputs import Said
 
 ENVELOPE_S = 0.025
 """Width of the window over which the envelope of speech is taken."""
-
-POSITIONS_STEP = 128
-"""Caches hold a multiple of so many positions, so that sets of about the same length share a compiled program."""
 
 
 class Condition(enum.StrEnum):
@@ -98,36 +87,41 @@ class Report:
 
 
 def evaluate(
-    params: Mapping[str, PyTree],
+    player: Player,
     sessions: Sequence[Session],
-    model: ModelConfig,
-    layout: Layout,
-    stream: StreamConfig,
     evaluation: EvaluationConfig,
-    tokenizer: Tokenizer,
-    conditions: Iterable[Condition] = tuple(Condition),
+    conditions: Sequence[Condition] = tuple(Condition),
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Streams every session, and the first of them under every control, and scores what was said.
+
+    Args:
+        player: the model.
+        sessions: one or more.
+        evaluation: how many sessions the controls stream, and how long an answer counts.
+        conditions: what the model hears.
+        progress: called with the micro-turns done and the micro-turns to do.
 
     Raises:
         ValueError: there is no session.
     """
     if not sessions:
         raise ValueError("there is no session to evaluate")
-    encoded = [encode_session(session, model, tokenizer) for session in sessions]
-    sounds, rate_hz = [heard(session, model) for session in sessions], model.audio.sample_rate_hz
-    runner = _Runner(params, model, layout, stream, evaluation.num_slots, tokenizer, encoded)
-    scores, said_of = {}, {}
-    for condition in conditions:
-        most = len(sessions) if condition is Condition.SPEECH else min(len(sessions), evaluation.max_control_sessions)
-        if condition is Condition.SWAPPED and most == 1:
-            continue  # there is none to swap with
-        changed = [
-            replace(one, levels_TM=audio.session_frames(sound, model.audio))
-            for one, sound in zip(encoded[:most], condition_sounds(sounds[:most], condition, rate_hz), strict=True)
-        ]
-        said_of[condition] = runner.run(changed)
-        scores[condition] = score(sessions[:most], said_of[condition], evaluation.answer_window_s)
+    few = sessions[: evaluation.max_control_sessions]
+    streamed = {condition: sessions if condition is Condition.SPEECH else few for condition in conditions}
+    if len(few) == 1:
+        streamed.pop(Condition.SWAPPED, None)  # there is none to swap with
+    total = sum(player.num_turns(session) for some in streamed.values() for session in some)
+    scores, said_of, done = {}, {}, 0
+    for condition, some in streamed.items():
+
+        def show(turns: int, before: int = done) -> None:
+            progress(before + turns, total)
+
+        played = player.play(heard_instead(some, condition), show)
+        done += sum(map(player.num_turns, some))
+        said_of[condition] = [one.said for one in played]
+        scores[condition] = score(some, said_of[condition], evaluation.answer_window_s)
     answers = Counter(e.text for session in sessions for e in session.expectations if e.text)
     return Report(
         num_sessions=len(sessions),
@@ -137,82 +131,33 @@ def evaluate(
     )
 
 
-class _Runner:
-    """Runs sessions through one compiled program, `num_slots` side by side."""
-
-    def __init__(
-        self,
-        params: Mapping[str, PyTree],
-        model: ModelConfig,
-        layout: Layout,
-        stream: StreamConfig,
-        num_slots: int,
-        tokenizer: Tokenizer,
-        sessions: Sequence[EncodedSession],
-    ) -> None:
-        # One device takes them where they are.
-        self._params = params if stream.tensor == 1 else place_params(params, model, stream)
-        self._model, self._layout, self._tokenizer = model, layout, tokenizer
-        self._stream, self._num_slots = stream, min(num_slots, len(sessions))
-        self._num_turns = max(layout.clock.num_turns(session.num_samples) for session in sessions)
-        slots_in = max(int(session_inputs(layout, session, model).counts_B.sum()) for session in sessions)
-        # Most turns put out one or two tokens; what none can pass is for a session that talks without end.
-        likely = slots_in + (2 + layout.own_positions_per_turn) * self._num_turns
-        self._most_positions = slots_in + layout.max_slots_out * self._num_turns
-        self._make_room(-(-likely // POSITIONS_STEP) * POSITIONS_STEP)
-
-    def _make_room(self, max_positions: int) -> None:
-        """Builds the program for caches of that size, which cost in every turn whether they are full or not."""
-        self._max_positions = max_positions
-        stream = replace(self._stream, max_positions=max_positions)
-        self._state = engine.init_state(self._model, self._layout, stream, self._num_slots)
-        step = engine.make_step(self._model, self._layout, stream)
-        self._run = jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs))
-
-    def run(self, sessions: Sequence[EncodedSession]) -> list[list[Said]]:
-        """What was said in each session, turn by turn. A session draws by its number, in any slot and company."""
-        said: list[list[Said]] = []
-        for first in range(0, len(sessions), self._num_slots):
-            group = list(sessions[first : first + self._num_slots])
-            idle = [group[0]] * (self._num_slots - len(group))
-            columns = [session_inputs(self._layout, session, self._model) for session in group + idle]
-            outputs = self._outputs(join_sessions(columns, self._num_turns), range(first, first + self._num_slots))
-            for slot, session in enumerate(group):
-                turns = self._layout.clock.num_turns(session.num_samples)
-                said.append(read_session(outputs, slot, turns, self._layout, self._tokenizer))
-        return said
-
-    def _outputs(self, inputs: TurnInputs, numbers: Sequence[int]) -> TurnOutputs:
-        """Streams one group; anew, in caches that hold anything, if a session has said more than is likely."""
-        keys_B2 = engine.session_keys(numbers)
-        state, outputs = self._run(self._params, replace(self._state, keys_B2=keys_B2), inputs)
-        if int(np.max(state.decode.num_positions_B)) > self._max_positions:
-            self._make_room(self._most_positions)
-            _, outputs = self._run(self._params, replace(self._state, keys_B2=keys_B2), inputs)
-        return outputs
-
-
-def heard(session: Session, model: ModelConfig) -> np.ndarray:
-    """The sound of `user_audio` at the model's rate; silence if the session has none."""
-    clip = session.audio.get(Stream.USER_AUDIO)
-    if clip is None:
-        return np.zeros(session.num_samples * model.audio.sample_rate_hz // session.sample_rate_hz, np.float32)
-    samples = decode_clip(clip, session.sample_rate_hz)
-    return resample(samples, session.sample_rate_hz, model.audio.sample_rate_hz)
-
-
-def condition_sounds(
-    sounds: Sequence[np.ndarray], condition: Condition, sample_rate_hz: int, seed: int = 0
-) -> list[np.ndarray]:
-    """The sounds of all sessions under a condition; each keeps its length."""
+def heard_instead(sessions: Sequence[Session], condition: Condition) -> list[Session]:
+    """The sessions with the sound of `user_audio` that the model hears under a condition."""
     if condition is Condition.SPEECH:
-        return list(sounds)
-    if condition is Condition.BLANKED:
-        return [np.zeros_like(sound) for sound in sounds]
+        return list(sessions)
+    rates_hz = [session.sample_rate_hz for session in sessions]
     if condition is Condition.SWAPPED:
-        return [np.resize(other, len(sound)) for sound, other in zip(sounds, [*sounds[1:], sounds[0]], strict=True)]
-    rng = np.random.default_rng(seed)
-    return [envelope_noise(sound, rng, sample_rate_hz) for sound in sounds]
+        others = [*sessions[1:], sessions[0]]
+        sounds = [resample(heard(one), one.sample_rate_hz, rate) for one, rate in zip(others, rates_hz, strict=True)]
+    else:
+        sounds = [heard(session) for session in sessions]
+    rng = np.random.default_rng(0)
+    changed = []
+    for session, sound in zip(sessions, sounds, strict=True):
+        if condition is Condition.BLANKED:
+            sound = np.zeros_like(sound)
+        elif condition is Condition.ENVELOPE_NOISE:
+            sound = envelope_noise(sound, rng, session.sample_rate_hz)
+        clip = encode_clip(np.resize(sound, session.num_samples), session.sample_rate_hz)
+        streams = tuple(dict.fromkeys((*session.streams, Stream.USER_AUDIO)))
+        changed.append(replace(session, streams=streams, audio={**session.audio, Stream.USER_AUDIO: clip}))
+    return changed
+
+
+def heard(session: Session) -> np.ndarray:
+    """The sound of `user_audio` at the session's rate; silence if the session has none."""
+    clip = session.audio.get(Stream.USER_AUDIO)
+    return np.zeros(session.num_samples, np.float32) if clip is None else decode_clip(clip, session.sample_rate_hz)
 
 
 def envelope_noise(sound: np.ndarray, rng: np.random.Generator, sample_rate_hz: int) -> np.ndarray:
