@@ -157,7 +157,7 @@ class _Runner:
         self._num_turns = max(layout.clock.num_turns(session.num_samples) for session in sessions)
         slots_in = max(int(session_inputs(layout, session, model).counts_B.sum()) for session in sessions)
         # Most turns put out one or two tokens; what none can pass is for a session that talks without end.
-        likely = slots_in + (2 + layout.own_positions_per_turn) * self._num_turns
+        likely = slots_in + max(2 + layout.own_positions_per_turn, layout.min_slots_out) * self._num_turns
         self._most_positions = slots_in + layout.max_slots_out * self._num_turns
         self._make_room(-(-likely // POSITIONS_STEP) * POSITIONS_STEP)
 
