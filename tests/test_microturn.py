@@ -88,6 +88,7 @@ def test_target_kinds_name_the_stream(layout, texts, tile_samples):
         assert len(kinds) == len(expected) or layout.turn.slots is SlotScheme.FIXED
 
 
+@settings(deadline=None)
 @given(texts=events(streams=(Stream.OWN_TEXT,)))
 def test_a_word_is_in_the_output_that_is_heard_when_it_is_said(texts):
     encoded = encoded_session(texts, [])
@@ -266,6 +267,7 @@ def test_what_just_fits_is_laid_out(texts):
     assert (segment.tokens >= FIRST_TOKEN).sum() == wanted
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=20), max_slots=st.integers(9, 30))
 def test_cutting_never_splits_a_turn_and_fills_the_rows(sizes, max_slots):
     turn_starts = np.cumsum([0, *sizes]).astype(np.int32)
