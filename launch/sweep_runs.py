@@ -12,7 +12,7 @@ from absl import app
 from ml_collections import ConfigDict
 
 from launch.child import run_child
-from tml.config import Experiment, Grid, difference, from_config_dict, to_json
+from tml.config import Experiment, Grid, difference, from_config_dict, from_json, to_mapping
 
 CONFIG, METRICS, LOG = "config.json", "metrics.jsonl", "log.txt"
 
@@ -46,8 +46,12 @@ class Run:
         path = self.folder / CONFIG
         if not path.exists():
             return ""
-        then, now = json.loads(path.read_text(encoding="utf-8")), json.loads(to_json(self.experiment))
-        changes = [change for change in difference(then, now) if change[0] != "train.num_steps"]
+        try:
+            then = from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"{path} is not a config of this version: {error}"
+        found = difference(to_mapping(then), to_mapping(self.experiment))
+        changes = [change for change in found if change[0] != "train.num_steps"]
         return ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changes)
 
     @property

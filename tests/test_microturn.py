@@ -3,155 +3,30 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from tml.config import AudioConfig, Boundary, Control, MicroTurnConfig, Modality
-from tml.microturn import (
-    SPECIAL_TOKEN_NAMES,
-    Clock,
-    EncodedSession,
-    EncodedText,
-    Kind,
-    Layout,
-    Segment,
-    SpecialTokens,
-    Target,
-    cut_at_turns,
+from turns import (
+    FIRST_TOKEN,
+    FIXED,
+    LAYOUTS,
+    MARKERS,
+    NUM_SAMPLES,
+    ROOMY,
+    SPECIAL,
+    TURN,
+    VOICED,
+    encoded_session,
+    events,
+    lay_out,
+    layouts,
+    parse_turn,
+    tiles,
+    turns_of,
 )
+
+from tml.config import AudioConfig, Boundary, Control, MicroTurnConfig, SlotScheme
+from tml.microturn import Clock, EncodedText, Kind, Target, cut_at_turns
 from tml.session import SessionError, Stream
-
-SPECIAL = SpecialTokens(**{name: number for number, name in enumerate(SPECIAL_TOKEN_NAMES)})
-MARKERS = {Stream.SYSTEM: SPECIAL.system, Stream.USER_TEXT: SPECIAL.user_text, Stream.BACKGROUND: SPECIAL.background}
-TURN, HOP, MAX_TILES = 12, 4, 3
-NUM_SAMPLES = 100
-FIRST_TOKEN, FIRST_OWN_TOKEN = 1_000, 2_000
-
-LAYOUTS = [
-    Layout(
-        clock=Clock(turn_samples=TURN, hop_samples=HOP, sample_rate_hz=60),
-        turn=MicroTurnConfig(
-            boundary=boundary,
-            control=control,
-            order=order,
-            max_text_in_per_turn=text_in,
-            max_text_out_per_turn=text_out,
-            max_action_per_turn=40,
-        ),
-        special=SPECIAL,
-        max_tiles_per_turn=MAX_TILES,
-    )
-    for boundary, control, text_in, text_out, order in [
-        (Boundary.TICK, Control.EXPLICIT, 5, 2, tuple(Modality)),
-        (Boundary.NONE, Control.EXPLICIT, 16, 8, (Modality.VIDEO, Modality.TEXT, Modality.AUDIO)),
-        (Boundary.TICK, Control.IMPLICIT, 2, 3, (Modality.TEXT, Modality.AUDIO, Modality.VIDEO)),
-        (Boundary.NONE, Control.IMPLICIT, 4, 1, tuple(Modality)),
-    ]
-]
-ROOMY = dataclasses.replace(
-    LAYOUTS[0], turn=dataclasses.replace(LAYOUTS[0].turn, max_text_in_per_turn=99, max_text_out_per_turn=99)
-)
-layouts = st.sampled_from(LAYOUTS)
-
-
-def encoded_session(texts: list[tuple[Stream, int, int]], tile_samples: list[int]) -> EncodedSession:
-    """A session of (stream, start, number of tokens) events whose tokens count up, own text apart from the rest."""
-    numbers, own = itertools.count(FIRST_TOKEN), itertools.count(FIRST_OWN_TOKEN)
-    events = [
-        EncodedText(
-            stream=stream,
-            start=start,
-            tokens=tuple(itertools.islice(own if stream is Stream.OWN_TEXT else numbers, count)),
-        )
-        for stream, start, count in sorted(texts, key=lambda item: item[1])
-    ]
-    return EncodedSession(
-        session_id="s",
-        num_samples=NUM_SAMPLES,
-        levels_TM=np.zeros((NUM_SAMPLES // HOP, 1), np.uint8),
-        texts=tuple(events),
-        tiles_P=np.zeros((len(tile_samples), 2, 1, 1, 3), np.int16),
-        tile_samples_P=np.array(sorted(tile_samples), np.int64),
-    )
-
-
-def events(min_start: int = 0, streams: tuple[Stream, ...] = (*MARKERS, Stream.OWN_TEXT, Stream.ACTION)):
-    event = st.tuples(st.sampled_from(streams), st.integers(min_start, NUM_SAMPLES - 1), st.integers(0, 4))
-    return st.lists(event, max_size=8)
-
-
-def tiles(min_sample: int = 0):
-    return st.lists(st.integers(min_sample, NUM_SAMPLES - 1), max_size=4).filter(
-        lambda samples: max(np.bincount(np.array(samples, int) // TURN), default=0) <= MAX_TILES
-    )
-
-
-def lay_out(layout: Layout, encoded: EncodedSession) -> Segment:
-    """Lays a session out; draws that hold more text than their turns are thrown away."""
-    try:
-        return layout.lay_out(layout.contents(encoded))
-    except SessionError:
-        assume(False)
-        raise
-
-
-def turns_of(segment: Segment) -> list[slice]:
-    return [slice(start, end) for start, end in itertools.pairwise(segment.turn_starts.tolist())]
-
-
-def read_inputs(layout: Layout, segment: Segment, turn: slice, at: int, held: dict[str, list]) -> int:
-    tokens, kinds = segment.tokens[turn].tolist(), segment.kinds[turn].tolist()
-    for modality in layout.turn.order:
-        first = at
-        if modality is Modality.TEXT:
-            at = read_text_in(tokens, at, held)
-            continue
-        at += layout.clock.frames_per_turn if modality is Modality.AUDIO else kinds.count(Kind.TILE)
-        token, kind = (SPECIAL.audio, Kind.AUDIO) if modality is Modality.AUDIO else (SPECIAL.tile, Kind.TILE)
-        assert all(pair == (token, kind) for pair in zip(tokens[first:at], kinds[first:at], strict=True))
-        held["tiles"] += segment.source[turn][first:at].tolist() if modality is Modality.VIDEO else []
-    return at
-
-
-def read_text_in(tokens: list[int], at: int, held: dict[str, list]) -> int:
-    streams = []
-    while stream := next((stream for stream, marker in MARKERS.items() if marker == tokens[at]), None):
-        streams.append(stream)
-        at += 1
-        while FIRST_TOKEN <= tokens[at] < FIRST_OWN_TOKEN:
-            held["text_in"].append((stream, tokens[at]))
-            at += 1
-    assert streams == [stream for stream in MARKERS if stream in streams], "streams of text in are in their order, once"
-    return at
-
-
-def parse_turn(layout: Layout, segment: Segment, turn: slice) -> dict[str, list]:
-    """Reads one turn in the documented order; fails where it departs from it."""
-    tokens, kinds = segment.tokens[turn].tolist(), segment.kinds[turn].tolist()
-    held: dict[str, list] = {"tiles": [], "text_in": [], "actions": [], "own": []}
-    at = int(layout.turn.boundary is Boundary.TICK)
-    assert not at or (tokens[0], kinds[0]) == (SPECIAL.tick, Kind.TOKEN)
-    at = read_inputs(layout, segment, turn, at, held)
-    assert set(kinds[at:]) == {Kind.TOKEN}
-    held["first_out"] = [turn.start + at]
-    while tokens[at] == SPECIAL.action:
-        end = tokens.index(SPECIAL.end_of_text, at)
-        held["actions"].append(tokens[at + 1 : end])
-        at = end + 1
-    if layout.turn.control is Control.EXPLICIT:
-        control = tokens[at]
-        assert control in (SPECIAL.listen, SPECIAL.speak)
-        at += 1
-        if control == SPECIAL.listen:
-            assert at == len(tokens)
-            return held
-    while tokens[at] >= FIRST_OWN_TOKEN:
-        held["own"].append(tokens[at])
-        at += 1
-    assert tokens[at] == SPECIAL.end_of_text
-    assert at == len(tokens) - 1
-    assert held["own"] or layout.turn.control is Control.IMPLICIT
-    return held
 
 
 @settings(deadline=None, max_examples=100)
@@ -169,8 +44,12 @@ def test_every_turn_holds_its_slots_in_the_documented_order(layout, texts, tile_
     assert seen == [(sample // TURN, tile) for tile, sample in enumerate(sorted(tile_samples))]
     for turn, content in zip(turns, held, strict=True):
         assert content["first_out"][0] - turn.start <= layout.max_slots_in
-        assert turn.stop - content["first_out"][0] <= layout.max_slots_out
+        assert content["first_out"][0] - turn.start >= layout.min_slots_in
+        assert layout.min_slots_out <= turn.stop - content["first_out"][0] <= layout.max_slots_out
         assert turn.stop > content["first_out"][0]
+        if layout.turn.slots is SlotScheme.FIXED:
+            come_and_go = len(content["tiles"]) + sum(len(payload) + 2 for payload in content["actions"])
+            assert turn.stop - turn.start - come_and_go == layout.min_slots_in + layout.min_slots_out
 
 
 @settings(deadline=None, max_examples=100)
@@ -180,9 +59,12 @@ def test_targets_are_the_next_output_token_of_the_same_turn(layout, texts, tile_
     for turn in turns_of(segment):
         first_out = parse_turn(layout, segment, turn)["first_out"][0]
         for position in range(turn.start, turn.stop):
-            if first_out - 1 <= position < turn.stop - 1:
+            is_output = first_out - 1 <= position < turn.stop - 1
+            if is_output and segment.kinds[position + 1] == Kind.OWN_AUDIO:
+                assert (segment.targets[position], segment.target_kinds[position]) == (0, Target.AUDIO)
+            elif is_output and segment.tokens[position + 1] != layout.special.pad:
                 assert segment.targets[position] == segment.tokens[position + 1]
-                assert segment.target_kinds[position] != Target.NONE
+                assert segment.target_kinds[position] not in (Target.NONE, Target.AUDIO)
             else:
                 assert (segment.targets[position], segment.target_kinds[position]) == (0, Target.NONE)
 
@@ -195,14 +77,18 @@ def test_target_kinds_name_the_stream(layout, texts, tile_samples):
     for turn in turns_of(segment):
         held = parse_turn(layout, segment, turn)
         expected = [Target.ACTION] * sum(len(payload) + 2 for payload in held["actions"])
-        if held["own"]:
-            expected += [Target.SPEAK] * explicit + [Target.TEXT] * (len(held["own"]) + 1)
+        voice = layout.own_positions_per_turn
+        if held["speaks"]:
+            end = [Target.SPEAK] if voice and not explicit else [Target.TEXT]
+            expected += [Target.SPEAK] * explicit + [Target.TEXT] * len(held["own"]) + end + [Target.AUDIO] * voice
         else:
             expected.append(Target.LISTEN)
-        kinds = segment.target_kinds[held["first_out"][0] - 1 : turn.stop - 1].tolist()
-        assert kinds == expected
+        kinds = segment.target_kinds[held["first_out"][0] - 1 : turn.stop - 1]
+        assert kinds[kinds != Target.NONE].tolist() == expected
+        assert len(kinds) == len(expected) or layout.turn.slots is SlotScheme.FIXED
 
 
+@settings(deadline=None)
 @given(texts=events(streams=(Stream.OWN_TEXT,)))
 def test_a_word_is_in_the_output_that_is_heard_when_it_is_said(texts):
     encoded = encoded_session(texts, [])
@@ -311,9 +197,32 @@ def test_one_session_by_hand():
     assert frames.tolist() == list(range(50, 59))
 
 
+def test_fixed_slots_by_hand():
+    texts = [(Stream.USER_TEXT, 13, 2), (Stream.OWN_TEXT, 26, 1)]
+    encoded = dataclasses.replace(encoded_session(texts, [12]), num_samples=30, own_audible_T=np.zeros(25, bool))
+    explicit, implicit = (dataclasses.replace(FIXED[number], own_positions_per_turn=3) for number in (0, 2))
+    s, pad, audio = explicit.special, [99], [SPECIAL.audio] * 3
+    segment = explicit.lay_out(explicit.contents(encoded), first_frame=50)
+    silence = [s.tick, *audio, *pad * 5, s.listen, *pad * 6]
+    typed = [s.tick, *audio, s.tile, s.user_text, 1_000, 1_001, *pad * 2]
+    answer = [s.speak, 2_000, s.end_of_text, *pad, *audio]
+    assert segment.tokens.tolist() == [*silence, *typed, *answer, *silence]
+    # The last input, [speak] and the word have the next token as target; the position before own audio has its mel.
+    last = 16 + len(typed) - 1
+    assert np.flatnonzero(segment.targets).tolist() == [8, last, last + 1, last + 2, 33 + 8]
+    assert segment.targets[[8, last, last + 1, last + 2]].tolist() == [s.listen, *answer[:3]]
+    assert np.flatnonzero(segment.target_kinds == Target.AUDIO).tolist() == [last + 4, last + 5, last + 6]
+    assert segment.source[segment.kinds == Kind.OWN_AUDIO].tolist() == [56, 57, 58]
+    segment = implicit.lay_out(implicit.contents(dataclasses.replace(encoded, texts=encoded.texts[1:])))
+    silence = [s.tick, *pad * 2, *audio, s.end_of_text, *pad * 6]
+    assert segment.tokens.tolist() == [
+        *silence, s.tick, *pad * 2, *audio, s.tile, 2_000, s.speak, *pad * 2, *audio, *silence
+    ]  # fmt: skip
+
+
 def test_a_layout_without_output_is_the_input_half():
     encoded = encoded_session([(Stream.USER_TEXT, 13, 2), (Stream.OWN_TEXT, 26, 1)], [12])
-    for layout in LAYOUTS:
+    for layout in [*LAYOUTS, *VOICED, *FIXED]:
         contents = dataclasses.replace(layout.contents(encoded), out=np.zeros((0, 3), np.int32))
         inputs, whole = layout.lay_out(contents), layout.lay_out(layout.contents(encoded))
         for short, full in zip(turns_of(inputs), turns_of(whole), strict=True):
@@ -358,6 +267,7 @@ def test_what_just_fits_is_laid_out(texts):
     assert (segment.tokens >= FIRST_TOKEN).sum() == wanted
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=20), max_slots=st.integers(9, 30))
 def test_cutting_never_splits_a_turn_and_fills_the_rows(sizes, max_slots):
     turn_starts = np.cumsum([0, *sizes]).astype(np.int32)

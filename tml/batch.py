@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from tml.config import Boundary, ModelConfig
+from tml.config import ModelConfig
 from tml.microturn import Layout
 from tml.params import Leaf
 
@@ -58,7 +58,7 @@ class Batch:
 def max_tiles_per_row(layout: Layout, row_slots: int) -> int:
     """The most tiles that a row can hold: as many turns full of tiles as fit, and one that is partly full."""
     most = layout.max_tiles_per_turn
-    least_others = int(layout.turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + 1
+    least_others = layout.min_slots_in + layout.min_slots_out
     full, rest = divmod(row_slots, least_others + most)
     return full * most + min(most, max(0, rest - least_others))
 
@@ -66,7 +66,8 @@ def max_tiles_per_row(layout: Layout, row_slots: int) -> int:
 def max_own_per_row(layout: Layout, row_slots: int) -> int:
     """The most own audio positions that a row can hold: as many speaking turns as fit, and one that is partly there."""
     most = layout.own_positions_per_turn
-    least_others = int(layout.turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + 1
+    # Where slots are fixed, own audio is part of the least.
+    least_others = layout.min_slots_in + max(1, layout.min_slots_out - most)
     full, rest = divmod(row_slots, least_others + most)
     return full * most + min(most, max(0, rest - least_others))
 

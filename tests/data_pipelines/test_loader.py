@@ -24,7 +24,7 @@ from data_pipelines.rows import loss_weight_table
 from tml.batch import Batch, max_tiles_per_row
 from tml.codec.audio import pad_frames
 from tml.codec.text import layout_of
-from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig, SourceConfig, SourceKind
+from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig, SlotScheme, SourceConfig, SourceKind
 from tml.microturn import Kind, Target
 from tml.session import Stream, VideoFrame
 
@@ -158,11 +158,11 @@ def test_loss_weights_come_from_the_config():
 
 def test_most_tiles_of_a_row(mixture, tokenizer):
     """Against a search over every mix of turns that fits."""
-    for boundary, most, row_slots in itertools.product(Boundary, (0, 1, 3), (5, 9, 10, 24, 31)):
-        layout = replace(
-            layout_of(mixture, tokenizer), max_tiles_per_turn=most, turn=MicroTurnConfig(boundary=boundary)
-        )
-        others = (boundary is Boundary.TICK) + 4 + 1
+    limits = {"max_text_in_per_turn": 2, "max_text_out_per_turn": 1}
+    for boundary, slots, most, row_slots in itertools.product(Boundary, SlotScheme, (0, 1, 3), (5, 9, 10, 24, 31)):
+        turn = MicroTurnConfig(boundary=boundary, slots=slots, **limits)
+        layout = replace(layout_of(mixture, tokenizer), max_tiles_per_turn=most, turn=turn)
+        others = (boundary is Boundary.TICK) + 4 + (1 if slots is SlotScheme.VARIABLE else 2 + 3)
         best = [0] * (row_slots + 1)
         for size in range(row_slots + 1):
             best[size] = max([best[size - others - t] + t for t in range(most + 1) if others + t <= size], default=0)

@@ -10,7 +10,7 @@ from small_model import RATE_HZ, small_session
 
 from tml.codec.encode import encode_session
 from tml.codec.waveform import decode_clip
-from tml.config import MicroTurnConfig
+from tml.config import MicroTurnConfig, SlotScheme
 from tml.duplex import player as player_module
 from tml.duplex.controls import without
 from tml.duplex.player import Played, Player, _Feed, opening_call, recorded_trace
@@ -26,10 +26,12 @@ CALL = '{"name":"delegate","arguments":{}}'
 
 
 @pytest.mark.parametrize("behaviour", list(Behaviour))
-def test_the_targets_of_a_session_score_one_on_everything_and_silence_on_nothing(behaviour):
+@pytest.mark.parametrize("slots", SlotScheme)
+def test_the_targets_of_a_session_score_one_on_everything_and_silence_on_nothing(slots, behaviour):
     model = random_model()
+    layout = replace(model.layout, turn=replace(model.layout.turn, slots=slots))
     sessions = sessions_of(behaviour)
-    traces = [recorded_trace(one, model.layout, model.tokenizer, model.experiment.model) for one in sessions]
+    traces = [recorded_trace(one, layout, model.tokenizer, model.experiment.model) for one in sessions]
     for session, trace in zip(sessions, traces, strict=True):
         assert all(map(is_good, outcomes(session, trace))), session.session_id
     assert score(sessions, traces)[behaviour].macro == 1.0

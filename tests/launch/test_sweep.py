@@ -117,7 +117,9 @@ def test_a_report_holds_finished_runs_of_this_grid_alone(tmp_path: Path) -> None
     runs = runs_of(grid, tmp_path)
     for run in runs:
         run.folder.mkdir(parents=True)
-        (run.folder / "config.json").write_text(to_json(run.experiment))
+        config = json.loads(to_json(run.experiment))
+        del config["turn"]["slots"]  # as written before there was this key
+        (run.folder / "config.json").write_text(json.dumps(config))
         steps = (50,) if run.name == "a/seed-2" else (50, 50, 100)
         lines = [{"step": step, "eval/loss": 300.0 / step + run.seed} for step in steps]
         (run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))

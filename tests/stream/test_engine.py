@@ -1,6 +1,7 @@
 """Streaming is training: the same numbers turn by turn, in any slot, with nothing seen too early."""
 
 import dataclasses
+from functools import cache as once
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import randomised, rows_of, tiny_layout, tiny_model, tiny_session
 
-from tml.config import Boundary, Control, Modality, StreamConfig
+from tml.config import Boundary, Control, Modality, SlotScheme, StreamConfig
 from tml.microturn import EncodedText
 from tml.model import cache, transformer
 from tml.params import init_params
@@ -23,15 +24,19 @@ KNOBS = [
     {"control": Control.IMPLICIT, "order": (Modality.TEXT, Modality.VIDEO, Modality.AUDIO)},
     {"turn_ms": 400},
 ]
+FIXED = [{"slots": SlotScheme.FIXED, "control": control} for control in Control]
+forward = jax.jit(lambda params, batch: transformer.apply(params, batch, tiny_model()).logits_BSV)
 
 
+@once
 def built(seed: int = 0, temperature: float = 0.0, num_slots: int = 1, **turn):
     model = tiny_model()
     layout = tiny_layout(model, **turn)
     stream = StreamConfig(max_positions=256, temperature=temperature)
     params = randomised(init_params(transformer.specs(model), jax.random.key(seed)))
     step = engine.make_step(model, layout, stream)
-    return model, layout, params, step, engine.init_state(model, layout, stream, num_slots)
+    run = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))
+    return model, layout, params, step, engine.init_state(model, layout, stream, num_slots), run
 
 
 def inputs_of(model, layout, *sessions) -> TurnInputs:
@@ -61,13 +66,13 @@ def event_at(turn: int, stream: Stream, tokens: list[int], layout) -> EncodedTex
     return EncodedText(stream=stream, start=(turn + 1) * layout.clock.turn_samples, tokens=tuple(tokens))
 
 
-@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+@pytest.mark.parametrize("knobs", [*KNOBS, *FIXED], ids=str)
 def test_scan_equals_separate_steps_bitwise_and_neither_recompiles(knobs: dict) -> None:
-    model, layout, params, step, state = built(**knobs)
+    model, layout, params, step, state, run = built(**knobs)
     inputs = inputs_of(model, layout, tiny_session(model, NUM_TURNS))
     turns = inputs.counts_B.shape[0]
-    _, scanned = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))(params, state, inputs)
-    jitted = engine.jit_step(step)
+    _, scanned = run(params, state, inputs)
+    jitted, state = engine.jit_step(step), jax.tree.map(jnp.copy, state)  # the state is donated
     singles = []
     for turn in range(turns):
         state, outputs = jitted(params, state, jax.tree.map(lambda leaf, turn=turn: jnp.asarray(leaf[turn]), inputs))
@@ -78,20 +83,21 @@ def test_scan_equals_separate_steps_bitwise_and_neither_recompiles(knobs: dict) 
     assert len(np.unique(stacked.tokens_BO)) > 3
 
 
-@pytest.mark.parametrize("knobs", KNOBS[:3], ids=str)
+@pytest.mark.parametrize("knobs", [*KNOBS[:3], *FIXED], ids=str)
 def test_a_stream_equals_the_training_forward_of_what_it_said(knobs: dict) -> None:
-    model, layout, params, step, state = built(**knobs)
+    model, layout, params, _, state, run = built(**knobs)
     session = tiny_session(model, NUM_TURNS)
     inputs = inputs_of(model, layout, session)
-    _, outputs = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))(params, state, inputs)
+    streamed_state, outputs = run(params, state, inputs)
     outputs = jax.tree.map(np.asarray, outputs)
     said = with_outputs(session, outputs, layout)
     # The last output would be heard after the recording; extend it so that the layout can place everything.
     said = dataclasses.replace(said, num_samples=said.num_samples + layout.clock.turn_samples)
     said = dataclasses.replace(said, levels_TM=np.concatenate([said.levels_TM, said.levels_TM[:4]]))
     batch = rows_of(model, layout, [[said]], 256)
-    logits = jax.jit(lambda p, b: transformer.apply(p, b, model).logits_BSV)(params, batch)
-    log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))[0]
+    turn_starts = layout.lay_out(layout.contents(said)).turn_starts
+    assert int(streamed_state.decode.num_positions_B[0]) == turn_starts[len(outputs.counts_B)]
+    log_probs = np.asarray(jax.nn.log_softmax(forward(params, batch), axis=-1))[0]
     spoken = np.flatnonzero(batch.target_kinds_BS[0] > 0)
     expected_tokens = np.concatenate(
         [t[:c] for t, c in zip(outputs.tokens_BO[:, 0], outputs.counts_B[:, 0], strict=True)]
@@ -103,10 +109,10 @@ def test_a_stream_equals_the_training_forward_of_what_it_said(knobs: dict) -> No
 
 
 def test_appending_any_chunks_equals_the_training_forward() -> None:
-    model, layout, params, _, _ = built()
+    model, layout, params, *_ = built()
     batch = rows_of(model, layout, [[tiny_session(model, NUM_TURNS)]], 120)
     size = int((batch.segment_ids_BS > 0).sum())
-    expected = jax.jit(lambda p, b: transformer.apply(p, b, model).logits_BSV)(params, batch)
+    expected = forward(params, batch)
     append = jax.jit(lambda p, s, x: cache.append(p, s, x, model))
     rng, width, first = np.random.default_rng(0), 7, 0
     state = cache.init_state(model, 1, 256, width)
@@ -126,9 +132,9 @@ def test_appending_any_chunks_equals_the_training_forward() -> None:
         first += count
 
 
-def test_a_session_is_the_same_in_any_slot_whatever_the_others_do() -> None:
-    model, layout, params, step, state = built(num_slots=3)
-    run = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))
+@pytest.mark.parametrize("knobs", [{}, *FIXED], ids=str)
+def test_a_session_is_the_same_in_any_slot_whatever_the_others_do(knobs: dict) -> None:
+    model, layout, params, _, state, run = built(num_slots=3, **knobs)
     session, others = tiny_session(model, NUM_TURNS), [tiny_session(model, NUM_TURNS, seed) for seed in (5, 6)]
     idle = jax.tree.map(np.zeros_like, inputs_of(model, layout, session))
 
@@ -147,9 +153,9 @@ def test_a_session_is_the_same_in_any_slot_whatever_the_others_do() -> None:
 
 
 @pytest.mark.parametrize("turn", [0, 4, 9])
-def test_nothing_that_comes_in_after_a_turn_moves_its_output(turn: int) -> None:
-    model, layout, params, step, state = built()
-    run = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))
+@pytest.mark.parametrize("knobs", [{}, *FIXED], ids=str)
+def test_nothing_that_comes_in_after_a_turn_moves_its_output(knobs: dict, turn: int) -> None:
+    model, layout, params, _, state, run = built(**knobs)
     session = tiny_session(model, NUM_TURNS)
     after = (turn + 1) * layout.clock.frames_per_turn
     changed = dataclasses.replace(
@@ -165,9 +171,9 @@ def test_nothing_that_comes_in_after_a_turn_moves_its_output(turn: int) -> None:
 
 
 def test_outputs_follow_the_grammar_also_when_sampled() -> None:
-    model, layout, params, step, state = built(temperature=3.0)
+    model, layout, params, _, state, run = built(temperature=3.0)
     inputs = inputs_of(model, layout, tiny_session(model, NUM_TURNS))
-    _, outputs = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))(params, state, inputs)
+    _, outputs = run(params, state, inputs)
     special, seen = layout.special, set()
     for tokens, count in zip(np.asarray(outputs.tokens_BO[:, 0]), np.asarray(outputs.counts_B[:, 0]), strict=True):
         turn = tokens[:count].tolist()

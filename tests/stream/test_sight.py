@@ -1,15 +1,16 @@
 """What a live session sees is what its recording shows: the same tiles in the same turns, and the same outputs."""
 
 import io
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from small_model import RATE_HZ, small_model, small_sound
+from small_model import RATE_HZ, SMALL_TURN, small_model, small_sound
 
 from tml.codec.encode import encode_session
-from tml.config import AudioConfig, MicroTurnConfig, VideoConfig
+from tml.config import AudioConfig, MicroTurnConfig, SlotScheme, VideoConfig
 from tml.microturn import Clock
 from tml.session import Session, SessionError, Stream, VideoFrame
 from tml.stream import engine
@@ -57,8 +58,9 @@ def test_tiles_come_in_the_turns_in_which_a_recording_has_them(seed: int, tmp_pa
     assert sight.frames == frames
 
 
-def test_a_live_session_with_pictures_equals_its_recording(tmp_path) -> None:
-    model = small_model(tmp_path, video=VIDEO)
+@pytest.mark.parametrize("slots", SlotScheme)
+def test_a_live_session_with_pictures_equals_its_recording(slots: SlotScheme, tmp_path) -> None:
+    model = small_model(tmp_path, video=VIDEO, turn=replace(SMALL_TURN, slots=slots))
     config, sound = model.experiment, small_sound(NUM_TURNS * TURN_SAMPLES)
     live = LiveSession(model.params, config.model, model.layout, config.stream, model.tokenizer)
     said = []

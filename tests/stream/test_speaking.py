@@ -10,7 +10,7 @@ import pytest
 from test_engine import with_outputs
 from tiny import VOICE, randomised, rows_of, tiny_layout, tiny_model, tiny_session
 
-from tml.config import Control, Feedback, MeshConfig, StreamConfig
+from tml.config import Control, Feedback, MeshConfig, SlotScheme, StreamConfig
 from tml.microturn import EncodedSession, Layout, Target
 from tml.model import flow_head, transformer
 from tml.params import init_params
@@ -20,9 +20,10 @@ from tml.stream.speaking import _sound_key
 
 NUM_TURNS, NUM_SLOTS = 10, 8
 MODEL = tiny_model(audio_out=VOICE)
-KNOBS = [{}, {"control": Control.IMPLICIT}, {"turn_ms": 400}, {"feedback": Feedback.NONE}]
+FIXED = [{"slots": SlotScheme.FIXED, "control": control} for control in Control]
+KNOBS = [{}, {"control": Control.IMPLICIT}, *FIXED, {"feedback": Feedback.NONE}, {"turn_ms": 400}]
 SEED, MINE = 3, 5
-NUMBERS = (MINE, 1, MINE, MINE)
+NUMBERS = (MINE, 1, MINE, 1, MINE, MINE)
 """Sessions that both speak and listen under each of `KNOBS`; with implicit control few of them listen."""
 
 
@@ -35,14 +36,26 @@ def with_feedback(feedback: Feedback):
     return dataclasses.replace(MODEL, audio_out=dataclasses.replace(VOICE, feedback=feedback))
 
 
-def runner(num_slots: int, numbers: list[int], temperature: float = 1.0, feedback: Feedback = Feedback.SOUND, **turn):
-    """The layout, a function that runs turns in one program, the step and the first state."""
+@once
+def hidden(feedback: Feedback):
+    model = with_feedback(feedback)
+    return jax.jit(lambda params, batch: transformer.hidden(params, batch, model, MeshConfig()).h_BSD)
+
+
+@once
+def program(temperature: float, feedback: Feedback, **turn):
+    """The layout, the engine's configuration, the step, and one program that runs turns."""
     model, layout = with_feedback(feedback), tiny_layout(MODEL, **turn)
     stream = StreamConfig(max_positions=320, temperature=temperature)
     step = engine.make_step(model, layout, stream)
-    state = engine.init_state(model, layout, stream, num_slots, seed=SEED, numbers=numbers)
-    run = jax.jit(lambda params, inputs: engine.scan_turns(step, params, state, inputs))
-    return layout, lambda inputs: jax.device_get(run(some_params(), inputs)[1]), step, state
+    return layout, stream, step, jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs))
+
+
+def runner(num_slots: int, numbers: list[int], temperature: float = 1.0, feedback: Feedback = Feedback.SOUND, **turn):
+    """The layout, a function that runs turns in one program, the step and the first state."""
+    layout, stream, step, run = program(temperature, feedback, **turn)
+    state = engine.init_state(MODEL, layout, stream, num_slots, seed=SEED, numbers=numbers)
+    return layout, lambda inputs: jax.device_get(run(some_params(), state, inputs)[1]), step, state
 
 
 def inputs_of(layout: Layout, session: EncodedSession, num_turns: int = NUM_TURNS) -> TurnInputs:
@@ -101,8 +114,7 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     mels = outputs.own.mels_BTY[speaks_U, 0].reshape(count, -1)
     np.testing.assert_array_equal(batch.own.mels_BPY[0, :count], mels)
 
-    model = with_feedback(knobs.get("feedback", Feedback.SOUND))
-    found = jax.jit(lambda p, b: transformer.hidden(p, b, model, MeshConfig()).h_BSD)(some_params(), batch)
+    found = hidden(knobs.get("feedback", Feedback.SOUND))(some_params(), batch)
     logits = transformer.unembed(jnp.asarray(some_params()["unembed"]), found, MODEL)
     log_probs = jax.nn.log_softmax(logits, axis=-1)[0]
     tokens = np.concatenate([t[:c] for t, c in zip(outputs.tokens_BO[:, 0], outputs.counts_B[:, 0], strict=True)])
@@ -120,9 +132,10 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     np.testing.assert_allclose(np.asarray(again, np.float32), mels.astype(np.float32), rtol=2e-3, atol=2e-3)
 
 
-def test_a_session_sounds_the_same_in_any_of_eight_slots_whatever_the_others_do() -> None:
+@pytest.mark.parametrize("knobs", [{}, *FIXED], ids=str)
+def test_a_session_sounds_the_same_in_any_of_eight_slots_whatever_the_others_do(knobs: dict) -> None:
     session = tiny_session(MODEL, NUM_TURNS)
-    layout, run_first, _, _ = runner(NUM_SLOTS, [MINE, *range(10, 17)])
+    layout, run_first, _, _ = runner(NUM_SLOTS, [MINE, *range(10, 17)], **knobs)
     mine = inputs_of(layout, session)
     idle = jax.tree.map(np.zeros_like, mine)
     others = [inputs_of(layout, tiny_session(MODEL, NUM_TURNS, seed)) for seed in range(1, NUM_SLOTS)]
@@ -134,7 +147,7 @@ def test_a_session_sounds_the_same_in_any_of_eight_slots_whatever_the_others_do(
     for slot in (3, 7):
         numbers = list(range(10, 17))
         numbers.insert(slot, MINE)
-        _, run, _, _ = runner(NUM_SLOTS, numbers)
+        _, run, _, _ = runner(NUM_SLOTS, numbers, **knobs)
         assert_same_slot(alone, 0, run(beside(*others[:slot], mine, *others[slot:])), slot)
 
 
@@ -148,7 +161,7 @@ def test_other_numbers_and_only_they_draw_other_sound() -> None:
     assert (outputs.own.mels_BTY[first, 0] != outputs.own.mels_BTY[first, 1]).mean() > 0.5
 
 
-@pytest.mark.parametrize("knobs", [KNOBS[0], KNOBS[1], KNOBS[3]], ids=str)
+@pytest.mark.parametrize("knobs", KNOBS[:5], ids=str)
 def test_no_sound_is_moved_by_what_comes_in_after_its_turn(knobs: dict) -> None:
     layout, run, _, _ = runner(1, [MINE], **knobs)
     session = tiny_session(MODEL, NUM_TURNS)
@@ -170,15 +183,14 @@ def test_no_sound_is_moved_by_what_comes_in_after_its_turn(knobs: dict) -> None:
 def test_in_training_no_state_before_a_mel_depends_on_it_and_those_after_it_do_if_it_is_fed_back(
     feedback: Feedback,
 ) -> None:
-    layout, model = tiny_layout(MODEL), with_feedback(feedback)
+    layout = tiny_layout(MODEL)
     batch = rows_of(MODEL, layout, [[tiny_session(MODEL, NUM_TURNS)]], 200)
     place = int(batch.own.places_BP[0, 3])
 
     def states(mels: np.ndarray) -> np.ndarray:
         rows = batch.replace(own=batch.own.replace(mels_BPY=mels))
-        return np.asarray(hidden(some_params(), rows))
+        return np.asarray(hidden(feedback)(some_params(), rows))[0]
 
-    hidden = jax.jit(lambda p, b: transformer.hidden(p, b, model, MeshConfig()).h_BSD[0])
     changed = batch.own.mels_BPY.copy()
     changed[0, 3] = -changed[0, 3] + 1
     before, after = states(batch.own.mels_BPY), states(changed)

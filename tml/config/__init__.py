@@ -21,7 +21,7 @@ from tml.config.model import (
     VideoConfig,
     check_platform,
 )
-from tml.config.stream import Boundary, Control, MicroTurnConfig, Modality, TextConfig
+from tml.config.stream import Boundary, Control, MicroTurnConfig, Modality, SlotScheme, TextConfig
 from tml.config.training import (
     EvaluationConfig,
     LossConfig,
@@ -74,6 +74,7 @@ __all__ = [
     "Optimizer",
     "Remat",
     "Schedule",
+    "SlotScheme",
     "SourceConfig",
     "SourceKind",
     "Split",

@@ -29,15 +29,26 @@ class Modality(enum.StrEnum):
     """System text, typed text and background results, in this order."""
 
 
+class SlotScheme(enum.StrEnum):
+    """Whether a micro-turn takes the positions that it needs, or always as many."""
+
+    VARIABLE = "variable"
+    FIXED = "fixed"
+    """[pad] tokens fill up text in, and what goes out but actions, to the most that they can be: attention measures
+    distance in positions, which then is one in time. Tiles and actions, seldom and many, still take what they need."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroTurnConfig:
-    """One micro-turn: its length, boundary and order, and how many tokens of each text stream fit in it."""
+    """One micro-turn: its length, boundary, order and slots, and how many tokens of each text stream fit in it."""
 
     turn_ms: int = 200
     boundary: Boundary = Boundary.TICK
     control: Control = Control.EXPLICIT
     order: tuple[Modality, ...] = (Modality.AUDIO, Modality.VIDEO, Modality.TEXT)
     """In which order the input half of a turn holds what came in."""
+    slots: SlotScheme = SlotScheme.VARIABLE
+    """Fixed slots make a turn of silence as long as a turn of speech: small limits below keep it short."""
     max_text_in_per_turn: int = 16
     """Tokens of system text, typed text and background results (markers included) that one turn may hold;
     what is over waits for the next turn."""

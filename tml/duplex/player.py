@@ -187,7 +187,7 @@ class Player:
         feeds = self._feeds(sessions)
         turns = max(feed.num_turns for feed in feeds)
         likely = max(feed.slots_in() for feed in feeds)
-        likely += (LIKELY_SLOTS_OUT + self.layout.own_positions_per_turn) * turns
+        likely += max(LIKELY_SLOTS_OUT + self.layout.own_positions_per_turn, self.layout.min_slots_out) * turns
         # What was compiled once serves all that fits.
         self._max_positions = max(self._max_positions, -(-likely // POSITIONS_STEP) * POSITIONS_STEP)
         while (played := self._attempt(feeds, numbers, show)) is None:

@@ -7,7 +7,8 @@
     decode_bB.stablehlo   one output token for each of B sessions that is active, to the state and the next logits
 
 A server keeps a bucket's state on the device, pads its sessions to the next bucket, and leaves a place idle with
-counts_B = 0 or active_B = false. The tokens that may stand at a place are the server's to choose (tml.stream.engine).
+counts_B = 0 or active_B = false. The tokens that may stand at a place are the server's to choose (tml.stream.engine);
+with fixed slots (turn.slots), it also feeds the [pad] tokens that fill up a turn's output, as output tokens.
 """
 
 import json

@@ -33,6 +33,16 @@ text, or if its own audio can be heard.
 
 With `Control.IMPLICIT` there is no [listen] or [speak]: a listening turn is [end of text] alone. With a voice, own text
 then ends with [speak] instead, and own audio follows it. What `own_audio` holds before T no output can say.
+
+With `SlotScheme.FIXED`, [pad] tokens fill up two blocks of every turn, so that a turn takes the same number of
+positions, but for its tiles and actions:
+
+- text in, behind its last token, to `max_text_in_per_turn`;
+- what goes out without actions, to control, `max_text_out_per_turn` tokens, [end of text] and own audio. They stand
+  behind the last token: before own audio in a turn that speaks, also in place of it in one that listens.
+
+A [pad] is never a target and never chosen: a session that is streamed is fed all of a block at once. As any other
+position, the last one of text in has the first output token as its target, and the one before own audio its mel.
 """
 
 import itertools
@@ -41,7 +51,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tml.config import Boundary, Control, MicroTurnConfig, Modality
+from tml.config import Boundary, Control, MicroTurnConfig, Modality, SlotScheme
 from tml.microturn.clock import Clock
 from tml.microturn.encoded import EncodedSession
 from tml.microturn.positions import Kind, Segment, SpecialTokens, Target
@@ -57,8 +67,9 @@ class TurnContents:
     Attributes:
         num_turns: U.
         tile_turns: the turn of each image tile.
-        text_in: (turn, token) pairs, markers included, as int32 [n, 2].
-        out: (turn, token, Target) triples of the output block, as int32 [n, 3]; empty when streaming.
+        text_in: (turn, token) pairs, markers and [pad] included, as int32 [n, 2].
+        out: (turn, token, Target) triples of the output block, as int32 [n, 3]; empty when streaming. A [pad] is no
+            target: Target.NONE.
     """
 
     num_turns: int
@@ -85,6 +96,12 @@ class Layout:
         return boundary + self.clock.frames_per_turn + self.max_tiles_per_turn + self.turn.max_text_in_per_turn
 
     @property
+    def min_slots_in(self) -> int:
+        """Positions that the input half of every turn takes: those of a turn of sound alone."""
+        variable = self.max_tiles_per_turn + (0 if self._is_fixed else self.turn.max_text_in_per_turn)
+        return self.max_slots_in - variable
+
+    @property
     def max_tokens_out(self) -> int:
         """Tokens that the output half of one turn can hold: actions, control, own text, [end of text]."""
         return self.turn.max_action_per_turn + self.turn.max_text_out_per_turn + 2
@@ -93,6 +110,26 @@ class Layout:
     def max_slots_out(self) -> int:
         """Positions that the output half of one turn can take: its tokens and own audio."""
         return self.max_tokens_out + self.own_positions_per_turn
+
+    @property
+    def min_slots_out(self) -> int:
+        """Positions that the output half of every turn takes; if slots are fixed, all but actions."""
+        control = int(self.turn.control is Control.EXPLICIT)
+        return control + self.turn.max_text_out_per_turn + 1 + self.own_positions_per_turn if self._is_fixed else 1
+
+    @property
+    def max_padding_out(self) -> int:
+        """[pad] tokens that the output half of one turn can hold: one token of it is none."""
+        return self.min_slots_out - 1
+
+    @property
+    def max_slots_at_once(self) -> int:
+        """Positions that a live session can be fed at once; at least 1."""
+        return max(self.max_slots_in, self.max_padding_out, 1)
+
+    @property
+    def _is_fixed(self) -> bool:
+        return self.turn.slots is SlotScheme.FIXED
 
     def contents(self, encoded: EncodedSession) -> TurnContents:
         """Assigns everything in a session to turns.
@@ -118,7 +155,7 @@ class Layout:
         return TurnContents(num_turns=num_turns, tile_turns=tile_turns.astype(np.int32), text_in=text_in, out=out)
 
     def text_in_chunk(self, waiting: dict[Stream, list[int]]) -> list[int]:
-        """Takes one turn's worth of tokens, with markers, from the waiting ones (which it shortens)."""
+        """Takes one turn's worth of tokens, with markers and [pad], from the waiting ones (which it shortens)."""
         markers = {
             Stream.SYSTEM: self.special.system,
             Stream.USER_TEXT: self.special.user_text,
@@ -131,12 +168,13 @@ class Layout:
                 continue
             chunk += [markers[stream], *waiting[stream][:room]]
             del waiting[stream][:room]
-        return chunk
+        padding = self.turn.max_text_in_per_turn - len(chunk) if self._is_fixed else 0
+        return chunk + [self.special.pad] * padding
 
     def _text_in(self, encoded: EncodedSession, num_turns: int) -> np.ndarray:
         events = [event for event in encoded.texts if event.stream in TEXT_IN_STREAMS]
         waiting: dict[Stream, list[int]] = {}
-        pairs: list[tuple[int, int]] = []
+        chunks: dict[int, list[int]] = {}
         turn, next_event = 0, 0
         while next_event < len(events) or any(waiting.values()):
             if not any(waiting.values()):
@@ -150,8 +188,10 @@ class Layout:
                     f"session {encoded.session_id}: text in does not fit in its {num_turns} turns at "
                     f"turn.max_text_in_per_turn = {self.turn.max_text_in_per_turn}"
                 )
-            pairs += [(turn, token) for token in self.text_in_chunk(waiting)]
+            chunks[turn] = self.text_in_chunk(waiting)
             turn += 1
+        nothing = self.text_in_chunk({})
+        pairs = [(turn, token) for turn in range(num_turns) for token in chunks.get(turn, nothing)]
         return np.array(pairs, np.int32).reshape(-1, 2)
 
     def _out(self, encoded: EncodedSession, num_turns: int) -> np.ndarray:
@@ -163,16 +203,23 @@ class Layout:
         speaking, listens = np.flatnonzero(speaks_U), np.flatnonzero(~speaks_U)
         voice = self.own_positions_per_turn
         opens, closes = (speaking, speaking[:0]) if explicit else (speaking[:0], speaking if voice else speaking[:0])
+        sounds = np.repeat(speaking, voice)
         # In the order in which a turn holds them: a stable sort by turn then interleaves the turns.
-        blocks = (
-            (action_turns, action_tokens, Target.ACTION),
+        blocks: list[tuple[np.ndarray, int | np.ndarray, Target]] = [
             (listens, listening, Target.LISTEN),
             (opens, self.special.speak, Target.SPEAK),
             (said_turns, said_tokens, Target.TEXT),
             (speaking if explicit or not voice else speaking[:0], self.special.end_of_text, Target.TEXT),
             (closes, self.special.speak, Target.SPEAK),
-            (np.repeat(speaking, voice), self.special.audio, Target.AUDIO),
-        )
+        ]
+        held_U = np.bincount(np.concatenate([sounds, *(turns for turns, _, _ in blocks)]), minlength=num_turns)
+        pads = np.repeat(np.arange(num_turns), np.maximum(self.min_slots_out - held_U, 0))
+        blocks = [
+            (action_turns, action_tokens, Target.ACTION),
+            *blocks,
+            (pads, self.special.pad, Target.NONE),
+            (sounds, self.special.audio, Target.AUDIO),
+        ]
         out = np.empty((sum(len(turns) for turns, _, _ in blocks), 3), np.int32)
         end = 0
         for turns, tokens, target in blocks:
@@ -265,6 +312,7 @@ class Layout:
         tokens[out] = contents.out[:, 1]
         # The token at an output position is the target of the position before it, which is in the same turn.
         targets[out - 1], target_kinds[out - 1] = contents.out[:, 1], contents.out[:, 2]
+        targets[out[contents.out[:, 2] == Target.NONE] - 1] = 0
         own = np.flatnonzero(contents.out[:, 2] == Target.AUDIO)
         if len(own):
             targets[out[own] - 1], kinds[out[own]] = 0, Kind.OWN_AUDIO.value

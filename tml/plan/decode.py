@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tml.config import Boundary, Experiment
+from tml.config import Experiment
 from tml.flops import param_table
 from tml.mesh import param_sharding
 from tml.model import embed, transformer
@@ -59,13 +59,12 @@ class DecodePlan:
 
     def cache_bytes_per_minute(self) -> float:
         """What a session's global caches grow by in a minute of sound, without pictures or typed text."""
-        model, turn = self.experiment.model, self.experiment.turn
-        layout = planned_layout(self.experiment)
-        positions = int(turn.boundary is Boundary.TICK) + layout.clock.frames_per_turn + self.output_positions
-        positions += layout.own_positions_per_turn
+        model, layout = self.experiment.model, planned_layout(self.experiment)
+        positions = layout.min_slots_in
+        positions += max(self.output_positions + layout.own_positions_per_turn, layout.min_slots_out)
         attention, itemsize = model.attention, embed.compute_dtype(model).itemsize
         per_position = 2 * attention.num_kv_heads * attention.head_dim * itemsize * len(set(model.global_layers))
-        return per_position * positions * 60_000 / turn.turn_ms
+        return per_position * positions * 60_000 / layout.turn.turn_ms
 
     def numbers(self) -> dict[str, Any]:
         """Everything as plain values."""

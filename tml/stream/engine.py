@@ -4,6 +4,7 @@
 
 The output half is a small grammar, the one that `tml.microturn` lays out for training: actions,
 then [listen] or [speak], own text, [end of text]. Tokens that cannot stand at a place are never chosen.
+With fixed slots, [pad] tokens fill it up (`tml.stream.padding`).
 A session that speaks with a voice goes on with its own audio (`tml.stream.speaking`).
 """
 
@@ -26,6 +27,7 @@ from tml.model import cache, transformer
 from tml.model.cache import DecodeState, Slots
 from tml.params import Leaf, PyTree
 from tml.stream.inputs import TurnInputs
+from tml.stream.padding import padding_counts, padding_slots
 from tml.stream.placement import stream_mesh
 from tml.stream.speaking import Spoken, speak
 
@@ -83,8 +85,7 @@ def init_state(
         seed: of everything they draw.
         numbers: a number a session, by which it draws, so that it draws the same in any slot; else that of its slot.
     """
-    max_slots = max(layout.max_slots_in, 1)
-    decode = cache.init_state(model, num_slots, stream.max_positions, max_slots)
+    decode = cache.init_state(model, num_slots, stream.max_positions, layout.max_slots_at_once)
     numbers = range(num_slots) if numbers is None else numbers
     assert len(numbers) == num_slots, f"{len(numbers)} numbers for {num_slots} slots"
     return StreamState(decode=decode, keys_B2=session_keys(numbers, seed))
@@ -196,7 +197,13 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
 
         with jax.named_scope("turn_out"):
             carry = (decode, seen_BX, phase_B, zero_B, zero_B, outputs)
-            decode, seen_BX, _, _, _, outputs = jax.lax.while_loop(unfinished, emit, carry)
+            decode, seen_BX, _, _, acted_B, outputs = jax.lax.while_loop(unfinished, emit, carry)
+        if layout.max_padding_out:
+            with jax.named_scope("turn_padding"):
+                num_words_B, speaks_B = outputs.counts_B - acted_B, _holds(outputs, special.speak)
+                counts_B, last_B = padding_counts(num_words_B, speaks_B, layout)
+                decode, last_BX = feed(params, decode, padding_slots(counts_B, layout, model), last_B)
+                seen_BX = heads.after(seen_BX, last_BX, counts_B > 0)
         if model.has_voice:
             speaks_B = _holds(outputs, special.speak)
             decode, own = speak(params, decode, seen_BX, speaks_B, state.keys_B2, feed, layout, model)

@@ -187,7 +187,7 @@ class LiveSession:
                 mels = np.asarray(outputs.own.mels_BTY)[0]
             sound = self._voice.say(mels)
         compute_s = time.perf_counter() - begun
-        self._num_positions += int(inputs.counts_B[0]) + count + (0 if mels is None else len(mels))
+        self._num_positions = int(np.asarray(self._state.decode.num_positions_B)[0])
         self._heard.append(heard)
         self._remember(said)
         return TurnResult(said=said, compute_s=compute_s, sound=sound, mels=mels)

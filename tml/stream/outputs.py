@@ -52,7 +52,7 @@ class OutputReader:
                 payload = None
             elif payload is not None:
                 payload.append(token)
-            elif token not in (special.listen, special.speak, special.end_of_text):
+            elif token not in (special.listen, special.speak, special.end_of_text, special.pad):
                 own.append(token)
         said = Said(
             turn=self._turn,
