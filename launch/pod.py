@@ -133,15 +133,15 @@ def config_flags_of(argv: list[str]) -> list[str]:
 
 
 def _gke(job: PodJob) -> tuple[str, str, Callable[[str], str]]:
-    if not job.topology.accelerator.gke_name:
-        raise ValueError(f"--target=gke is for TPU slices; use --target=slurm or skypilot for {job.topology.name}")
+    if not job.topology.machines.gke_name:
+        raise ValueError(f"--target=gke is for TPU slices; use --target=slurm or skypilot for {job.topology.chip.name}")
     text = pod_jobset.jobset_text(job, _IMAGE.value, _CLAIM.value, _QUEUE.value)
     return "jobset.yaml", text, pod_jobset.submit_command
 
 
 def _slurm(job: PodJob) -> tuple[str, str, Callable[[str], str]]:
-    if job.topology.accelerator.gke_name:
-        raise ValueError(f"--target=slurm is for GPUs; use --target=gke or skypilot for {job.topology.name}")
+    if job.topology.machines.gke_name:
+        raise ValueError(f"--target=slurm is for GPUs; use --target=gke or skypilot for {job.topology.chip.name}")
     text = pod_slurm.sbatch_text(job, _TIME_LIMIT.value, _PARTITION.value, _ACCOUNT.value)
     return "job.sbatch", text, pod_slurm.submit_command
 
@@ -163,7 +163,7 @@ def summary(job: PodJob) -> str:
     topology = job.topology
     lines = [
         f"machine  {topology.num_slices} slice(s) of {topology.hosts_per_slice} hosts with {topology.chips_per_host} "
-        f"{topology.name} each: {topology.num_processes} processes, {topology.num_devices} devices",
+        f"{topology.chip.name} each: {topology.num_processes} processes, {topology.num_devices} devices",
         f"restarts {job.max_restarts} after failures, any number after preemption with the state saved; "
         f"{job.grace_s} s to save",
         "environment",
@@ -171,7 +171,7 @@ def summary(job: PodJob) -> str:
         "compiler flags",
         *(
             f"  --{flag.name}={flag.value}\n      {flag.reason}"
-            for flag in xla_flags(topology.accelerator.platform, topology.num_slices, topology.name)
+            for flag in xla_flags(topology.chip.platform, topology.num_slices, topology.chip.name)
         ),
     ]
     return "\n".join(lines)

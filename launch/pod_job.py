@@ -83,11 +83,11 @@ def check_mesh(experiment: Experiment, topology: Topology) -> None:
     """
     shape, wanted = experiment.mesh.shape, topology.num_devices
     if math.prod(shape.values()) != wanted:
-        per_chip = topology.accelerator.devices_per_chip
+        per_chip = topology.chip.devices_per_chip
         devices = f"{wanted} devices" + (f" ({per_chip} a chip)" if per_chip > 1 else "")
         raise ValueError(
             f"config.mesh {shape} is for {math.prod(shape.values())} devices, but {topology.num_slices} slice(s) of "
-            f"{topology.name}:{'x'.join(map(str, topology.shape))} have {devices}; "
+            f"{topology.chip.name}:{'x'.join(map(str, topology.shape))} have {devices}; "
             f"{describe_nearest(experiment.mesh, wanted, experiment.splits)} (--config.mesh.fsdp=N and the like)"
         )
     if shape["replica"] % topology.num_slices:
@@ -106,8 +106,8 @@ def settings_for(topology: Topology, shared: PurePosixPath, code: PurePosixPath,
         code: where the code lies on every host.
         config: hash of the experiment that this job was rendered from.
     """
-    platform = topology.accelerator.platform
-    ((flags_name, flags),) = flags_environment(platform, topology.num_slices, topology.name).items()
+    platform = topology.chip.platform
+    ((flags_name, flags),) = flags_environment(platform, topology.num_slices, topology.chip.name).items()
     rows = [
         ("JAX_PLATFORMS", f"{platform},cpu", "A host whose accelerators are missing fails, and does not train on CPU."),
         (

@@ -88,7 +88,7 @@ def _pod(job: PodJob, image: str, claim: str) -> dict[str, Any]:
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": job.grace_s,
         "nodeSelector": {
-            "cloud.google.com/gke-tpu-accelerator": topology.accelerator.gke_name,
+            "cloud.google.com/gke-tpu-accelerator": topology.machines.gke_name,
             "cloud.google.com/gke-tpu-topology": "x".join(map(str, topology.shape)),
         },
         **several_slices,

@@ -23,9 +23,9 @@ def check_machine(job: PodJob) -> None:
         ValueError: a chip that its catalogue lacks, or several slices of TPUs.
     """
     topology = job.topology
-    if not topology.accelerator.skypilot_name:
-        raise ValueError(f"SkyPilot has no {topology.name}; render it with --target=gke")
-    if topology.accelerator.platform is Platform.TPU and topology.num_slices > 1:
+    if not topology.machines.skypilot_name:
+        raise ValueError(f"SkyPilot has no {topology.chip.name}; render it with --target=gke")
+    if topology.chip.platform is Platform.TPU and topology.num_slices > 1:
         raise ValueError(
             f"SkyPilot starts one TPU slice a task, not {topology.num_slices}; set --num_slices=1, or --target=gke"
         )
@@ -43,9 +43,9 @@ def task(job: PodJob, bucket: str) -> dict[str, Any]:
     """
     check_machine(job)
     topology = job.topology
-    is_tpu = topology.accelerator.platform is Platform.TPU
-    units = topology.accelerator.skypilot_units_per_chip
-    name = topology.accelerator.skypilot_name
+    is_tpu = topology.chip.platform is Platform.TPU
+    units = topology.machines.skypilot_units_per_chip
+    name = topology.machines.skypilot_name
     # A TPU slice is one node of SkyPilot, which runs the task on each of its hosts.
     accelerators = f"{name}-{topology.chips_per_slice * units}:1" if is_tpu else f"{name}:{topology.chips_per_host}"
     return {

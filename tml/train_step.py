@@ -24,7 +24,7 @@ from tml.mesh import (
 )
 from tml.metrics import Mean
 from tml.microturn import Kind
-from tml.model import flow_head, transformer
+from tml.model import flow_head, head, transformer
 from tml.model.moe import Load
 from tml.objective import num_own, objective, objective_ahead, objective_of_audio, targets_ahead, total_weight
 from tml.ops.collectives import sum_copies, sum_over
@@ -263,7 +263,7 @@ def _loss(
     model, cfg = experiment.model, experiment.loss
     found = transformer.hidden(params, rows, model, sizes, heard_BPY)
     with jax.named_scope("objective"):
-        scores = transformer.score(params, found.h_BSD, rows.targets_BS, cfg.vocab_block, model, sizes)
+        scores = head.score(params, found.h_BSD, rows.targets_BS, cfg.vocab_block, model, sizes)
         loss, metrics = objective(scores, rows, weight.targets, cfg)
     if rows.own is not None:
         with jax.named_scope("audio_objective"):
@@ -275,7 +275,7 @@ def _loss(
     with jax.named_scope("mtp_objective"):
         ahead = targets_ahead(rows, len(found.ahead), sizes)
         h_BSD = jnp.concatenate(found.ahead)
-        scores = transformer.score(params, h_BSD, ahead.targets_BS, cfg.vocab_block, model, sizes)
+        scores = head.score(params, h_BSD, ahead.targets_BS, cfg.vocab_block, model, sizes)
         loss_ahead, metrics_ahead = objective_ahead(scores, ahead, len(found.ahead), weight.targets, cfg)
     return loss + loss_ahead, ({**metrics, **metrics_ahead}, found.load)
 

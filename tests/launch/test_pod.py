@@ -17,7 +17,8 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from launch import pod_jobset, pod_slurm
-from launch.pod_topology import ACCELERATORS, parse_topology
+from launch.pod_topology import parse_topology
+from tml.plan.chips import CHIPS
 from tml.train import EXIT_INTERRUPTED
 from tml.xla_flags import XLA_FLAGS, Platform, flags_environment, xla_flags
 
@@ -244,7 +245,7 @@ def test_a_task_of_skypilot_is_one_of_its_schema(app, tmp_path: Path, flags, acc
         ),
         ((*GKE, "--num_slices=2", *mesh(1, 16)), 1, r"replica = 1 is not a multiple of the 2 slices"),
         ((*GKE, "--topology=tpu7x:2x2x1", *mesh(1, 4)), 1, r"for 4 devices, but .* have 8 devices \(2 a chip\)"),
-        ((*GKE, "--topology=v5p:8x8"), 1, r"the shape of v5p is chips along 3 axes, as in v5p:8x8x8"),
+        ((*GKE, "--topology=v5p:8x8"), 1, r"must give 3 sizes, chips along the axes of a slice, as in v5p:8x8x8"),
         ((*GKE, "--topology=v6:8x8"), 1, r"unknown chip 'v6'; did you mean v6e"),
         ((*GKE, "--topology=v5p:1x1x1"), 1, r"has 1 chips, which hosts of 4 do not fill; .* v5p:2x2x1"),
         ((*GKE, "--topology=h100:1x2x8", *mesh(1, 16)), 1, r"gke is for TPU slices; use --target=slurm"),
@@ -270,8 +271,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 def test_every_flag_of_xla_exists_and_has_a_reason() -> None:
     """XLA ends a program at a flag that it does not know; libtpu's are in the slow test."""
     assert all(len(flag.reason) > 20 for flag in XLA_FLAGS)
-    for chip in ACCELERATORS:
-        names = [flag.name for flag in xla_flags(ACCELERATORS[chip].platform, 2, chip)]
+    for chip in CHIPS:
+        names = [flag.name for flag in xla_flags(CHIPS[chip].platform, 2, chip)]
         assert len(set(names)) == len(names), chip
     environment = {**os.environ, **flags_environment(Platform.CUDA, num_slices=2, chip="h100"), "JAX_PLATFORMS": "cpu"}
     start = [sys.executable, "-c", "import jax; print(jax.devices())"]

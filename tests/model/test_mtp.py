@@ -19,7 +19,7 @@ from tml import checkpoint
 from tml.config import MeshConfig, ModelConfig, MtpChain, MtpConfig, MtpEmbedding
 from tml.export.inkling_import import import_folder
 from tml.microturn import Kind
-from tml.model import transformer
+from tml.model import head, transformer
 from tml.params import init_params
 
 BLOCKS = MtpConfig(num_blocks=3, global_blocks=(1,))
@@ -76,7 +76,7 @@ def oracle_ahead(main, blocks, batch, embedding: MtpEmbedding) -> list[torch.Ten
 
 def our_ahead(params, batch, model: ModelConfig) -> list[jax.Array]:
     found = transformer.hidden(params, batch, model, MeshConfig())
-    return [transformer.unembed(params["unembed"], h_BSD, model) for h_BSD in found.ahead]
+    return [head.unembed(params["unembed"], h_BSD, model) for h_BSD in found.ahead]
 
 
 @pytest.mark.parametrize("embedding", list(MtpEmbedding))

@@ -165,9 +165,9 @@ def test_a_search_proposes_only_what_divides(topology: Topology):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v7x:2x2x2", "no chip that is known"),
-        ("v5p:8x8", "must give 3 sizes, as in v5p:8x8x8"),
-        ("v6e:4x4x4", "must give 2 sizes, as in v6e:16x16"),
+        ("v7x:2x2x2", "unknown chip .v7x."),
+        ("v5p:8x8", "must give 3 sizes, chips along the axes of a slice, as in v5p:8x8x8"),
+        ("v6e:4x4x4", "must give 2 sizes, chips along the axes of a slice, as in v6e:16x16"),
         ("h100:8", "slices x hosts x GPUs"),
     ],
 )

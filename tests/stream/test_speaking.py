@@ -12,7 +12,7 @@ from tiny import VOICE, randomised, rows_of, tiny_layout, tiny_model, tiny_sessi
 
 from tml.config import Control, Feedback, MeshConfig, SlotScheme, StreamConfig
 from tml.microturn import EncodedSession, Layout, Target
-from tml.model import flow_head, transformer
+from tml.model import flow_head, head, transformer
 from tml.params import init_params
 from tml.stream import engine
 from tml.stream.inputs import TurnInputs, join_sessions, session_inputs
@@ -115,7 +115,7 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     np.testing.assert_array_equal(batch.own.mels_BPY[0, :count], mels)
 
     found = hidden(knobs.get("feedback", Feedback.SOUND))(some_params(), batch)
-    logits = transformer.unembed(jnp.asarray(some_params()["unembed"]), found, MODEL)
+    logits = head.unembed(jnp.asarray(some_params()["unembed"]), found, MODEL)
     log_probs = jax.nn.log_softmax(logits, axis=-1)[0]
     tokens = np.concatenate([t[:c] for t, c in zip(outputs.tokens_BO[:, 0], outputs.counts_B[:, 0], strict=True)])
     streamed = np.concatenate([p[:c] for p, c in zip(outputs.log_probs_BO[:, 0], outputs.counts_B[:, 0], strict=True)])
@@ -127,8 +127,8 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     # From the training forward the head draws the mels that were streamed.
     before = batch.own.places_BP[0, :count] - 1
     keys = jax.vmap(_sound_key, in_axes=(None, 0))(key, jnp.asarray(before + 1))
-    head = jax.tree.map(jnp.asarray, some_params()["audio_out"])
-    again = flow_head.sample(head, found[0, before], keys, MODEL)
+    of_voice = jax.tree.map(jnp.asarray, some_params()["audio_out"])
+    again = flow_head.sample(of_voice, found[0, before], keys, MODEL)
     np.testing.assert_allclose(np.asarray(again, np.float32), mels.astype(np.float32), rtol=2e-3, atol=2e-3)
 
 

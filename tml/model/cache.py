@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float16, Float32, Int16, Int32, UInt8
 
 from tml.config import MatmulBackend, MeshConfig, ModelConfig
 from tml.microturn import Kind
-from tml.model import embed, transformer
+from tml.model import embed, head, transformer
 from tml.model.layer_functions import Bias, LayerFunctions, LayerState, LiveLayer
 from tml.model.live_experts import streaming_experts, streaming_heads, streaming_shared_experts
 from tml.ops.attention import attend_cache
@@ -120,7 +120,7 @@ def append(
     not be fed: what is over `max_positions` would be lost (the engine checks).
     """
     state, x_BWD = feed(params, state, slots, cfg, ONE_DEVICE, MatmulBackend.BLOCKED)
-    return state, transformer.logits(params, transformer.head_input(params["norm"], x_BWD, cfg), cfg, ONE_DEVICE)
+    return state, head.logits(params, head.input_of(params["norm"], x_BWD, cfg), cfg, ONE_DEVICE)
 
 
 def feed(

@@ -1,6 +1,5 @@
 """The whole network over training rows: embeddings, a stack scanned over its repeating groups of layers, the head."""
 
-import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,18 +11,15 @@ from jaxtyping import Array, Float, Float16, Float32, Int32
 
 from tml.batch import Batch, OwnAudio
 from tml.config import MeshConfig, ModelConfig, MtpEmbedding, Remat
-from tml.model import block, embed, flow_head, moe, mtp
+from tml.model import block, embed, flow_head, head, moe, mtp
 from tml.model.block import LayerKind
 from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, LiveLayer, row_functions
 from tml.model.live_experts import params_of_layer
 from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params, index_along
-from tml.ops.cross_entropy import Scores, score_in_blocks
-from tml.ops.cross_entropy import score as score_logits
 from tml.ops.norm import rms_norm
-from tml.ops.projection import project
-from tml.params import Leaf, ParamSpec, PyTree, Update, map_specs, param, scale, stack
+from tml.params import Leaf, ParamSpec, PyTree, Update, map_specs, stack
 
 
 class Stage(NamedTuple):
@@ -93,22 +89,13 @@ def specs(cfg: ModelConfig) -> dict[str, PyTree]:
         "stages": [
             [stack(block.specs(kind, cfg), stage.repeats) for kind in stage.kinds] for stage in layer_stages(cfg)
         ],
-        **head_specs(cfg),
+        **head.specs(cfg),
     }
     if cfg.mtp.num_blocks:
         tree["mtp"] = mtp.specs(cfg)
     if cfg.has_voice:
         tree["audio_out"] = flow_head.specs(cfg)
     return tree
-
-
-def head_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
-    """The parameters between the last layer and the logits."""
-    sizes = {"D": cfg.d_model, "V": cfg.vocab_size}
-    return {
-        "norm": scale("D", sizes),
-        "unembed": param("D V", sizes, fan_in="D", update=Update.EMBEDDING),
-    }
 
 
 def hidden(
@@ -164,8 +151,8 @@ def hidden(
     parts, load = run_layers(params["stages"], rows[0], functions, cfg, mesh)
     last_BSD = jnp.concatenate(parts)
     with jax.named_scope("head"):
-        norm_D = gather_params(params["norm"], head_specs(cfg)["norm"], mesh, last_BSD.dtype)
-        h_BSD = head_input(norm_D, last_BSD, cfg)
+        norm_D = gather_params(params["norm"], head.specs(cfg)["norm"], mesh, last_BSD.dtype)
+        h_BSD = head.input_of(norm_D, last_BSD, cfg)
     if "mtp" not in params:
         return Hidden(h_BSD=h_BSD, load=load, ahead=())
     with jax.named_scope("mtp"):
@@ -186,7 +173,7 @@ def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outpu
     """The forward pass on one device, with the logits of every position."""
     found = hidden(params, batch, cfg, MeshConfig())
     with jax.named_scope("head"):
-        return Outputs(logits_BSV=unembed(params["unembed"], found.h_BSD, cfg), expert_load_LE=found.load.copies_E)
+        return Outputs(logits_BSV=head.unembed(params["unembed"], found.h_BSD, cfg), expert_load_LE=found.load.copies_E)
 
 
 def run_layers(
@@ -338,58 +325,6 @@ def _layer(
         return list(after), None if kind.is_dense else jax.tree.map(lambda *of_part: sum(of_part), *loads)
 
     return recomputed(run, Remat(cfg.remat), mesh, in_loop)(params, parts)
-
-
-def head_input(norm_D: Float[Array, "D"], x_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float[Array, "B S D"]:
-    """The norm and the muP divisor before the unembedding."""
-    return rms_norm(x_BSD, norm_D, cfg.norm_eps) / cfg.mup_width_multiplier
-
-
-def unembed(unembed_DV: Float[Array, "D V"], h_BSD: Float[Array, "B S D"], cfg: ModelConfig) -> Float32[Array, "B S v"]:
-    """The logits, cut to the unpadded vocabulary."""
-    unembed_DV = unembed_DV.astype(h_BSD.dtype)[:, : cfg.num_logits]
-    return project(h_BSD, unembed_DV, out_dtype=jnp.float32)
-
-
-def logits(
-    params: Mapping[str, PyTree], h_BSD: Float[Array, "B S D"], cfg: ModelConfig, mesh: MeshConfig
-) -> Float32[Array, "B S V"]:
-    """The logits of live sessions, from `head_input`; whole on every device."""
-    if mesh.tensor == 1:
-        return unembed(params["unembed"], h_BSD, cfg)
-    part_BSV = project(h_BSD, params["unembed"].astype(h_BSD.dtype), out_dtype=jnp.float32)
-    return jax.lax.all_gather(part_BSV, "tensor", axis=2, tiled=True)[..., : cfg.num_logits]
-
-
-def score(
-    params: Mapping[str, PyTree],
-    h_BSD: Float[Array, "B S D"],
-    targets_BS: Int32[Array, "B S"],
-    vocab_block: int,
-    cfg: ModelConfig,
-    mesh: MeshConfig,
-) -> Scores:
-    """Scores of the predictions from `hidden`, whole or a block of the vocabulary at a time.
-
-    Args:
-        params: all parameters, or this device's parts.
-        h_BSD: `Hidden.h_BSD`.
-        targets_BS: token to predict.
-        vocab_block: entries of the vocabulary whose logits exist at a time; 0 makes all of them at once.
-        cfg: the model.
-        mesh: sizes of the axes.
-    """
-    spec, part_DV = head_specs(cfg)["unembed"], params["unembed"].astype(h_BSD.dtype)
-    if mesh.tensor == 1 and not vocab_block:
-        unembed_DV = gather_params(part_DV, spec, mesh, h_BSD.dtype)
-        return score_logits(unembed(unembed_DV, h_BSD, cfg), targets_BS)
-    width = min(vocab_block or part_DV.shape[1], part_DV.shape[1])
-    block_spec = dataclasses.replace(spec, shape=(cfg.d_model, width * mesh.tensor))
-
-    def gather(block_DV: jax.Array) -> jax.Array:
-        return gather_params(block_DV, block_spec, mesh, h_BSD.dtype)
-
-    return score_in_blocks(h_BSD, part_DV, targets_BS, cfg.num_logits, width, gather, mesh)
 
 
 def move_router_bias(

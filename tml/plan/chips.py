@@ -4,7 +4,11 @@ Sources: "scaling book" is https://jax-ml.github.io/scaling-book/tpus; "cloud ta
 https://docs.cloud.google.com/tpu/docs/tpu7x; "datasheet" is NVIDIA's of the product. Rates are per chip and one way.
 """
 
+import re
 from dataclasses import dataclass
+
+from tml.config.tree import nearest_keys
+from tml.xla_flags import Platform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,11 @@ class Chip:
     def is_tpu(self) -> bool:
         """Whether it is a TPU, whose chips are linked in a torus."""
         return self.torus_axes > 0
+
+    @property
+    def platform(self) -> Platform:
+        """Whose compiler."""
+        return Platform.TPU if self.is_tpu else Platform.CUDA
 
 
 TPU_HOP_S = 1e-6
@@ -139,6 +148,28 @@ CHIPS: dict[str, Chip] = {
         ),
     )
 }
+
+
+def read_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """The chip and the sizes that `v5p:8x8x8` (chips along the axes of a slice) or `h100:1x64x8` gives.
+
+    Raises:
+        ValueError: an unknown chip, or a shape that is none of its.
+
+    Example:
+        >>> read_topology("v6e:16x16")[1]
+        (16, 16)
+    """
+    chip_name, _, shape = name.partition(":")
+    if chip_name not in CHIPS:
+        raise ValueError(f"topology {name!r}: unknown chip {chip_name!r}; {nearest_keys(chip_name, CHIPS)}")
+    chip = CHIPS[chip_name]
+    num_sizes = chip.torus_axes or 3
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") != num_sizes - 1:
+        example = {3: "8x8x8", 2: "16x16", 0: "1x64x8"}[chip.torus_axes]
+        meaning = "chips along the axes of a slice" if chip.is_tpu else "slices x hosts x GPUs a host"
+        raise ValueError(f"topology {name!r} must give {num_sizes} sizes, {meaning}, as in {chip_name}:{example}")
+    return chip, tuple(int(size) for size in shape.split("x"))
 
 
 @dataclass(frozen=True, kw_only=True)

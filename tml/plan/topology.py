@@ -7,7 +7,6 @@ The TPU compiler comes with the package libtpu, the GPU compiler with jax-cuda12
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from tml.plan.chips import CHIPS, GPUS, Chip
+from tml.plan.chips import GPUS, Chip, read_topology
 from tml.plan.links import Fabric
 from tml.xla_flags import Platform, flags_environment
 
@@ -80,17 +79,7 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     Raises:
         ValueError: a chip or shape that is not known, or the compiler's package is not installed.
     """
-    chip_name, _, shape = name.partition(":")
-    if chip_name not in CHIPS:
-        raise ValueError(f"topology {name!r} names no chip that is known; choose of {', '.join(CHIPS)}")
-    chip = CHIPS[chip_name]
-    num_axes = chip.torus_axes or 3
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") != num_axes - 1:
-        example = (
-            "8x8x8" if chip.torus_axes == 3 else "16x16" if chip.is_tpu else "1x64x8, slices x hosts x GPUs a host"
-        )
-        raise ValueError(f"topology {name!r} must give {num_axes} sizes, as in {chip_name}:{example}")
-    sizes = tuple(int(size) for size in shape.split("x"))
+    chip, sizes = read_topology(name)
     if num_slices < 1 or (num_slices > 1 and not chip.is_tpu):
         raise ValueError(
             f"slices = {num_slices} with topology {name!r}: slices are of TPUs; GPUs have hosts in the name"

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 from tml.config import Control, MeshConfig, ModelConfig, StreamConfig
 from tml.mesh import param_partition, param_sharding
 from tml.microturn import Kind, Layout
-from tml.model import cache, transformer
+from tml.model import cache, head, transformer
 from tml.model.cache import DecodeState, Slots
 from tml.params import Leaf, PyTree
 from tml.stream.inputs import TurnInputs
@@ -153,7 +153,7 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
         state, x_BWD = cache.feed(params, state, slots, model, mesh, stream.backend)
         wanted_B1D = jnp.take_along_axis(x_BWD, wanted_B[:, None, None], axis=1)
         with jax.named_scope("head"):
-            return state, heads.see(params, transformer.head_input(params["norm"], wanted_B1D, model))[:, 0]
+            return state, heads.see(params, head.input_of(params["norm"], wanted_B1D, model))[:, 0]
 
     def step(params: PyTree, state: StreamState, inputs: TurnInputs) -> tuple[StreamState, TurnOutputs]:
         num_rows = inputs.counts_B.shape[0]
@@ -229,7 +229,7 @@ class _Heads(NamedTuple):
 
 def _voiceless(model: ModelConfig, mesh: MeshConfig) -> _Heads:
     return _Heads(
-        see=lambda params, h_B1D: transformer.logits(params, h_B1D, model, mesh),
+        see=lambda params, h_B1D: head.logits(params, h_B1D, model, mesh),
         logits=lambda params, logits_BV: logits_BV,
         after=lambda before, now, active_B: now,
     )
@@ -239,7 +239,7 @@ def _voiced(model: ModelConfig, mesh: MeshConfig) -> _Heads:
     # Sessions that have said all their words wait here for the others, and then go on from their last position.
     return _Heads(
         see=lambda params, h_B1D: h_B1D,
-        logits=lambda params, h_BD: transformer.logits(params, h_BD[:, None], model, mesh)[:, 0],
+        logits=lambda params, h_BD: head.logits(params, h_BD[:, None], model, mesh)[:, 0],
         after=lambda before, now, active_B: jnp.where(active_B[:, None], now, before),
     )
 
