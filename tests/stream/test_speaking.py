@@ -23,8 +23,6 @@ MODEL = tiny_model(audio_out=VOICE)
 FIXED = [{"slots": SlotScheme.FIXED, "control": control} for control in Control]
 KNOBS = [{}, {"control": Control.IMPLICIT}, *FIXED, {"feedback": Feedback.NONE}, {"turn_ms": 400}]
 SEED, MINE = 3, 5
-NUMBERS = (MINE, 1, MINE, 1, MINE, MINE)
-"""Sessions that both speak and listen under each of `KNOBS`; with implicit control few of them listen."""
 
 
 @once
@@ -89,15 +87,16 @@ def said_aloud(session: EncodedSession, outputs, layout: Layout) -> EncodedSessi
     )
 
 
-@pytest.mark.parametrize(("knobs", "number"), list(zip(KNOBS, NUMBERS, strict=True)), ids=str)
-def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_of_itself(
-    knobs: dict, number: int
-) -> None:
-    layout, run, step, state = runner(1, [number], **knobs)
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_of_itself(knobs: dict) -> None:
     session = tiny_session(MODEL, NUM_TURNS)
-    turns = session.num_samples // layout.clock.turn_samples
-    inputs = inputs_of(layout, session, turns)
-    outputs = run(inputs)
+    for number in range(20):
+        layout, run, step, state = runner(1, [number], **knobs)
+        turns = session.num_samples // layout.clock.turn_samples
+        inputs = inputs_of(layout, session, turns)
+        outputs = run(inputs)
+        if 1 < outputs.own.speaks_B.sum() < turns:
+            break  # with implicit control few sessions listen
     key = state.keys_B2[0]  # the state is donated
     jitted, singles, now = engine.jit_step(step), [], state
     for turn in range(turns):
