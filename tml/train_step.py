@@ -182,7 +182,12 @@ def make_train_step(experiment: Experiment, mesh: Mesh) -> TrainStep:
 
 
 def make_eval_step(experiment: Experiment, mesh: Mesh) -> EvalStep:
-    """Builds the evaluation of one batch: the metrics of the objective, without any update."""
+    """Builds the evaluation of one batch: the metrics of the objective, without any update.
+
+    Raises:
+        ValueError: the model's kernels are for another platform than the mesh's.
+    """
+    check_platform(experiment.model, mesh.devices.flat[0].platform)
     sizes = mesh_config(mesh)
 
     def evaluate(params: PyTree, rows: Batch) -> Sums:
