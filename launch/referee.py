@@ -40,7 +40,10 @@ class Referee:
 
     def hear(self, samples: np.ndarray) -> str:
         """What is said in a sound of at most 30 s at 16 kHz (float32 [n]); empty for silence."""
-        segments, _ = self._model.transcribe(samples, language="en", condition_on_previous_text=False, temperature=0.0)
+        # A small recogniser may fall into a loop, and then writes one word a hundred times.
+        segments, _ = self._model.transcribe(
+            samples, language="en", condition_on_previous_text=False, temperature=0.0, no_repeat_ngram_size=3
+        )
         return " ".join(segment.text.strip() for segment in segments)
 
 

@@ -23,6 +23,7 @@ from tml.session import Session, Stream
 from tml.stream.own_voice import OwnVoice
 
 LEAST_WORDS = 4
+LOUD = 0.02
 
 
 def vocoded(session: Session, model: Model) -> np.ndarray:
@@ -36,6 +37,15 @@ def vocoded(session: Session, model: Model) -> np.ndarray:
         voice.say(mels_TY[first : first + size])
     clock = model.layout.clock
     return voice.heard(session.num_samples * clock.sample_rate_hz // session.sample_rate_hz)
+
+
+def audible(sound: np.ndarray, rate_hz: int) -> np.ndarray:
+    """From 0.2 s before the first loud sample to 0.2 s behind the last: long silence misleads recognisers."""
+    loud = np.flatnonzero(np.abs(sound) > LOUD)
+    if not len(loud):
+        return sound
+    margin = rate_hz // 5
+    return sound[max(0, int(loud[0]) - margin) : int(loud[-1]) + margin]
 
 
 def main() -> None:
@@ -66,7 +76,7 @@ def main() -> None:
             "recorded mels, vocoded": (words, vocoded(session, model), own_hz),
         }
         for name, (text, sound, rate_hz) in heard.items():
-            pairs[name].append((text, referee.hear(resample(sound, rate_hz, RATE_HZ))))
+            pairs[name].append((text, referee.hear(audible(resample(sound, rate_hz, RATE_HZ), RATE_HZ))))
     for text, transcript in pairs["model"][:3]:
         print(f"  said {text!r}, heard {transcript!r}")
     for name, texts in pairs.items():

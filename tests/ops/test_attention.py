@@ -130,8 +130,10 @@ def test_cache_equals_the_definition(window: int | None, extent: int, num_entrie
             held[row, place] = position
     asked = (lengths[:, None] - num_queries + np.arange(num_queries)).astype(np.int32)
     q, r, expected = (jnp.take_along_axis(x, asked[:, :, None, None], axis=1) for x in (q, r, expected))
-    got = jax.jit(attention.attend_cache, static_argnums=7)(q, cache_k, cache_v, r, profiles, asked, held, window)
-    np.testing.assert_allclose(got, expected, atol=2e-5)
+    attend = jax.jit(attention.attend_cache, static_argnums=(7, 8))
+    for heads_at_once in (False, True):
+        got = attend(q, cache_k, cache_v, r, profiles, asked, held, window, heads_at_once)
+        np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
 def test_the_skewed_bias_places_every_distance() -> None:

@@ -190,7 +190,9 @@ def feed(
 
             return jax.lax.map(attend_row, rows_B1[:, 0]), LiveLayer(stack, index)
         k_BTKH, v_BTKH = stack.k_LBTKH[index], stack.v_LBTKH[index]
-        out = attend_cache(q, k_BTKH, v_BTKH, *bias, positions_BW, key_positions_BT, window)
+        # A word alone is a matmul too small to pay for a cache that is laid out anew.
+        at_once = backend is MatmulBackend.BLOCKED and num_slots == 1
+        out = attend_cache(q, k_BTKH, v_BTKH, *bias, positions_BW, key_positions_BT, window, at_once)
         return out, LiveLayer(stack, index)
 
     functions = LayerFunctions(

@@ -205,6 +205,7 @@ def attend_cache(
     query_positions_BW: Int32[Array, "B W"],
     key_positions_BT: Int32[Array, "B T"],
     window: int | None,
+    heads_at_once: bool = False,
 ) -> Float[Array, "B W N H"]:
     """Attention of the next W positions of live sessions, one behind the other, to a cache that holds them already.
 
@@ -217,6 +218,7 @@ def attend_cache(
         query_positions_BW: positions of the queries.
         key_positions_BT: positions of the cache's entries; negative where empty.
         window: distances seen; None sees all.
+        heads_at_once: read the cache as it lies, in one matmul over all its heads, instead of one a head.
     """
     distance_BWT = query_positions_BW[:, :, None] - key_positions_BT[:, None, :]
     seen_BWT = (distance_BWT >= 0) & (key_positions_BT >= 0)[:, None, :]
@@ -225,7 +227,8 @@ def attend_cache(
     first_B, num_entries = query_positions_BW[:, 0], k_BTKH.shape[1]
     bias_BNWT = cache_bias(r_BWNJ, profiles_JX, first_B, num_entries, is_ring=window is not None)
     bias_BNWT = jnp.where((distance_BWT < profiles_JX.shape[-1])[:, None], bias_BNWT, jnp.zeros_like(bias_BNWT))
-    return _attend(q_BWNH, k_BTKH, v_BTKH, bias_BNWT, seen_BWT)
+    attend = _attend_heads_at_once if heads_at_once else _attend
+    return attend(q_BWNH, k_BTKH, v_BTKH, bias_BNWT, seen_BWT)
 
 
 def cache_bias(
@@ -280,6 +283,29 @@ def _attend(
     weights_BNST = jax.nn.softmax(jnp.where(seen_BST[:, None], logits_BNST, MASKED), axis=-1).astype(v.dtype)
     out = jnp.einsum("BKXT,BKTH->BKXH", weights_BNST.reshape(logits.shape), v)
     return out.reshape(num_rows, num_heads, num_queries, head_dim).swapaxes(1, 2)
+
+
+def _attend_heads_at_once(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    bias_BNST: Float[Array, "B N S T"],
+    seen_BST: Bool[Array, "B S T"],
+) -> Float[Array, "B S N H"]:
+    """As `_attend` with K times the operations and no transposed copy: queries are zero for the keys of other heads."""
+    num_rows, num_queries, num_heads, head_dim = q_BSNH.shape
+    num_keys, num_kv_heads = k_BTKH.shape[1:3]
+    grouped = (num_rows, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    own_KK = jnp.eye(num_kv_heads, dtype=q_BSNH.dtype)
+    q = jnp.einsum("BSKGH,KJ->BKGSJH", q_BSNH.reshape(grouped), own_KK)
+    q = q.reshape(num_rows, num_heads * num_queries, num_kv_heads * head_dim)
+    k, v = (x.reshape(num_rows, num_keys, num_kv_heads * head_dim) for x in (k_BTKH, v_BTKH))
+    logits = jnp.einsum("BXC,BTC->BXT", q, k, preferred_element_type=jnp.float32)
+    logits_BNST = logits.reshape(num_rows, num_heads, num_queries, num_keys) + bias_BNST.astype(jnp.float32)
+    weights_BNST = jax.nn.softmax(jnp.where(seen_BST[:, None], logits_BNST, MASKED), axis=-1).astype(v.dtype)
+    out = jnp.einsum("BXT,BTC->BXC", weights_BNST.reshape(logits.shape), v)
+    out = out.reshape(num_rows, num_kv_heads, -1, num_queries, num_kv_heads, head_dim)
+    return jnp.einsum("BKGSJH,KJ->BSKGH", out, own_KK).reshape(q_BSNH.shape)
 
 
 AttendFunction = Callable[..., jax.Array]
