@@ -1,6 +1,7 @@
 """Streaming is training: the same numbers turn by turn, in any slot, with nothing seen too early."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import randomised, rows_of, tiny_layout, tiny_model, tiny_session
 
-from tml.config import Boundary, Control, Modality, StreamConfig
+from tml.config import Boundary, Control, Modality, ModelConfig, StreamConfig
 from tml.microturn import EncodedText
 from tml.model import cache, transformer
 from tml.params import init_params
@@ -25,13 +26,29 @@ KNOBS = [
 ]
 
 
-def built(seed: int = 0, temperature: float = 0.0, num_slots: int = 1, **turn):
+@functools.cache
+def some_params(model: ModelConfig):
+    return randomised(init_params(transformer.specs(model), jax.random.key(0)))
+
+
+@functools.cache
+def programs(temperature: float, **turn):
+    """The model, its layout, the stream, the step, and programs for a session's turns and for the training forward."""
     model = tiny_model()
-    layout = tiny_layout(model, **turn)
-    stream = StreamConfig(max_positions=256, temperature=temperature)
-    params = randomised(init_params(transformer.specs(model), jax.random.key(seed)))
+    layout, stream = tiny_layout(model, **turn), StreamConfig(max_positions=256, temperature=temperature)
     step = engine.make_step(model, layout, stream)
-    return model, layout, params, step, engine.init_state(model, layout, stream, num_slots)
+    return model, layout, stream, step, jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))
+
+
+def built(temperature: float = 0.0, num_slots: int = 1, **turn):
+    """Tests of the same knobs share the program that runs turns: compiling it takes longer than all else here."""
+    model, layout, stream, step, run = programs(temperature, **turn)
+    return model, layout, some_params(model), step, engine.init_state(model, layout, stream, num_slots), run
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def trained_forward(params, batch, model: ModelConfig) -> jax.Array:
+    return transformer.apply(params, batch, model).logits_BSV
 
 
 def inputs_of(model, layout, *sessions) -> TurnInputs:
@@ -63,10 +80,10 @@ def event_at(turn: int, stream: Stream, tokens: list[int], layout) -> EncodedTex
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_scan_equals_separate_steps_bitwise_and_neither_recompiles(knobs: dict) -> None:
-    model, layout, params, step, state = built(**knobs)
+    model, layout, params, step, state, run = built(**knobs)
     inputs = inputs_of(model, layout, tiny_session(model, NUM_TURNS))
     turns = inputs.counts_B.shape[0]
-    _, scanned = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))(params, state, inputs)
+    _, scanned = run(params, state, inputs)
     jitted = engine.jit_step(step)
     singles = []
     for turn in range(turns):
@@ -80,17 +97,17 @@ def test_scan_equals_separate_steps_bitwise_and_neither_recompiles(knobs: dict) 
 
 @pytest.mark.parametrize("knobs", KNOBS[:3], ids=str)
 def test_a_stream_equals_the_training_forward_of_what_it_said(knobs: dict) -> None:
-    model, layout, params, step, state = built(**knobs)
+    model, layout, params, _, state, run = built(**knobs)
     session = tiny_session(model, NUM_TURNS)
     inputs = inputs_of(model, layout, session)
-    _, outputs = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))(params, state, inputs)
+    _, outputs = run(params, state, inputs)
     outputs = jax.tree.map(np.asarray, outputs)
     said = with_outputs(session, outputs, layout)
     # The last output would be heard after the recording; extend it so that the layout can place everything.
     said = dataclasses.replace(said, num_samples=said.num_samples + layout.clock.turn_samples)
     said = dataclasses.replace(said, levels_TM=np.concatenate([said.levels_TM, said.levels_TM[:4]]))
     batch = rows_of(model, layout, [[said]], 256)
-    logits = jax.jit(lambda p, b: transformer.apply(p, b, model).logits_BSV)(params, batch)
+    logits = trained_forward(params, batch, model)
     log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))[0]
     spoken = np.flatnonzero(batch.target_kinds_BS[0] > 0)
     expected_tokens = np.concatenate(
@@ -103,16 +120,16 @@ def test_a_stream_equals_the_training_forward_of_what_it_said(knobs: dict) -> No
 
 
 def test_appending_any_chunks_equals_the_training_forward() -> None:
-    model, layout, params, _, _ = built()
-    batch = rows_of(model, layout, [[tiny_session(model, NUM_TURNS)]], 120)
+    model, layout, params, *_ = built()
+    batch = rows_of(model, layout, [[tiny_session(model, NUM_TURNS)]], 256)
     size = int((batch.segment_ids_BS > 0).sum())
-    expected = jax.jit(lambda p, b: transformer.apply(p, b, model).logits_BSV)(params, batch)
+    expected = trained_forward(params, batch, model)
     append = jax.jit(lambda p, s, x: cache.append(p, s, x, model))
     rng, width, first = np.random.default_rng(0), 7, 0
     state = cache.init_state(model, 1, 256, width)
     while first < size:
         count = min(int(rng.integers(0, width + 1)), size - first)
-        place = np.minimum(first + np.arange(width), 119)
+        place = np.minimum(first + np.arange(width), 255)
         slots = cache.Slots(
             tokens_BW=batch.tokens_BS[:, place],
             kinds_BW=batch.kinds_BS[:, place],
@@ -127,8 +144,7 @@ def test_appending_any_chunks_equals_the_training_forward() -> None:
 
 
 def test_a_session_is_the_same_in_any_slot_whatever_the_others_do() -> None:
-    model, layout, params, step, state = built(num_slots=3)
-    run = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))
+    model, layout, params, _, state, run = built(num_slots=3)
     session, others = tiny_session(model, NUM_TURNS), [tiny_session(model, NUM_TURNS, seed) for seed in (5, 6)]
     idle = jax.tree.map(np.zeros_like, inputs_of(model, layout, session))
 
@@ -148,8 +164,7 @@ def test_a_session_is_the_same_in_any_slot_whatever_the_others_do() -> None:
 
 @pytest.mark.parametrize("turn", [0, 4, 9])
 def test_nothing_that_comes_in_after_a_turn_moves_its_output(turn: int) -> None:
-    model, layout, params, step, state = built()
-    run = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))
+    model, layout, params, _, state, run = built()
     session = tiny_session(model, NUM_TURNS)
     after = (turn + 1) * layout.clock.frames_per_turn
     changed = dataclasses.replace(
@@ -165,9 +180,8 @@ def test_nothing_that_comes_in_after_a_turn_moves_its_output(turn: int) -> None:
 
 
 def test_outputs_follow_the_grammar_also_when_sampled() -> None:
-    model, layout, params, step, state = built(temperature=3.0)
-    inputs = inputs_of(model, layout, tiny_session(model, NUM_TURNS))
-    _, outputs = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))(params, state, inputs)
+    model, layout, params, _, state, run = built(temperature=3.0)
+    _, outputs = run(params, state, inputs_of(model, layout, tiny_session(model, NUM_TURNS)))
     special, seen = layout.special, set()
     for tokens, count in zip(np.asarray(outputs.tokens_BO[:, 0]), np.asarray(outputs.counts_B[:, 0]), strict=True):
         turn = tokens[:count].tolist()

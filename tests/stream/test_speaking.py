@@ -31,14 +31,21 @@ def some_params():
     return jax.device_get(randomised(init_params(transformer.specs(MODEL), jax.random.key(0))))
 
 
-def runner(num_slots: int, numbers: list[int], temperature: float = 1.0, **turn):
-    """The layout, a function that runs turns in one program, the step and the first state."""
+@once
+def programs(temperature: float, **turn):
+    """The layout, the stream, the step and a program that runs turns; compiling one takes longer than all else here."""
     layout = tiny_layout(MODEL, **turn)
     stream = StreamConfig(max_positions=320, temperature=temperature)
     step = engine.make_step(MODEL, layout, stream)
+    return layout, stream, step, jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs))
+
+
+def runner(num_slots: int, numbers: list[int], temperature: float = 1.0, **turn):
+    """The layout, a function that runs turns in one program, the step and the first state."""
+    layout, stream, step, run = programs(temperature, **turn)
     state = engine.init_state(MODEL, layout, stream, num_slots, seed=SEED, numbers=numbers)
-    run = jax.jit(lambda params, inputs: engine.scan_turns(step, params, state, inputs))
-    return layout, lambda inputs: jax.device_get(run(some_params(), inputs)[1]), step, state
+    kept = jax.device_get(state)  # a step that is jitted takes the state's buffers
+    return layout, lambda inputs: jax.device_get(run(some_params(), kept, inputs)[1]), step, state
 
 
 def inputs_of(layout: Layout, session: EncodedSession, num_turns: int = NUM_TURNS) -> TurnInputs:
