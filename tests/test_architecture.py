@@ -202,6 +202,7 @@ def test_the_map_in_the_readme_names_every_file_as_its_docstring_does():
 
 
 @functools.cache
+@functools.cache
 def config_classes() -> dict[str, ConfigClass]:
     classes = {}
     for path in sorted((ROOT / "tml" / "config").glob("*.py")):
@@ -241,10 +242,12 @@ def holders_of(name: str) -> set[str]:
         found |= more
 
 
+@functools.cache
 def attributes_read(path: Path) -> set[str]:
     return {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
 
 
+@functools.cache
 def config_names_at_hand(path: Path) -> set[str]:
     """Config classes that a file imports; what has an `.experiment` hands out all of them."""
     handed = {"Experiment"} if "experiment" in attributes_read(path) else set()

@@ -1,5 +1,7 @@
 """The objective against a float64 reference, and its sums over parts of a batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,7 @@ def made_up() -> tuple[np.ndarray, Batch]:
     return logits.astype(np.float32), jax.tree.map(jnp.asarray, batch)
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def loss_of(logits: jax.Array, batch: Batch, weight: jax.Array, cfg: LossConfig) -> tuple[jax.Array, dict]:
     return objective(score(logits, batch.targets_BS), batch, weight, cfg)
 
@@ -60,9 +63,7 @@ def divided(metrics: dict) -> dict[str, float]:
 def test_equals_the_float64_reference(z_loss_weight: float):
     logits, batch = made_up()
     cfg = LossConfig(z_loss_weight=z_loss_weight)
-    loss, metrics = jax.jit(lambda logits: objective(score(logits, batch.targets_BS), batch, total_weight(batch), cfg))(
-        jnp.asarray(logits)
-    )
+    loss, metrics = loss_of(jnp.asarray(logits), batch, total_weight(batch), cfg)
     expected = reference(logits, batch, z_loss_weight)
     found = divided(metrics)
     assert found.keys() == expected.keys()
@@ -75,9 +76,7 @@ def test_equals_the_float64_reference(z_loss_weight: float):
 def test_gradient_is_the_weighted_error_of_the_softmax():
     logits, batch = made_up()
     weight = total_weight(batch)
-    gradient = jax.grad(lambda logits: objective(score(logits, batch.targets_BS), batch, weight, LossConfig())[0])(
-        jnp.asarray(logits)
-    )
+    gradient = jax.grad(lambda logits: loss_of(logits, batch, weight, LossConfig())[0])(jnp.asarray(logits))
     wide, batch = logits.astype(np.float64), jax.tree.map(np.asarray, batch)
     probabilities = np.exp(wide) / np.sum(np.exp(wide), axis=-1, keepdims=True)
     np.put_along_axis(

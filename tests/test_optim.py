@@ -157,7 +157,7 @@ def test_five_steps_equal_numpy(optim: OptimConfig):
 def test_newton_schulz_makes_matrices_orthogonal(shape: tuple[int, int]):
     matrices = jax.random.normal(jax.random.key(1), (2, *shape))
     u, _, vt = np.linalg.svd(np.asarray(matrices), full_matrices=False)
-    result = np.asarray(orthogonalise(matrices))
+    result = np.asarray(jax.jit(orthogonalise)(matrices))
     singular = np.linalg.svd(result, compute_uv=False)
     # Five iterations bring singular values near 1, not to it; the smallest of a square matrix start near 0.
     assert singular.max() < 1.3
@@ -171,11 +171,12 @@ def test_a_stack_is_updated_like_each_slice_alone():
     spec = SPECS["gate_up"]
     update = gradients(3)["gate_up"]
     matrices, restore = as_matrices(spec, update)
-    whole = np.asarray(restore(orthogonalise(matrices)))
+    orthogonal = jax.jit(orthogonalise)
+    whole = np.asarray(restore(orthogonal(matrices)))
     for layer in range(SIZES["L"]):
         for expert in range(SIZES["E"]):
             for half in range(2):
-                alone = orthogonalise(update[layer, expert, :, half][None])[0]
+                alone = orthogonal(update[layer, expert, :, half][None])[0]
                 np.testing.assert_allclose(whole[layer, expert, :, half], alone, atol=2e-6)
     np.testing.assert_array_equal(restore(matrices), update)
 

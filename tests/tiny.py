@@ -130,8 +130,10 @@ def rows_of(model: ModelConfig, layout: Layout, rows: list[list[EncodedSession]]
 def randomised(params, seed: int = 0):
     """Every parameter random, also those that start at zero or one: a dead path cannot pass a comparison."""
     import jax
+    import jax.numpy as jnp
 
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     noise = [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    return jax.tree.unflatten(tree, [leaf + 0.3 * n for leaf, n in zip(leaves, noise, strict=True)])
+    moved = [jnp.asarray(np.asarray(leaf) + 0.3 * n) for leaf, n in zip(leaves, noise, strict=True)]
+    return jax.tree.unflatten(tree, moved)

@@ -42,8 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(app: str, *flags: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    environment = {**os.environ, **cache, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", f"launch.{app}", *flags]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 

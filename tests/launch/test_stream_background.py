@@ -45,7 +45,7 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
 
 
 def stream(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "launch.stream", "--model=bundle", "--wav=in.wav", *flags]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 

@@ -206,7 +206,9 @@ def test_a_batch_without_the_stream_that_the_model_expects_is_an_error() -> None
 
 
 def test_after_two_updates_every_parameter_has_a_gradient_and_both_losses_are_logged() -> None:
-    model = dataclasses.replace(MODEL, video=VideoConfig(), mtp=MtpConfig(num_blocks=1))
+    model = tiny_model(
+        num_layers=2, global_layers=(1,), audio_out=VOICE, video=VideoConfig(), mtp=MtpConfig(num_blocks=1)
+    )
     layout = tiny_layout(model)
     sessions = [[tiny_session(model, 8, seed)] for seed in range(4)]
     batch = rows_of(model, layout, sessions, 160)

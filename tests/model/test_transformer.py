@@ -1,6 +1,7 @@
 """The network: stages, packing, causality, expert back-ends, balance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,15 @@ def params_of(model: ModelConfig):
     return randomised(init_params(transformer.specs(model), jax.random.key(0)))
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def run(params, batch, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Logits and load; one program a model and a shape, for all tests."""
+    outputs = transformer.apply(params, batch, model)
+    return outputs.logits_BSV, outputs.expert_load_LE
+
+
 def logits_of(params, batch, model) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p, b: transformer.apply(p, b, model).logits_BSV)(params, batch))
+    return np.asarray(run(params, batch, model)[0])
 
 
 @pytest.mark.parametrize(
@@ -42,7 +50,7 @@ def test_stages_cover_the_stack_in_order(layers: int, dense: int, global_layers:
 def test_scanned_groups_equal_single_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     layout = tiny_layout(model)
-    batch = rows_of(model, layout, [[tiny_session(model, 8)]], 80)
+    batch = rows_of(model, layout, [[tiny_session(model, 8)]], 100)
     params = params_of(model)
     scanned = logits_of(params, batch, model)
     singles = tuple(transformer.Stage((kind,), 1) for kind in transformer.layer_kinds(model))
@@ -57,12 +65,12 @@ def test_a_packed_row_equals_each_segment_alone() -> None:
     layout = tiny_layout(model)
     sessions = [tiny_session(model, turns, seed) for seed, turns in enumerate([6, 7, 9])]
     params = params_of(model)
-    packed = logits_of(params, rows_of(model, layout, [sessions], 280), model)[0]
-    alone = logits_of(params, rows_of(model, layout, [[session] for session in sessions], 280), model)
+    rows = [sessions, *([session] for session in sessions)]
+    packed, *alone = logits_of(params, rows_of(model, layout, rows, 280), model)
     first = 0
     for index, session in enumerate(sessions):
         size = layout.lay_out(layout.contents(session)).num_slots
-        np.testing.assert_allclose(packed[first : first + size], alone[index, :size], atol=1e-5)
+        np.testing.assert_allclose(packed[first : first + size], alone[index][:size], atol=1e-5)
         first += size
 
 
@@ -86,11 +94,17 @@ def test_nothing_after_a_position_moves_it() -> None:
 RUNS = {"num_layers": 7, "num_dense_layers": 1, "global_layers": (3, 6)}
 
 
+@functools.partial(jax.jit, static_argnums=2)
+@jax.value_and_grad
+def value_and_grads(params, batch, model: ModelConfig) -> jax.Array:
+    return jnp.mean(jnp.square(transformer.apply(params, batch, model).logits_BSV))
+
+
 @pytest.mark.parametrize(
     ("shape", "changes"),
     [
         pytest.param({}, {"remat": Remat.LAYER}, marks=pytest.mark.slow),
-        ({}, {"moe": dataclasses.replace(tiny_model().moe, backend=MatmulBackend.DENSE)}),
+        (RUNS, {"moe": dataclasses.replace(tiny_model().moe, backend=MatmulBackend.DENSE)}),
         (RUNS, {"remat": Remat.EXPERTS, "row_parts": 2}),
     ],
     ids=["recomputed", "dense", "loops over equal layers, in parts of rows"],
@@ -100,14 +114,8 @@ def test_equal_value_and_gradients_whichever_way_it_runs(shape: dict, changes: d
     batch = rows_of(model, tiny_layout(model), [[tiny_session(model, 6)], [tiny_session(model, 5, 3)]], 64)
     params = params_of(model)
 
-    def loss(params, batch, model):
-        outputs = transformer.apply(params, batch, model)
-        return jnp.mean(jnp.square(outputs.logits_BSV))
-
-    value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=2)(params, batch, model)
-    value_2, grads_2 = jax.jit(jax.value_and_grad(loss), static_argnums=2)(
-        params, batch, dataclasses.replace(model, **changes)
-    )
+    value, grads = value_and_grads(params, batch, model)
+    value_2, grads_2 = value_and_grads(params, batch, dataclasses.replace(model, **changes))
     np.testing.assert_allclose(value, value_2, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), grads, grads_2)
     names = [name for name, _ in spec_leaves(transformer.specs(model))]
@@ -119,7 +127,7 @@ def test_load_counts_only_real_positions_and_the_bias_follows_it() -> None:
     model = tiny_model()
     batch = rows_of(model, tiny_layout(model), [[tiny_session(model, 6)]], 64)
     params = params_of(model)
-    load = jax.jit(lambda p, b: transformer.apply(p, b, model).expert_load_LE)(params, batch)
+    _, load = run(params, batch, model)
     real = int((batch.segment_ids_BS > 0).sum())
     np.testing.assert_array_equal(np.asarray(load).sum(axis=1), [2.0 * real] * 4)
     made_up = jnp.asarray([[4.0, 0, 2, 2], [1, 1, 1, 1], [0, 0, 0, 8], [3, 1, 0, 0]])

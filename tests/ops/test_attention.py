@@ -32,17 +32,25 @@ def value_and_grads(function, cotangent, *arrays):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))(*arrays)
 
 
-def assert_equals_the_definition(attend: AttendFunction, arrays: tuple, window: int | None, part: slice | None = None):
-    *arrays, segments = arrays
+@functools.cache
+def attended(
+    attend: AttendFunction, num_slots: int, extent: int, window: int | None, part: tuple[int, int] | None
+) -> tuple:
+    """Value and gradients; those of the definition serve all back-ends."""
+    *arrays, segments = inputs(num_slots, extent)
     first_query = None
     if part is not None:
-        first_query = jnp.int32(part.start)
-        arrays[0], arrays[3] = arrays[0][:, part], arrays[3][:, part]
+        first_query = jnp.int32(part[0])
+        arrays[0], arrays[3] = arrays[0][:, slice(*part)], arrays[3][:, slice(*part)]
     cotangent = jax.random.normal(jax.random.key(9), arrays[0].shape)
-    ours, expected = (
-        value_and_grads(lambda *a, f=function: f(*a, segments, window, first_query), cotangent, *arrays)
-        for function in (attend, attention.attention_reference)
-    )
+    return value_and_grads(lambda *a: attend(*a, segments, window, first_query), cotangent, *arrays)
+
+
+def assert_equals_the_definition(
+    attend: AttendFunction, num_slots: int, extent: int, window: int | None, part: tuple[int, int] | None = None
+) -> None:
+    case = num_slots, extent, window, part
+    ours, expected = attended(attend, *case), attended(attention.attention_reference, *case)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), ours, expected)
 
 
@@ -53,15 +61,15 @@ class AttentionBackendTests:
 
     @pytest.mark.parametrize(("num_slots", "window"), [(40, 12), pytest.param(21, 30, marks=pytest.mark.slow)])
     def test_sliding(self, num_slots: int, window: int) -> None:
-        assert_equals_the_definition(self.attend, inputs(num_slots, window), window)
+        assert_equals_the_definition(self.attend, num_slots, window, window)
 
     @pytest.mark.parametrize(("num_slots", "extent"), [(40, 12), pytest.param(21, 30, marks=pytest.mark.slow)])
     def test_global(self, num_slots: int, extent: int) -> None:
-        assert_equals_the_definition(self.attend, inputs(num_slots, extent), None)
+        assert_equals_the_definition(self.attend, num_slots, extent, None)
 
     @pytest.mark.parametrize("window", [pytest.param(12, marks=pytest.mark.slow), None])
     def test_part_of_the_queries(self, window: int | None) -> None:
-        assert_equals_the_definition(self.attend, inputs(40, 12), window, slice(16, 32))
+        assert_equals_the_definition(self.attend, 40, 12, window, (16, 32))
 
     @pytest.mark.slow
     def test_bfloat16_is_as_near_as_its_rounding(self) -> None:

@@ -41,6 +41,24 @@ def test_every_copy_stands_once_in_a_block_of_its_expert(experts: np.ndarray, bl
     assert (np.asarray(plan.token_of_row)[empty] == len(experts)).all()
 
 
+@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+def blocked(x, gate_up, down, experts, cotangent, block_rows: int) -> jax.Array:
+    plan = plan_blocks(experts, 5, block_rows)
+    out = multiply_blocks(dispatch(x, plan), gate_up, down, plan.expert_of_block)
+    return jnp.sum(collect(out, plan) * cotangent)
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+def looped(x, gate_up, down, experts, cotangent) -> jax.Array:
+    out = jnp.zeros(cotangent.shape)
+    for expert in range(5):
+        hidden = jax.nn.silu(x @ gate_up[expert, :, :7]) * (x @ gate_up[expert, :, 7:])
+        out = out + jnp.where((experts == expert)[:, :, None], (hidden @ down[expert])[:, None], 0.0)
+    return jnp.sum(out * cotangent)
+
+
 @pytest.mark.parametrize("experts", ROUTINGS.values(), ids=ROUTINGS.keys())
 @pytest.mark.parametrize("block_rows", [1, 4])
 def test_blocks_of_experts_and_their_gradients_equal_a_loop(experts: np.ndarray, block_rows: int) -> None:
@@ -49,19 +67,8 @@ def test_blocks_of_experts_and_their_gradients_equal_a_loop(experts: np.ndarray,
     gate_up, down = jax.random.normal(keys[1], (5, 6, 14)), jax.random.normal(keys[2], (5, 7, 6))
     cotangent = jax.random.normal(keys[3], (*experts.shape, 6))
 
-    def blocked(x, gate_up, down):
-        plan = plan_blocks(jnp.asarray(experts, jnp.int32), 5, block_rows)
-        out = multiply_blocks(dispatch(x, plan), gate_up, down, plan.expert_of_block)
-        return jnp.sum(collect(out, plan) * cotangent)
-
-    def looped(x, gate_up, down):
-        out = jnp.zeros(cotangent.shape)
-        for expert in range(5):
-            hidden = jax.nn.silu(x @ gate_up[expert, :, :7]) * (x @ gate_up[expert, :, 7:])
-            out = out + jnp.where((experts == expert)[:, :, None], (hidden @ down[expert])[:, None], 0.0)
-        return jnp.sum(out * cotangent)
-
-    ours, reference = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(x, gate_up, down) for f in (blocked, looped))
+    arguments = x, gate_up, down, jnp.asarray(experts, jnp.int32), cotangent
+    ours, reference = blocked(*arguments, block_rows), looped(*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, reference)
 
 
@@ -69,6 +76,11 @@ def test_rows_of_blocks_without_an_expert_are_zero() -> None:
     x, gate_up, down = jnp.ones((6, 4)), jnp.ones((2, 4, 6)), jnp.ones((2, 3, 4))
     out = jax.jit(multiply_blocks)(x, gate_up, down, jnp.array([0, 1, 2], jnp.int32))
     assert (np.asarray(out) != 0.0).any(axis=1).tolist() == [True] * 4 + [False] * 2
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def product_and_grads(grouped_matmul: Callable, x, w, sizes, cotangent) -> tuple:
+    return jax.value_and_grad(lambda x, w: jnp.sum(grouped_matmul(x, w, sizes) * cotangent), (0, 1))(x, w)
 
 
 class GroupedMatmulTests:
@@ -82,8 +94,7 @@ class GroupedMatmulTests:
         x, w = jax.random.normal(keys[0], (40, 12)), jax.random.normal(keys[1], (5, 12, 20))
         cotangent, sizes = jax.random.normal(keys[2], (40, 20)), jnp.asarray(sizes, jnp.int32)
         ours, expected = (
-            jax.jit(jax.value_and_grad(lambda x, w, f=f: jnp.sum(f(x, w, sizes) * cotangent), (0, 1)))(x, w)
-            for f in (self.grouped_matmul, grouped_matmul_reference)
+            product_and_grads(f, x, w, sizes, cotangent) for f in (self.grouped_matmul, grouped_matmul_reference)
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, expected)
 
@@ -112,24 +123,24 @@ LAYER_KERNELS = {
     "tpu": functools.partial(grouped_matmul_tpu.multiply_rows_of_layer, unit=4, interpret=True),
     "gpu": functools.partial(grouped_matmul_gpu.multiply_rows_of_layer, interpret=True),
 }
+LAYER_PROGRAMS = {name: jax.jit(functools.partial(f, usual_groups=5.0)) for name, f in LAYER_KERNELS.items()}
 
 
-@pytest.mark.parametrize("kernel", LAYER_KERNELS.values(), ids=LAYER_KERNELS.keys())
+@pytest.mark.parametrize("run", LAYER_PROGRAMS.values(), ids=LAYER_PROGRAMS.keys())
 @pytest.mark.parametrize("sizes", [(9, 0, 17, 1, 13), (0, 0, 40, 0, 0), (3, 4, 0, 2, 0)], ids=str)
-def test_a_layer_of_a_stack_equals_the_definition(kernel: Callable, sizes: tuple[int, ...]) -> None:
+def test_a_layer_of_a_stack_equals_the_definition(run: Callable, sizes: tuple[int, ...]) -> None:
     keys = jax.random.split(jax.random.key(0), 2)
     x, w = jax.random.normal(keys[0], (40, 12)), jax.random.normal(keys[1], (3, 5, 2, 12, 20))
     arguments = jnp.int32(1), jnp.asarray(sizes, jnp.int32)
     expected = multiply_rows_of_layer_reference(x, w, *arguments, usual_groups=5.0)
-    got = jax.jit(functools.partial(kernel, usual_groups=5.0))(x, w, *arguments)
+    got = run(x, w, *arguments)
     np.testing.assert_allclose(got[: sum(sizes)], expected[: sum(sizes)], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", LAYER_KERNELS.values(), ids=LAYER_KERNELS.keys())
-def test_a_row_has_the_same_bits_whatever_the_others_are(kernel: Callable) -> None:
+@pytest.mark.parametrize("run", LAYER_PROGRAMS.values(), ids=LAYER_PROGRAMS.keys())
+def test_a_row_has_the_same_bits_whatever_the_others_are(run: Callable) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = jax.random.normal(keys[0], (40, 12)), jax.random.normal(keys[1], (3, 5, 2, 12, 20))
-    run = jax.jit(functools.partial(kernel, usual_groups=5.0))
     among = run(x, w, jnp.int32(2), jnp.array([9, 0, 17, 1, 13], jnp.int32))[9:26]
     others = jax.random.normal(keys[2], (40, 12)).at[:17].set(x[9:26])
     alone = run(others, w, jnp.int32(2), jnp.array([0, 0, 17, 0, 0], jnp.int32))[:17]

@@ -1,6 +1,7 @@
 """Devices that share a model give what one device gives: the same tokens, in any slot, with caches split by heads."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -25,13 +26,20 @@ def wide_model(**changes) -> ModelConfig:
     return dataclasses.replace(model, attention=attention)
 
 
-def streamed(model: ModelConfig, stream: StreamConfig, order: list[int]) -> engine.TurnOutputs:
-    layout = tiny_layout(model)
+@functools.cache
+def program(model: ModelConfig, stream: StreamConfig):
+    """Parameters and a program that runs turns; compiling one takes longer than all that is done with it."""
     params = randomised(init_params(transformer.specs(model), jax.random.key(0)))
+    step = engine.make_step(model, tiny_layout(model), stream)
+    return params, jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))
+
+
+@functools.cache
+def streamed(model: ModelConfig, stream: StreamConfig, *order: int) -> engine.TurnOutputs:
+    layout = tiny_layout(model)
+    params, run = program(model, stream)
     sessions = [session_inputs(layout, tiny_session(model, NUM_TURNS, seed), model) for seed in order]
-    step = engine.make_step(model, layout, stream)
     state = engine.init_state(model, layout, stream, len(order))
-    run = jax.jit(lambda p, s, x: engine.scan_turns(step, p, s, x))
     _, outputs = run(params, state, join_sessions(sessions, NUM_TURNS))
     return jax.tree.map(np.asarray, outputs)
 
@@ -41,8 +49,8 @@ def streamed(model: ModelConfig, stream: StreamConfig, order: list[int]) -> engi
 def test_devices_that_share_a_model_say_what_one_device_says(tensor: int, backend: MatmulBackend) -> None:
     model = wide_model()
     stream = StreamConfig(max_positions=128, backend=MatmulBackend.BLOCKED)
-    alone = streamed(model, stream, [0, 1, 2])
-    shared = streamed(model, dataclasses.replace(stream, tensor=tensor, backend=backend), [0, 1, 2])
+    alone = streamed(model, stream, 0, 1, 2)
+    shared = streamed(model, dataclasses.replace(stream, tensor=tensor, backend=backend), 0, 1, 2)
     assert len(np.unique(alone.tokens_BO)) > 3
     np.testing.assert_array_equal(shared.tokens_BO, alone.tokens_BO)
     np.testing.assert_array_equal(shared.counts_B, alone.counts_B)
@@ -51,8 +59,8 @@ def test_devices_that_share_a_model_say_what_one_device_says(tensor: int, backen
 
 def test_devices_that_share_a_voice_sound_as_one_device_does() -> None:
     model, stream = wide_model(audio_out=VOICE), StreamConfig(max_positions=128)
-    alone = streamed(model, stream, [0, 1])
-    shared = streamed(model, dataclasses.replace(stream, tensor=2), [0, 1])
+    alone = streamed(model, stream, 0, 1)
+    shared = streamed(model, dataclasses.replace(stream, tensor=2), 0, 1)
     assert 0 < alone.own.speaks_B.sum() < alone.own.speaks_B.size
     np.testing.assert_array_equal(shared.tokens_BO, alone.tokens_BO)
     np.testing.assert_array_equal(shared.own.speaks_B, alone.own.speaks_B)
@@ -61,8 +69,8 @@ def test_devices_that_share_a_voice_sound_as_one_device_does() -> None:
 
 
 def test_a_session_is_the_same_in_any_slot_also_with_experts_by_kernel() -> None:
-    model, stream = wide_model(), StreamConfig(max_positions=128, tensor=2, backend=MatmulBackend.DENSE)
-    first, other = streamed(model, stream, [0, 1, 2]), streamed(model, stream, [3, 4, 0])
+    model, stream = wide_model(), StreamConfig(max_positions=128, tensor=8, backend=MatmulBackend.DENSE)
+    first, other = streamed(model, stream, 0, 1, 2), streamed(model, stream, 3, 4, 0)
     for name in ("tokens_BO", "counts_B", "log_probs_BO"):
         np.testing.assert_array_equal(getattr(first, name)[:, 0], getattr(other, name)[:, 2])
 
