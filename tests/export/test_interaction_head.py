@@ -13,7 +13,7 @@ from transformers import InklingForConditionalGeneration
 
 from tml import checkpoint
 from tml.checkpoint_pieces import Piece, PiecewiseArray, write_params
-from tml.config import Control, Experiment, MicroTurnConfig
+from tml.config import Control, Experiment, MicroTurnConfig, VideoConfig
 from tml.export.inkling_export import export_folder
 from tml.export.inkling_import import import_folder
 from tml.export.interaction_head import DESCRIPTION, WEIGHTS
@@ -29,15 +29,19 @@ def one_piece(values: np.ndarray):
     yield Piece((0,) if values.ndim else (), values)
 
 
+def write_run(run: Path, experiment: Experiment) -> None:
+    rng, arrays = np.random.default_rng(0), {}
+    for path, spec in spec_leaves(transformer.specs(experiment.model)):
+        values = rng.standard_normal(spec.shape).astype(np.float32)
+        arrays[path] = PiecewiseArray(spec.shape, spec.shape, partial(one_piece, values))
+    write_params(run, experiment, arrays)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run folder with a voice, and its export."""
-    root, rng = tmp_path_factory.mktemp("voiced"), np.random.default_rng(0)
-    arrays = {}
-    for path, spec in spec_leaves(transformer.specs(EXPERIMENT.model)):
-        values = rng.standard_normal(spec.shape).astype(np.float32)
-        arrays[path] = PiecewiseArray(spec.shape, spec.shape, partial(one_piece, values))
-    write_params(root / "run", EXPERIMENT, arrays)
+    root = tmp_path_factory.mktemp("voiced")
+    write_run(root / "run", EXPERIMENT)
     export_folder(root / "run", root / "out")
     return root / "run", root / "out"
 
@@ -51,6 +55,20 @@ def test_a_voice_comes_back_with_its_layout_of_micro_turns(exported: tuple[Path,
     export_folder(tmp_path / "again", tmp_path / "out")
     for name in (WEIGHTS, DESCRIPTION):
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_tower_that_inkling_cannot_name_stands_beside_and_comes_back_with_the_tokenizer(tmp_path: Path) -> None:
+    video = VideoConfig(tile_px=8, fold_px=(2, 4), fold_dims=(5, 7), max_tiles_per_turn=1)
+    experiment = Experiment(name="eyes", model=inkling_model(video=video))
+    write_run(tmp_path / "run", experiment)
+    (tmp_path / "run" / "tokenizer").mkdir()
+    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("{}")
+    export_folder(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    found = import_folder(tmp_path / "out", tmp_path / "again")
+    assert found.model.video == video
+    (_, before), (_, after) = checkpoint.restore(tmp_path / "run"), checkpoint.restore(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_transformers_reads_the_rest(exported: tuple[Path, Path]) -> None:

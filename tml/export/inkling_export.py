@@ -12,7 +12,16 @@ import numpy as np
 
 from tml.checkpoint_pieces import ParamsReader
 from tml.export import inkling_config, inkling_layout, interaction_head
-from tml.export.inkling_import import CONFIG, KEEPSAKE, SIDE_FILES, STORED, origin, read_config, rows_at_a_time
+from tml.export.inkling_import import (
+    CONFIG,
+    KEEPSAKE,
+    SIDE_FILES,
+    STORED,
+    TOKENIZER,
+    origin,
+    read_config,
+    rows_at_a_time,
+)
 from tml.export.inkling_layout import FLOAT32_NAMES, Part, Tensor
 from tml.export.staging import whole_folder
 from tml.export.tensor_folder import DTYPES, INDEX, Planned, write_shards
@@ -74,6 +83,9 @@ def export_folder(
         for name in SIDE_FILES:
             if (keepsake / name).is_file():
                 shutil.copyfile(keepsake / name, staging / name)
+        trained = workdir / "tokenizer" / TOKENIZER
+        if trained.is_file() and not (staging / TOKENIZER).is_file():
+            shutil.copyfile(trained, staging / TOKENIZER)
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return reader
 

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
@@ -68,12 +67,12 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int = 1) -> E
     has_tower = any(name.startswith("model.visual.") for name in source.tensors)
     model = inkling_config.to_model(config, has_tower, max_tiles_per_turn)
     layout = inkling_layout.tensors(model)
-    voice = interaction_head.read(folder)
-    turn = voice.turn if voice else MicroTurnConfig()
+    beside = interaction_head.read(folder)
+    turn = beside.turn if beside else MicroTurnConfig()
     check_tensors(layout, source)
     tokenizer = workdir / "tokenizer" / TOKENIZER if (folder / TOKENIZER).is_file() else None
     text = TextConfig(tokenizer=str(tokenizer or ""))
-    whole = replace(model, audio_out=voice.audio_out) if voice else model
+    whole = beside.whole(model) if beside else model
     experiment = Experiment(name=folder.resolve().name, model=whole, text=text, turn=turn)
     if committed_steps(workdir):
         _refuse_another(source, workdir, experiment)

@@ -1,7 +1,9 @@
-"""What a voice adds to Inkling's published layout: files of its own beside it, which other engines do not read.
+"""What Inkling's published layout cannot hold: files of its own beside it, which other engines do not read.
 
-interaction_head.safetensors   the flow head and the table of own audio, by our paths, in float32
-interaction_head.json          format, the voice (`model.audio_out`) and the layout of micro-turns (`turn`)
+That is the voice, and an image tower whose widths no config.json of Inkling's can name.
+
+interaction_head.safetensors   flow head, table of own audio and such a tower, by our paths, in float32
+interaction_head.json          format, voice (`model.audio_out`), layout of micro-turns (`turn`), such a tower (`video`)
 """
 
 import json
@@ -14,8 +16,9 @@ import numpy as np
 import safetensors.numpy
 
 from tml.checkpoint_pieces import ParamsReader, Piece, PiecewiseArray
-from tml.config import AudioOutConfig, MicroTurnConfig, ModelConfig, to_mapping
+from tml.config import AudioOutConfig, MicroTurnConfig, ModelConfig, VideoConfig, to_mapping
 from tml.config.tree import from_mapping
+from tml.export.tile_folds import is_planned
 from tml.model import transformer
 from tml.params import ParamSpec, spec_leaves
 
@@ -24,35 +27,47 @@ WEIGHTS, DESCRIPTION = "interaction_head.safetensors", "interaction_head.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Voice:
+class Described:
     """What the description says.
 
     Attributes:
         audio_out: the voice.
-        turn: the layout of micro-turns that it was trained in.
+        turn: the layout of micro-turns that the model was trained in.
+        video: the image tower; None if the published layout holds it, or there is none.
     """
 
     audio_out: AudioOutConfig
     turn: MicroTurnConfig
+    video: VideoConfig | None
+
+    def whole(self, model: ModelConfig) -> ModelConfig:
+        """The model of which the published layout has held a part."""
+        return replace(model, audio_out=self.audio_out, video=self.video or model.video)
 
 
 def published(model: ModelConfig) -> ModelConfig:
-    """The part of a model that the published layout holds: all but its voice."""
-    return replace(model, audio_out=AudioOutConfig())
+    """The part of a model that the published layout holds: all but its voice, and a tower that is not Inkling's."""
+    return replace(model, audio_out=AudioOutConfig(), video=VideoConfig() if _has_own_tower(model) else model.video)
+
+
+def _has_own_tower(model: ModelConfig) -> bool:
+    video = model.video
+    folds = (video.fold_px, video.fold_dims)
+    return video.max_tiles_per_turn > 0 and not is_planned(video.tile_px, video.frames_per_tile, folds)
 
 
 def head_specs(model: ModelConfig) -> dict[str, ParamSpec]:
-    """The parameters of the voice, by path; none without one."""
+    """The parameters that stand beside, by path; often none."""
     outside = {path for path, _ in spec_leaves(transformer.specs(published(model)))}
     return {path: spec for path, spec in spec_leaves(transformer.specs(model)) if path not in outside}
 
 
 def write(folder: Path, reader: ParamsReader) -> None:
-    """Writes the voice of a checkpoint; nothing for a model without one."""
+    """Writes what stands beside a checkpoint; nothing if nothing does."""
     experiment = reader.experiment
-    if not experiment.model.has_voice:
-        return
     specs = head_specs(experiment.model)
+    if not specs:
+        return
     tensors = {path: np.asarray(reader.read(path, (0,), spec.shape[0])) for path, spec in specs.items()}
     safetensors.numpy.save_file(tensors, folder / WEIGHTS)
     described = {
@@ -60,11 +75,13 @@ def write(folder: Path, reader: ParamsReader) -> None:
         "audio_out": to_mapping(experiment.model.audio_out),
         "turn": to_mapping(experiment.turn),
     }
+    if _has_own_tower(experiment.model):
+        described["video"] = to_mapping(experiment.model.video)
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
-def read(folder: Path) -> Voice | None:
-    """The voice that lies beside a checkpoint of the published layout, if one does.
+def read(folder: Path) -> Described | None:
+    """What lies beside a checkpoint of the published layout, if something does.
 
     Raises:
         ValueError: a damaged description, another format, or one of the two files without the other.
@@ -80,16 +97,18 @@ def read(folder: Path) -> Voice | None:
         found = described["format"]
         if found != FORMAT:
             raise ValueError(f"format {found}, this code reads {FORMAT}")
-        return Voice(
+        video = described.get("video")
+        return Described(
             audio_out=from_mapping(AudioOutConfig, described["audio_out"], "audio_out"),
             turn=from_mapping(MicroTurnConfig, described["turn"], "turn"),
+            video=None if video is None else from_mapping(VideoConfig, video, "video"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}; export it again") from error
 
 
 def piecewise(folder: Path, model: ModelConfig) -> dict[str, PiecewiseArray]:
-    """Every parameter of the voice, read when its turn comes; none for a model without one.
+    """Every parameter that stands beside, read when its turn comes; often none.
 
     Raises:
         ValueError: a parameter too many, too few, or of another shape.

@@ -54,6 +54,14 @@ def plan(tile_px: int, frames_per_tile: int, num_layers: int) -> tuple[tuple[int
     return tuple(fold for _, fold in space), tuple(_width(side) for _, side in picked[1:-1])
 
 
+def is_planned(tile_px: int, frames_per_tile: int, folds: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
+    """Whether a tower with these folds of space and widths is the one that Inkling's config.json would name."""
+    try:
+        return plan(tile_px, frames_per_tile, len(folds[0]) + 1) == folds
+    except ValueError:
+        return False
+
+
 def _width(side: int) -> int:
     """The width of what `side` x `side` pixels became; a layer that has joined none keeps the colours."""
     return COLOURS if side == 1 else math.ceil(side**2 * COLOURS / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
