@@ -65,7 +65,7 @@ def get_config():
 def environment() -> dict[str, str]:
     """One device, and no optimisation."""
     changes = {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }
