@@ -20,8 +20,16 @@ from tml.stream.speaking import _sound_key
 
 NUM_TURNS, NUM_SLOTS = 10, 8
 MODEL = tiny_model(audio_out=VOICE)
-FIXED = [{"slots": SlotScheme.FIXED, "control": control} for control in Control]
-KNOBS = [{}, {"control": Control.IMPLICIT}, *FIXED, {"feedback": Feedback.NONE}, {"turn_ms": 400}]
+FIXED = {"slots": SlotScheme.FIXED, "control": Control.IMPLICIT}
+KNOBS = [
+    {},
+    {"control": Control.IMPLICIT},
+    FIXED,
+    {"feedback": Feedback.NONE},
+    # Those without a voice are in test_engine.
+    pytest.param({"slots": SlotScheme.FIXED, "control": Control.EXPLICIT}, marks=pytest.mark.slow),
+    pytest.param({"turn_ms": 400}, marks=pytest.mark.slow),
+]
 SEED, MINE = 3, 5
 
 
@@ -131,7 +139,7 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     np.testing.assert_allclose(np.asarray(again, np.float32), mels.astype(np.float32), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("knobs", [{}, *FIXED], ids=str)
+@pytest.mark.parametrize("knobs", [{}, pytest.param(FIXED, marks=pytest.mark.slow)], ids=str)
 def test_a_session_sounds_the_same_in_any_of_eight_slots_whatever_the_others_do(knobs: dict) -> None:
     session = tiny_session(MODEL, NUM_TURNS)
     layout, run_first, _, _ = runner(NUM_SLOTS, [MINE, *range(10, 17)], **knobs)
