@@ -1,6 +1,6 @@
 """Control: whether a tick token helps, and a [listen]/[speak] token.
 
-Cost: eight runs of 400 steps of the quickstart's model, 2 minutes each on two cores.
+Cost: eight runs of 300 steps of the quickstart's model, a minute and a half each on two cores.
 
     python -m launch.sweep --grid=experiments/ablations/control.py
 
@@ -15,7 +15,7 @@ def get_grid() -> Grid:
     return Grid(
         question="Does a tick token help, and does a token that says listen or speak?",
         base="experiments/quickstart.py",
-        common={"train.num_steps": 400, "train.eval_every": 100, "train.eval_batches": 16},
+        common={"train.num_steps": 300, "train.eval_every": 100, "train.eval_batches": 16},
         variants={
             "explicit": {"turn.control": "explicit", "turn.boundary": "none"},
             "explicit-tick": {"turn.control": "explicit", "turn.boundary": "tick"},
