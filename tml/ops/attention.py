@@ -274,15 +274,20 @@ def _attend(
     seen_BST: Bool[Array, "B S T"],
 ) -> Float[Array, "B S N H"]:
     num_rows, num_queries, num_heads, head_dim = q_BSNH.shape
-    num_keys, num_kv_heads = k_BTKH.shape[1:3]
+    num_kv_heads = k_BTKH.shape[2]
     # Heads go in front of the slots here, once and while arrays are small, so that the logits are never transposed.
     q = q_BSNH.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
     k, v = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     logits = jnp.einsum("BKXH,BKTH->BKXT", q, k, preferred_element_type=jnp.float32)
-    logits_BNST = logits.reshape(num_rows, num_heads, num_queries, num_keys) + bias_BNST.astype(jnp.float32)
-    weights_BNST = jax.nn.softmax(jnp.where(seen_BST[:, None], logits_BNST, MASKED), axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKXT,BKTH->BKXH", weights_BNST.reshape(logits.shape), v)
+    weights = _weights(logits, bias_BNST, seen_BST).astype(v.dtype)
+    out = jnp.einsum("BKXT,BKTH->BKXH", weights, v)
     return out.reshape(num_rows, num_heads, num_queries, head_dim).swapaxes(1, 2)
+
+
+def _weights(logits: jax.Array, bias_BNST: jax.Array, seen_BST: jax.Array) -> jax.Array:
+    """The softmax of biased logits over the keys that are seen, in the shape of the logits."""
+    biased_BNST = logits.reshape(bias_BNST.shape) + bias_BNST.astype(jnp.float32)
+    return jax.nn.softmax(jnp.where(seen_BST[:, None], biased_BNST, MASKED), axis=-1).reshape(logits.shape)
 
 
 def _attend_heads_at_once(
@@ -301,9 +306,7 @@ def _attend_heads_at_once(
     q = q.reshape(num_rows, num_heads * num_queries, num_kv_heads * head_dim)
     k, v = (x.reshape(num_rows, num_keys, num_kv_heads * head_dim) for x in (k_BTKH, v_BTKH))
     logits = jnp.einsum("BXC,BTC->BXT", q, k, preferred_element_type=jnp.float32)
-    logits_BNST = logits.reshape(num_rows, num_heads, num_queries, num_keys) + bias_BNST.astype(jnp.float32)
-    weights_BNST = jax.nn.softmax(jnp.where(seen_BST[:, None], logits_BNST, MASKED), axis=-1).astype(v.dtype)
-    out = jnp.einsum("BXT,BTC->BXC", weights_BNST.reshape(logits.shape), v)
+    out = jnp.einsum("BXT,BTC->BXC", _weights(logits, bias_BNST, seen_BST).astype(v.dtype), v)
     out = out.reshape(num_rows, num_kv_heads, -1, num_queries, num_kv_heads, head_dim)
     return jnp.einsum("BKGSJH,KJ->BSKGH", out, own_KK).reshape(q_BSNH.shape)
 
