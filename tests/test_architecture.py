@@ -202,7 +202,6 @@ def test_the_map_in_the_readme_names_every_file_as_its_docstring_does():
 
 
 @functools.cache
-@functools.cache
 def config_classes() -> dict[str, ConfigClass]:
     classes = {}
     for path in sorted((ROOT / "tml" / "config").glob("*.py")):
