@@ -9,6 +9,7 @@ import pytest
 from performances import RATE, both_splits, sessions_of, sound, task_of
 
 from data_pipelines import espeak
+from data_pipelines.behaviours.calls import TOOLS
 from data_pipelines.behaviours.cast import Axis, BehaviourConfig, Cast, held_out_pairs
 from data_pipelines.behaviours.stage import Stage, call
 from data_pipelines.behaviours.vocabulary import AFFIXES, CUES, DIGITS, NEW_AFFIXES, SECONDS, TIMED_WORDS
@@ -234,9 +235,15 @@ def test_held_out_pairs_never_occur_in_training_sessions():
         assert any(what in pair for pair in pairs["train"]), what
     assert len(pairs["heldout"]) > 8
     assert not pairs["train"] & pairs["heldout"]
-    # Each value of a tool's argument trains with one of its tools.
-    held = {value for tool, value in pairs["heldout"] if tool in ("paint it", "make it")}
-    assert held <= {value for _, value in pairs["train"]}
+
+
+def test_every_tool_and_every_value_of_its_argument_trains_and_a_pair_of_each_kind_is_held_out():
+    for forms, _, values in TOOLS:
+        held = held_out_pairs(len(forms), len(values))
+        trained = {(i, j) for i in range(len(forms)) for j in range(len(values))} - held
+        assert held
+        assert {i for i, _ in trained} == {*range(len(forms))}
+        assert {j for _, j in trained} == {*range(len(values))}
 
 
 def test_where_objects_are_held_out_only_pairs_of_shape_and_colour_are_waited_for():
