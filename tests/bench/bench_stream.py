@@ -14,7 +14,7 @@ time, as a trained one mostly does.
 import argparse
 import dataclasses
 import itertools
-import resource
+import mmap
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,8 +38,6 @@ from tml.stream.live import LiveSession, TurnResult
 BAR_MS, VOICE_BAR_MS = 20.0, 60.0
 VOICE = AudioOutConfig(frames_per_position=4, flow=FlowConfig(width=256, num_blocks=3))
 SOUND_S = 60
-EDGES_S = {True: 30, False: 10}
-"""Seconds at both ends that are compared; the first of a session of five minutes or more."""
 CHUNK_MS = 20
 
 
@@ -69,7 +67,8 @@ def noise(seconds: int, rate_hz: int) -> Iterator[tuple[np.ndarray, list[bytes]]
 def recordings(folder: Path, seconds: int, rate_hz: int) -> Iterator[tuple[np.ndarray, list[bytes]]]:
     """What is heard in the sessions of a data set, in chunks of 20 ms, and the pictures that come in each."""
     left = seconds * 1000 // CHUNK_MS
-    for session in itertools.islice(itertools.cycle(iter_sessions(folder)), left):
+    # Read anew each time round: `cycle` would keep all of them, in the memory that is measured.
+    for session in itertools.chain.from_iterable(iter_sessions(folder) for _ in itertools.count()):
         sound = resample(heard(session), session.sample_rate_hz, rate_hz)
         shown = [(frame.sample * rate_hz // session.sample_rate_hz, frame.data) for frame in session.frames]
         size = CHUNK_MS * rate_hz // 1000
@@ -78,6 +77,12 @@ def recordings(folder: Path, seconds: int, rate_hz: int) -> Iterator[tuple[np.nd
                 return
             left -= 1
             yield sound[first : first + size], [data for at, data in shown if first <= at < first + size]
+
+
+def resident_mb() -> int:
+    """What the process holds in memory now; its peak is that of compiling, and would hide all growth below it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE // 2**20
 
 
 def stream(model: Model, chunks: Iterator[tuple[np.ndarray, list[bytes]]]) -> tuple[list[TurnResult], list[int], int]:
@@ -91,7 +96,7 @@ def stream(model: Model, chunks: Iterator[tuple[np.ndarray, list[bytes]]]) -> tu
             live.show(picture)
         found = live.push(sound)
         turns += found
-        memory_mb += [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024] * len(found)
+        memory_mb += [resident_mb()] * len(found)
     return turns, memory_mb, live.num_compilations
 
 
@@ -114,7 +119,7 @@ def main() -> None:
         seconds = flags.seconds
         chunks = recordings(flags.data, seconds, rate_hz) if flags.data else noise(seconds, rate_hz)
         turns, memory_mb, num_compilations = stream(model, chunks)
-    turn_ms, edge_s = model.experiment.turn.turn_ms, EDGES_S[seconds >= 300]
+    turn_ms, edge_s = model.experiment.turn.turn_ms, 30 if seconds >= 300 else 10
     tick_ms = np.array([turn.compute_s for turn in turns]) * 1000
     edge = edge_s * 1000 // turn_ms
     words = np.array([len(turn.said.tokens) for turn in turns])
