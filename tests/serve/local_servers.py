@@ -1,6 +1,8 @@
 """Real processes for tests of the background: an endpoint, tool servers."""
 
 import contextlib
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +49,26 @@ def running_chat_server(folder: Path) -> Iterator[ChatServer]:
 def tool_server(*flags: str) -> str:
     """The command of the tool server."""
     return f"env PYTHONPATH={ROOT} {sys.executable} -m launch.tool_server {' '.join(flags)}"
+
+
+@contextlib.contextmanager
+def running_tool_server(*flags: str) -> Iterator[str]:
+    """The address of a tool server that stays."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with subprocess.Popen(shlex.split(tool_server(f"--port={port}", *flags)), stderr=subprocess.DEVNULL) as process:
+
+        def listens() -> bool:
+            assert process.poll() is None, f"the tool server ended with {process.poll()}"
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == 0
+
+        try:
+            wait_until(listens)
+            yield f"http://127.0.0.1:{port}/mcp"
+        finally:
+            process.kill()
 
 
 def odd_tools() -> str:

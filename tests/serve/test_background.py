@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from local_servers import WAIT_S, ChatServer, all_said, odd_tools, tool_server, wait_until
+from local_servers import WAIT_S, ChatServer, all_said, odd_tools, running_tool_server, tool_server, wait_until
 from PIL import Image
 from small_model import small_session
 
@@ -300,6 +300,20 @@ def test_the_model_calls_every_tool_itself(tmp_path: Path) -> None:
         assert called("time")[0].endswith("UTC+00:00")
         assert called("cancel") == []
         assert behind.notices[-1] == "there was nothing in flight to cancel"
+
+
+def test_the_tools_of_a_server_that_stays_are_called_over_http() -> None:
+    with running_tool_server() as address:
+        with background(None, tools=(address,)) as behind:
+            behind.act(Call(name="calculator", arguments={"expression": "6*7"}).spelt(), conversation)
+            assert all_said(behind) == ["calculator result 42"]
+            behind.act(Call(name="calculator", arguments={"expression": "1/0"}).spelt(), conversation)
+            assert all_said(behind)[0].startswith("calculator failed: Error executing")
+        with background(None, tools=(address,)) as behind:
+            behind.act(Call(name="time").spelt(), conversation)
+            assert all_said(behind)[0].endswith("UTC+00:00")
+    with pytest.raises(ValueError, match=f"{address}' does not start: "):
+        Background((address,), limits=Limits(start_timeout_s=WAIT_S))
 
 
 def test_a_tool_server_that_dies_or_hangs_harms_nobody_else() -> None:
