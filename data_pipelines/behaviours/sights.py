@@ -1,7 +1,7 @@
 """Counting from video and proactive video: the model speaks because of what it sees."""
 
 from data_pipelines.behaviours import requests
-from data_pipelines.behaviours.cast import Axis, Cast
+from data_pipelines.behaviours.cast import Axis, Cast, held_out_pairs
 from data_pipelines.behaviours.drawing import (
     FRAME_SAMPLES,
     HEIGHT_PX,
@@ -28,7 +28,8 @@ _WATCHES = {
     "anything": "tell me when anything turns {colour}",
     "changes": "tell me when the {shape} changes",
 }
-"""What may be waited for. Where objects are held out, only a pair of shape and colour: the rest teaches its halves."""
+"""What may be waited for. Where objects are held out, only a pair of shape and colour: the rest teaches its halves, and
+may show any pair, as none is asked for."""
 
 
 def counting(stage: Stage, cast: Cast) -> int:
@@ -107,8 +108,11 @@ def proactive(stage: Stage, cast: Cast) -> int:
     """
     config = cast.config
     start = cast.samples(0.2, 0.6)
-    shape, colour = cast.pair(SHAPES, COLOURS, Axis.OBJECT)
     watch = "turns" if Axis.OBJECT in cast.novel or cast.chance(0.5) else cast.one(("anything", "changes"))
+    is_pair = watch == "turns"
+    shape, colour = cast.pair(SHAPES, COLOURS, Axis.OBJECT) if is_pair else (cast.one(SHAPES), cast.one(COLOURS))
+    other = cast.one([name for name in SHAPES if name != shape])
+    own_colours, other_colours = (_colours_of(cast, name, is_pair=is_pair) for name in (shape, other))
     asked = not cast.chance(config.negative_fraction / 2)
     first_frame = int(cast.rng.integers(FRAME_SAMPLES))
     begun = start
@@ -118,17 +122,17 @@ def proactive(stage: Stage, cast: Cast) -> int:
         begun = requests.ask(stage, cast, start, request)
     begin = -(-(begun + seconds(0.3) - first_frame) // FRAME_SAMPLES)
     comes = not cast.chance(max(config.negative_fraction, 0.2))
-    changes, event = _draw_changes(cast, colour, begin, comes=comes, first=watch == "changes")
+    changes, event = _draw_changes(cast, colour, own_colours, begin, comes=comes, first=watch == "changes")
     last = changes[-1][0]
-    others = [name for name in COLOURS if name != colour]
     # Another shape may turn the colour that is waited for: that is not what was asked.
-    rivals = [(0, cast.one(others))]
+    rest = [name for name in other_colours if name != colour]
+    rivals = [(0, cast.one(rest))]
     if cast.chance(0.5):
-        is_same = watch != "anything" and cast.chance(0.7)
-        rivals.append((begin + cast.number(3, 12), colour if is_same else cast.one(others)))
+        is_same = watch != "anything" and colour in other_colours and cast.chance(0.7)
+        rivals.append((begin + cast.number(3, 12), colour if is_same else cast.one(rest)))
     tail = seconds(config.window_s) + cast.samples(0.6, 1.6)
     length = max(first_frame + last * FRAME_SAMPLES + tail, seconds(6.0))
-    stage.frames = _turning_film(cast, shape, changes, rivals, length, first_frame)
+    stage.frames = _turning_film(cast, (shape, changes), (other, rivals), length, first_frame)
     windows = []
     if event is not None and asked:
         sample = first_frame + event * FRAME_SAMPLES
@@ -140,14 +144,24 @@ def proactive(stage: Stage, cast: Cast) -> int:
     return length
 
 
+def _colours_of(cast: Cast, shape: str, *, is_pair: bool) -> list[str]:
+    """What a shape may turn.
+
+    In training, where a pair is waited for, no shape shows a colour whose pair is held out: it would only ever be
+    shown as what is not meant, and that is what would be learnt of it.
+    """
+    held = held_out_pairs(len(SHAPES), len(COLOURS)) if is_pair and Axis.OBJECT not in cast.novel else frozenset()
+    return [colour for j, colour in enumerate(COLOURS) if (SHAPES.index(shape), j) not in held]
+
+
 def _draw_changes(
-    cast: Cast, colour: str, begin: int, *, comes: bool, first: bool
+    cast: Cast, colour: str, colours: list[str], begin: int, *, comes: bool, first: bool
 ) -> tuple[list[tuple[int, str]], int | None]:
     """Colours from frame 0 on, and the frame in which the one that is waited for comes, if it does.
 
     With `first` any change is waited for: there is none if it does not come, and it comes first if it does.
     """
-    others = [name for name in COLOURS if name != colour]
+    others = [name for name in colours if name != colour]
     shown = [(0, cast.one(others))]
     if first and not comes:
         return shown, None
@@ -165,16 +179,15 @@ def _draw_changes(
 
 def _turning_film(
     cast: Cast,
-    shape: str,
-    changes: list[tuple[int, str]],
-    rivals: list[tuple[int, str]],
+    watched: tuple[str, list[tuple[int, str]]],
+    rival: tuple[str, list[tuple[int, str]]],
     length: int,
     first_frame: int,
 ) -> list:
-    """The shape that is watched, big, and another one that changes its colour too, smaller."""
+    """The shape that is watched, big, and another one, smaller, each with its colours from frames on."""
     left = cast.chance(0.5)
     big_x, small_x = (12.0, 30.0) if left else (27.0, 9.0)
-    other = cast.one([name for name in SHAPES if name != shape])
+    (shape, changes), (other, rivals) = watched, rival
     actors = [
         Actor(
             shape=other,

@@ -1,12 +1,15 @@
 """Films: what is counted and waited for can be seen where it is expected, and distractors are there."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
 from performances import NUM_PER_SPLIT, RATE, both_splits, task_of
 from PIL import Image
 
+from data_pipelines.behaviours import sights
+from data_pipelines.behaviours.cast import held_out_pairs
 from data_pipelines.behaviours.drawing import (
     FRAME_SAMPLES,
     HEIGHT_PX,
@@ -22,9 +25,10 @@ from data_pipelines.behaviours.drawing import (
     inside,
     standing,
 )
+from data_pipelines.behaviours.vocabulary import COLOURS, SHAPES
 from tml.codec.video import group_frames, tiles_of_frames
 from tml.config import VideoConfig
-from tml.session import Behaviour, ExpectationKind
+from tml.session import Behaviour, ExpectationKind, Session
 
 KIND = ExpectationKind
 
@@ -125,6 +129,29 @@ def test_a_rival_may_turn_the_colour_without_being_meant():
             near(pixels(f), colour) > 20 for f in session.frames for span in spans if span.start <= f.sample < span.end
         )
     assert found >= 2
+
+
+def pairs_shown(session: Session, seen: list[Actor]) -> set[tuple[int, int]]:
+    """(Shape, colour) of all that a session's frames show."""
+    frames = range(len(session.frames))
+    return {(SHAPES.index(actor.shape), COLOURS.index(actor.colour(i))) for actor in seen for i in frames}
+
+
+def test_a_held_out_pair_is_shown_in_training_only_where_no_pair_is_waited_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sights, "film", lambda actors, *rest: seen.append(actors) or film(actors, *rest))
+    held_out = held_out_pairs(len(SHAPES), len(COLOURS))
+    waiting, others = set(), set()
+    for index in range(60):
+        session = task_of(Behaviour.PROACTIVE).session("train", index)
+        words = {word.text for word in session.user_words}
+        shown = pairs_shown(session, seen[-1])
+        if "turns" in words and "anything" not in words:
+            waiting |= shown
+        elif words & {"anything", "changes"}:
+            others |= shown
+    assert waiting == {*itertools.product(range(len(SHAPES)), range(len(COLOURS)))} - held_out
+    assert others >= held_out
 
 
 @pytest.mark.parametrize("shape", ["circle", "square", "triangle"])
