@@ -73,7 +73,7 @@ def generate_with_beam(
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise ValueError("Apache Beam is not installed; pip install 'tml-interaction[beam]'") from error
+        raise ValueError("Apache Beam is not installed; pip install -e '.[beam]'") from error
     num_shards = min(num_shards, num_sessions)
     begun = time.monotonic()
     staging = stage(directory, overwrite=overwrite)

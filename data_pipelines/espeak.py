@@ -191,7 +191,7 @@ def _loader():
         import espeakng_loader
     except ImportError as error:
         raise ValueError(
-            "espeakng-loader is not installed, so there are no espeak voices; pip install 'tml-interaction[data]'"
+            "espeakng-loader is not installed, so there are no espeak voices; pip install -e '.[data]'"
         ) from error
     return espeakng_loader
 

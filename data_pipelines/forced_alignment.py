@@ -107,7 +107,7 @@ class ForcedAligner:
             import pocketsphinx
         except ImportError as error:
             raise ValueError(
-                "pocketsphinx is not installed, so words cannot be aligned; pip install 'tml-interaction[data]'"
+                "pocketsphinx is not installed, so words cannot be aligned; pip install -e '.[data]'"
             ) from error
         espeak.data_directory()
         self._decoder = pocketsphinx.Decoder(

@@ -117,7 +117,7 @@ def read_sound(prompt: Prompt) -> Speech:
     try:
         import av
     except ImportError as error:
-        raise ValueError("av is not installed, so G.722 cannot be read; pip install 'tml-interaction[data]'") from error
+        raise ValueError("av is not installed, so G.722 cannot be read; pip install -e '.[data]'") from error
     try:
         with av.open(str(prompt.path), format="g722") as container:
             rate_hz = container.streams.audio[0].rate

@@ -180,7 +180,7 @@ def commit(
 def _refuse_existing(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(
-            f"{directory} exists and is not empty; name another directory, remove it, or allow overwriting"
+            f"{directory} exists and is not empty; name another directory, remove it, or overwrite it (--overwrite)"
         )
 
 

@@ -87,7 +87,7 @@ def write_tfds(source_dir: Path | str, data_dir: Path | str, *, overwrite: bool 
     with _silence():
         directory = Path(_builder(source_dir, data_dir).data_dir)
         if directory.exists() and not overwrite:
-            raise ValueError(f"{directory} exists; name another --data_dir, remove it, or allow overwriting")
+            raise ValueError(f"{directory} exists; name another --data_dir, remove it, or overwrite it (--overwrite)")
         directory.parent.mkdir(parents=True, exist_ok=True)
         # Beside its place, so that what is there stays until the new one is whole.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".tml-tfds-") as staging:

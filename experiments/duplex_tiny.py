@@ -14,7 +14,7 @@ Commands:
     python -m launch.train --config=experiments/duplex_tiny.py --workdir=runs/duplex_tiny
     python -m launch.synthesize --task=duplex --split=heldout --seed=2 --num_sessions=1200 --out=data/duplex_tiny/test
     python -m launch.evaluate --model=runs/duplex_tiny --suite=duplex --data=data/duplex_tiny/test \
-        --out=runs/duplex_tiny/duplex
+        --out=runs/duplex_tiny/duplex --limit=70 --max_control_sessions=40
 """
 
 from ml_collections import ConfigDict

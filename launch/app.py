@@ -30,6 +30,8 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an er
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 75
+"""As in tml.train, which cannot be imported without jax; a test holds them equal."""
 EXIT_KEYBOARD = 130
 
 COMPILE_CACHE = Path("~/.cache/tml/xla")

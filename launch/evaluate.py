@@ -47,8 +47,8 @@ _CONTROLS = flags.DEFINE_list("controls", None, "--suite=duplex: which controls,
 _MAX_CONTROLS = flags.DEFINE_integer(
     "max_control_sessions",
     0,
-    "Under each control at most so many, of each behaviour with --suite=duplex; evaluation.max_control_sessions by "
-    "default.",
+    "Under each control that streams again at most so many, of each behaviour with --suite=duplex; "
+    "evaluation.max_control_sessions by default. Silence and swapped inputs need no streaming: they take all.",
 )
 _OUT = flags.DEFINE_string("out", "", "Folder for what is written; none by default.")
 _PICTURES = flags.DEFINE_integer("pictures", 2, "Sessions drawn into --out, of each behaviour with --suite=duplex.")
@@ -107,6 +107,9 @@ def _requests(model: "Model", directory: str) -> None:
     config = replace(config, max_control_sessions=_MAX_CONTROLS.value or config.max_control_sessions)
     count = min(len(source), _MAX_SESSIONS.value or config.max_sessions)
     sessions = [read_session(source, index) for index in range(count)]
+    shown = next((session.meta["behaviour"] for session in sessions if "behaviour" in session.meta), None)
+    if shown is not None:
+        raise app.UsageError(f"{directory} holds sessions of behaviours ({shown}); evaluate them with --suite=duplex")
     print(f"streaming {count} of {len(source)} sessions of {directory}, and their controls", flush=True)
     report = evaluate.evaluate(_player(model, count), sessions, config, progress=Progress("requests", "micro-turns"))
     print(evaluate.report_table(report))

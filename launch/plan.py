@@ -6,7 +6,7 @@ The real step is compiled by the real compiler for the topology that is named, a
 program. Topologies: v5p:XxYxZ, v5e:XxY, v6e:XxY, tpu7x:XxYxZ (chips), and h100, h200 or b200:1xHOSTSxGPUS.
 --step=decode plans a micro-turn of live sessions on stream.tensor chips instead, with the experts' kernel that
 stream.backend names; --search=mesh,remat,rows ranks variants.
-Needs the extra `plan`: pip install 'tml-interaction[plan]'.
+Needs the extra `plan`: pip install -e '.[plan]'.
 """
 
 import json
@@ -47,9 +47,13 @@ def main(argv: list[str]) -> int:
     from tml.plan.report import decode_table, train_table
     from tml.plan.topology import open_topology
 
+    for file in filter(None, (_JSON.value, _HLO.value)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     topology = open_topology(_TOPOLOGY.value, _SLICES.value)
     if _SEARCH.value:
         return _search(experiment, topology)
+
+    print(f"compiling the {_STEP.value} step of {experiment.name} for {topology.name}: minutes", flush=True)
 
     def keep(compiled: "Compiled", mesh: "Mesh") -> None:
         print(f"compiled in {compiled.compile_seconds:.0f} s", flush=True)

@@ -9,6 +9,7 @@ config go into the command of the job. Relative paths, of data and of --workdir,
 """
 
 import enum
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -70,7 +71,9 @@ def main(argv: list[str]) -> int:
     name, text, submit = RENDERERS[target](job)
     file = Path(_OUT.value) / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(file)
     print(summary(job))
     print(f"command  {' '.join(job.command)}")
     print(f"written  {file}; start it with: {submit(str(file))}")

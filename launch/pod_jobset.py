@@ -3,10 +3,8 @@
 import shlex
 from typing import Any
 
+from launch.app import EXIT_INTERRUPTED
 from launch.pod_job import COORDINATOR_PORT, PodJob, manifest_text
-
-EXIT_INTERRUPTED = 75
-"""tml.train's, which cannot be imported without jax; a test holds them equal."""
 
 SLICE, CONTAINER, VOLUME = "slice", "train", "shared"
 TPU_PORTS = (8471, 8431)

@@ -3,11 +3,11 @@
 import shlex
 from typing import Any
 
+from launch.app import EXIT_INTERRUPTED
 from launch.pod_job import COORDINATOR_PORT, PodJob, manifest_text
-from launch.pod_jobset import EXIT_INTERRUPTED
 from tml.xla_flags import Platform
 
-SETUP = "cd {code} && python3 -m venv .venv && .venv/bin/pip install --quiet --editable '.[{extra}]'"
+SETUP = "cd {code} && python3 -m venv .venv && .venv/bin/pip install --quiet --editable '.[{extra},serve]'"
 RUN = f"""\
 set -euo pipefail
 # The first address is process 0's, which the others look for.

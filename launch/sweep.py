@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     """Checks every config of the grid, trains what is not trained yet, writes the report."""
     if not _GRID.value:
         raise app.UsageError("--grid is missing; name a grid, as in --grid=experiments/ablations/control.py")
-    grid = load(_GRID.value).get_grid()
+    grid = load(_GRID.value, "get_grid")
     workdir = Path(_WORKDIR.value or f"runs/ablations/{Path(_GRID.value).stem}")
     runs = runs_of(grid, workdir)
     print(f"{len(runs)} runs, {len(grid.variants)} variants of {grid.base} by {len(grid.seeds)} seeds, in {workdir}")

@@ -11,6 +11,7 @@ from typing import Any
 from absl import app
 from ml_collections import ConfigDict
 
+from launch.app import EXIT_INTERRUPTED
 from launch.child import run_child
 from tml.config import Experiment, Grid, difference, from_config_dict, from_json, to_mapping
 
@@ -73,18 +74,20 @@ def runs_of(grid: Grid, workdir: Path) -> list[Run]:
     ]
 
 
-def load(path: str) -> Any:
-    """The module of a Python file.
+def load(path: str, function: str) -> Any:
+    """What a function of a Python file returns.
 
     Raises:
-        app.UsageError: there is no such file.
+        app.UsageError: there is no such file, or no such function in it.
     """
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if not Path(path).is_file() or spec is None or spec.loader is None:
         raise app.UsageError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    if not hasattr(module, function):
+        raise app.UsageError(f"{path} defines no {function}()")
+    return getattr(module, function)()
 
 
 def experiment_of(grid: Grid, variant: str, seed: int) -> Experiment:
@@ -93,7 +96,7 @@ def experiment_of(grid: Grid, variant: str, seed: int) -> Experiment:
     Raises:
         app.UsageError: an override names no key of the config, or the values do not fit together.
     """
-    config: ConfigDict = load(grid.base).get_config()
+    config: ConfigDict = load(grid.base, "get_config")
     try:
         config.update_from_flattened_dict(overrides(grid, variant, seed))
         return from_config_dict(config)
@@ -126,7 +129,7 @@ def train(run: Run, grid: Grid, progress: str) -> str:
             code, stopped_by = run_child(module, [*config, *extra], log)
             if stopped_by:
                 print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-                raise SystemExit(code if code > 0 else 128 + stopped_by)
+                raise SystemExit(EXIT_INTERRUPTED)
             if code:
                 last = (run.folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1:]
                 error = f"{module} ended with code {code}: {''.join(last)}"

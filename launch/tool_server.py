@@ -7,6 +7,7 @@ With --port it stays, and whoever wants its tools names its address: `--tools=ht
 Needs the extra `delegate`.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
     if _PORT.value is None:
         server.run("stdio")
     else:
+        print(f"tools at http://127.0.0.1:{_PORT.value}/mcp", file=sys.stderr, flush=True)
         server.run("streamable-http", host="127.0.0.1", port=_PORT.value)
     return 0
 

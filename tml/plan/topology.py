@@ -115,6 +115,5 @@ def _open_gpu(name: str, chip: Chip, sizes: tuple[int, ...]) -> Topology:
 def _needs(module: str, name: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ValueError(
-            f"topology {name!r} needs the compiler in {module}, which is not installed: "
-            "pip install 'tml-interaction[plan]'"
+            f"topology {name!r} needs the compiler in {module}, which is not installed: pip install -e '.[plan]'"
         )
