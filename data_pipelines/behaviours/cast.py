@@ -24,7 +24,7 @@ _MAX_PROMPT_S = 3.0
 
 
 class Axis(enum.StrEnum):
-    """What can be held out: none of it occurs in training sessions."""
+    """What can be held out: none of it is said or asked for in training sessions."""
 
     VOICE = "voice"
     """Voices of the user."""

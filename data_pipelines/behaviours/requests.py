@@ -9,6 +9,9 @@ from data_pipelines.mixing import seconds
 from data_pipelines.speech import Utterance, utter
 from tml.session import ExpectationKind
 
+_PATIENCE_S = 2.0
+"""How long silence is due behind what asks for nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -84,9 +87,9 @@ def answer(stage: Stage, cast: Cast, request: Request, start: int, end: int) -> 
     return [stage.say(text, after)]
 
 
-def distract(stage: Stage, cast: Cast, start: int, patience_s: float = 2.0) -> int:
+def distract(stage: Stage, cast: Cast, start: int) -> int:
     """The user says something that asks for nothing; silence is due during it and some time after."""
     tag, spoken = cast.distraction()
     end = stage.hear(start, spoken)
-    stage.expect(ExpectationKind.SILENCE, start, end + seconds(patience_s), tag=tag)
+    stage.expect(ExpectationKind.SILENCE, start, end + seconds(_PATIENCE_S), tag=tag)
     return end

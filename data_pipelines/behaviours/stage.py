@@ -122,7 +122,7 @@ class Stage:
         self._events.append(TextEvent(stream=Stream.BACKGROUND, start=sample, end=sample, text=text))
 
     def expect(self, kind: ExpectationKind, start: int, end: int, text: str = "", tag: str = "") -> None:
-        """Adds an expectation; an empty span is left out, unless it is one of an answer."""
+        """Adds an expectation; an empty span is left out."""
         if end > start:
             self.expectations.append(Expectation(kind=kind, start=start, end=end, text=text, tag=tag))
 

@@ -79,7 +79,9 @@ def test_full_duplex_benchs_take_over():
 
 
 @pytest.mark.parametrize(("at", "heard"), [(0.8, False), (1.0, True), (1.4, True), (1.6, False)])
-@pytest.mark.parametrize(("tag", "metric"), [("pause", "pause_takeover"), ("noise", "false_alarm")])
+@pytest.mark.parametrize(
+    ("tag", "metric"), [("pause", "pause_takeover"), ("request", "premature"), ("noise", "false_alarm")]
+)
 def test_silence_is_broken_by_any_word_inside(at, heard, tag, metric):
     hits, _ = judged(KIND.SILENCE, 1.0, 1.6, "", trace((at, "two")), tag=tag)
     assert hits == {metric: heard}
@@ -169,6 +171,8 @@ def test_a_nod_is_short_and_begins_with_one_of_its_words(words, nodded, took_tur
         ((), False, None),
         ((0.2,), False, None),
         ((3.4,), False, None),
+        # What begins only then has nothing to stop.
+        ((2.2, 2.4), False, None),
     ],
 )
 def test_stopping_takes_at_most_six_tenths_of_a_second_from_one_that_spoke(times, stopped, latency_s):
@@ -220,14 +224,24 @@ CALL = '{"name":"light","arguments":{"colour":"red"}}'
 )
 def test_a_call_is_right_by_name_and_arguments_in_its_window(at, payload, tool, call):
     hits, latencies = judged(KIND.ACTION, 1.0, 2.4, CALL, trace(calls=((at, payload),)))
-    assert hits == {"right_tool": tool, "right_call": call}
+    in_window = 1.0 < at <= 2.4
+    assert hits == {"right_tool": tool, "right_call": call, "wrong_call": in_window and not call}
     assert latencies["right_call"] == (pytest.approx(at - 1.0) if call else None)
 
 
-def test_a_wrong_call_beside_the_right_one_does_not_hide_it():
+def test_a_wrong_call_beside_the_right_one_does_not_hide_it_and_counts():
     wrong = json.dumps({"name": "light", "arguments": {"colour": "blue"}})
     hits, _ = judged(KIND.ACTION, 1.0, 2.4, CALL, trace(calls=((1.2, wrong), (1.4, CALL))))
-    assert hits == {"right_tool": True, "right_call": True}
+    assert hits == {"right_tool": True, "right_call": True, "wrong_call": True}
+    twice, _ = judged(KIND.ACTION, 1.0, 2.4, CALL, trace(calls=((1.2, CALL), (1.4, CALL))))
+    assert twice == {"right_tool": True, "right_call": True, "wrong_call": True}
+
+
+@pytest.mark.parametrize(
+    ("tag", "metric"), [("cancel", "acknowledged"), ("failure", "acknowledged"), ("result", "on_time")]
+)
+def test_words_that_use_no_result_are_a_metric_of_their_own(tag, metric):
+    assert judged(KIND.SAY, 1.0, 2.0, "okay", trace((1.2, "okay")), tag=tag)[0] == {metric: True}
 
 
 @pytest.mark.parametrize(("at", "called"), [(0.8, False), (1.0, True), (1.9, True), (2.0, False)])

@@ -3,13 +3,17 @@
 | kind      | metrics                     | a hit                                                            |
 |-----------|-----------------------------|------------------------------------------------------------------|
 | ANSWER    | responded, correct          | any word in the window / its first words are the answer's        |
-| SILENCE   | pause_takeover, false_alarm | any word in the span, a pause or another (low is good)           |
-| SAY       | on_time                     | the words, one behind the other, in the window                   |
+| SILENCE   | pause_takeover, premature,  | any word in the span: a pause, a request that is still being     |
+|           | false_alarm                 | said, or another (low is good)                                   |
+| SAY       | on_time, acknowledged       | the words, one behind the other, in the window; the second for   |
+|           |                             | words to a failure or a cancellation, which use no result        |
 | COUNT     | within_one, exact           | the last number that was said                                    |
 | NOD       | nodded, took_turn           | one of the nods, two words at most / more words (low is good)    |
-| STOP      | stopped                     | it spoke, and emitted no word later than 0.6 s behind the start  |
+| STOP      | stopped                     | it spoke until then, and emitted no word later than 0.6 s behind |
+|           |                             | the start                                                        |
 | GO_ON     | went_on                     | no 1.2 s without a word                                          |
-| ACTION    | right_tool, right_call      | the name / name and arguments, in the window                     |
+| ACTION    | right_tool, right_call,     | the name / name and arguments, in the window / any other call    |
+|           | wrong_call                  | in it (low is good)                                              |
 | NO_ACTION | false_call                  | any call in the span (low is good)                               |
 
 An answer of four words or more has responded when it is a turn by Full-Duplex-Bench v1 (`take_over`).
@@ -125,7 +129,7 @@ def _answer(case: _Case) -> list[Outcome]:
 
 
 def _silence(case: _Case) -> list[Outcome]:
-    metric = "pause_takeover" if case.wanted.tag == "pause" else "false_alarm"
+    metric = {"pause": "pause_takeover", "request": "premature"}.get(case.wanted.tag, "false_alarm")
     return [case.outcome(metric, bool(case.inside(case.wanted.start, case.wanted.end)))]
 
 
@@ -135,7 +139,8 @@ def _say(case: _Case) -> list[Outcome]:
     places = (i for i in range(len(texts) - len(wanted) + 1) if texts[i : i + len(wanted)] == wanted)
     place = next(places, None)
     latency_s = None if place is None else case.latency_s(words[place].start_s, case.wanted.start)
-    return [case.outcome("on_time", place is not None, latency_s)]
+    metric = "acknowledged" if case.wanted.tag in ("failure", "cancel") else "on_time"
+    return [case.outcome(metric, place is not None, latency_s)]
 
 
 def _count(case: _Case) -> list[Outcome]:
@@ -163,7 +168,7 @@ def _nod(case: _Case) -> list[Outcome]:
 def _stop(case: _Case) -> list[Outcome]:
     start, end = case.wanted.start, case.wanted.end
     deadline = start + case.samples(STOP_S)
-    spoke = bool(case.inside(start - case.samples(MAX_GAP_S), deadline))
+    spoke = bool(case.inside(start - case.samples(MAX_GAP_S), start + 1))
     over = case.inside(start, end)
     if not spoke or any(case.samples(word.start_s) > deadline for word in over):
         return [case.outcome("stopped", False)]
@@ -184,7 +189,11 @@ def _action(case: _Case) -> list[Outcome]:
     named = [(at_s, call) for at_s, call in made if call is not None and call.name == wanted.name]
     right = [at_s for at_s, call in named if call.arguments == wanted.arguments]
     latency_s = case.latency_s(right[0], start) if right else None
-    return [case.outcome("right_tool", bool(named)), case.outcome("right_call", bool(right), latency_s)]
+    return [
+        case.outcome("right_tool", bool(named)),
+        case.outcome("right_call", bool(right), latency_s),
+        case.outcome("wrong_call", len(made) > len(right[:1])),
+    ]
 
 
 def call_of(payload: str) -> Call | None:

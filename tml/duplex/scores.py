@@ -16,21 +16,23 @@ from tml.duplex.rates import Rate
 from tml.duplex.trace import Trace
 from tml.session import Behaviour, Expectation, ExpectationKind, Session
 
-LOW_IS_GOOD = frozenset({"pause_takeover", "false_alarm", "took_turn", "false_call"})
+LOW_IS_GOOD = frozenset(
+    {"pause_takeover", "premature", "false_alarm", "alarmed", "took_turn", "wrong_call", "false_call"}
+)
 
 HEADLINES: dict[Behaviour, tuple[str, ...]] = {
     Behaviour.TURN_TAKING: ("responded", "correct"),
     Behaviour.PAUSE_HANDLING: ("waited", "pause_takeover", "correct"),
     Behaviour.INTERRUPTION: ("stopped", "correct"),
     Behaviour.BACKCHANNEL: ("nodded", "went_on"),
-    Behaviour.TIMED: ("on_time",),
-    Behaviour.CUED: ("on_time",),
+    Behaviour.TIMED: ("on_time", "false_alarm"),
+    Behaviour.CUED: ("on_time", "false_alarm"),
     Behaviour.COUNTING: ("within_one", "on_time"),
-    Behaviour.PROACTIVE: ("on_time", "false_alarm"),
+    Behaviour.PROACTIVE: ("on_time", "false_alarm", "alarmed"),
     Behaviour.SIMULTANEOUS: ("on_time",),
     Behaviour.TONE: ("correct",),
     Behaviour.DELEGATION: ("on_time", "right_call", "went_on"),
-    Behaviour.TOOLS: ("right_call", "went_on"),
+    Behaviour.TOOLS: ("right_call", "wrong_call", "went_on"),
 }
 """The metrics that a behaviour is about, the most telling first: that one is averaged over sessions and behaviours."""
 
@@ -115,8 +117,10 @@ def judged(session: Session, trace: Trace) -> list[tuple[Expectation, list[Outco
 
 
 def outcomes(session: Session, trace: Trace) -> list[Outcome]:
-    """What came of every expectation of a session."""
-    return [outcome for _, came in judged(session, trace) for outcome in came]
+    """What came of every expectation of a session, and `alarmed`: whether there was any false alarm in it."""
+    found = [outcome for _, came in judged(session, trace) for outcome in came]
+    alarms = [outcome.hit for outcome in found if outcome.metric == "false_alarm"]
+    return [*found, Outcome(metric="alarmed", hit=any(alarms), tag="session")] if alarms else found
 
 
 def is_good(outcome: Outcome) -> bool:
