@@ -49,9 +49,12 @@ _MAX_CONTROLS = flags.DEFINE_integer(
     0,
     "Under each control that streams again at most so many, of each behaviour with --suite=duplex; "
     "evaluation.max_control_sessions by default. Silence and swapped inputs need no streaming: they take all.",
+    lower_bound=0,
 )
 _OUT = flags.DEFINE_string("out", "", "Folder for what is written; none by default.")
-_PICTURES = flags.DEFINE_integer("pictures", 2, "Sessions drawn into --out, of each behaviour with --suite=duplex.")
+_PICTURES = flags.DEFINE_integer(
+    "pictures", 2, "Sessions drawn into --out, of each behaviour with --suite=duplex.", lower_bound=0
+)
 _SUITE_OF = {"max_sessions": "requests", "limit": "duplex", "controls": "duplex"}
 """Flags that go with one suite only."""
 

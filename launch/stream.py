@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
         )
     if not Path(_WAV.value).is_file():
         raise FileNotFoundError(f"{_WAV.value}: there is no such file")
+    Path(_OUT.value).mkdir(parents=True, exist_ok=True)
     prepare_jax()
 
     from tml.export import bundle
@@ -88,20 +89,31 @@ def main(argv: list[str]) -> int:
     pictures = _pictures(model)
     if _TEXT.value:
         live.type_text(_TEXT.value)
-    with contextlib.ExitStack() as stack:
-        background = _open_background(clock, stack)
-        pace = Pace(_PACE.value) if _PACE.value else Pace.REAL_TIME if background else Pace.AT_ONCE
-        ticks = _stream(live, samples, pictures, background, pace)
-    notices = background.notices if background else []
+    pace = Pace(_PACE.value or (Pace.REAL_TIME if _WORKER.value or _TOOLS.value else Pace.AT_ONCE))
+    ticks: list[Tick] = []
+    background = None
+    try:
+        with contextlib.ExitStack() as stack:
+            background = _open_background(clock, stack)
+            _stream(live, samples, pictures, background, pace, ticks)
+    finally:
+        # Whatever ended it, what was said until then is written.
+        if ticks:
+            _finish(live, ticks, background.notices if background else [], pace)
+    return 0
+
+
+def _finish(live: "LiveSession", ticks: "list[Tick]", notices: list[str], pace: "Pace") -> None:
+    """Prints a summary and writes everything, of as many ticks as there were."""
+    turn_ms = live.clock.turn_samples * 1000 // live.clock.sample_rate_hz
     for notice in notices:
         print(f"background: {notice}")
-    latencies = _latencies(ticks, config.turn.turn_ms, live.num_compilations, pace)
-    wrote = _write(live.record(Path(_WAV.value).name), _transcript(ticks, notices, latencies), clock)
+    latencies = _latencies(ticks, turn_ms, live.num_compilations, pace)
+    wrote = _write(live.record(Path(_WAV.value).name), _transcript(ticks, notices, latencies), live.clock)
     text = "".join(tick.result.said.text for tick in ticks).strip()
-    print(f"said: {text!r} in {len(ticks)} ticks of {config.turn.turn_ms} ms")
+    print(f"said: {text!r} in {len(ticks)} ticks of {turn_ms} ms")
     print(", ".join(f"{name} {value:.4g}" for name, value in latencies.items()))
     print(f"wrote {', '.join(map(str, wrote))}")
-    return 0
 
 
 def _sound(clock: "Clock") -> "np.ndarray":
@@ -155,15 +167,15 @@ def _stream(
     pictures: list[tuple[int, bytes]],
     background: "Background | None",
     pace: "Pace",
-) -> "list[Tick]":
-    """Every turn, printed as it comes if anything went in from the background or was put out in it."""
+    ticks: "list[Tick]",
+) -> None:
+    """Adds every turn, printed as it comes if anything went in from the background or was put out in it."""
     from tml.serve.live_loop import run_session
 
     def show(sample: int) -> None:
         while pictures and pictures[0][0] <= sample:
             live.show(pictures.pop(0)[1])
 
-    ticks: list[Tick] = []
     chunk = CHUNK_MS * live.clock.sample_rate_hz // 1000
     for tick in run_session(live, samples, chunk, background, pace, show):
         ticks.append(tick)
@@ -171,7 +183,6 @@ def _stream(
         came_back = [f"<- {text}" for text in tick.came_back]
         if said.text or said.actions or came_back:
             print(f"{said.emitted_s:7.2f} s  tick {said.turn:4d}  {said.text.strip()}", *said.actions, *came_back)
-    return ticks
 
 
 def _transcript(ticks: "list[Tick]", notices: list[str], latencies: dict[str, float]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The runs of a sweep: what each of them is, how far it is, and how it is made."""
 
 import importlib.util
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -35,15 +34,16 @@ class Run:
     @property
     def curve(self) -> list[dict[str, float]]:
         """Held-out metrics by step, ascending; the last of a step counts, as runs go on after interruptions."""
+        from tml.metrics import read_json_lines  # it imports jax, which takes seconds
+
         path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        found = (json.loads(line) for line in lines)
+        found = read_json_lines(path) if path.exists() else ()
         by_step = {line["step"]: line for line in found if any(key.startswith("eval/") for key in line)}
         return [by_step[step] for step in sorted(by_step)]
 
     @property
     def changed(self) -> str:
-        """Where the config that its folder was trained with differs from the grid's, beside the number of steps."""
+        """Where the config that its folder was trained with differs from the grid's; it may have had fewer steps."""
         path = self.folder / CONFIG
         if not path.exists():
             return ""
@@ -52,13 +52,13 @@ class Run:
         except ValueError as error:
             return f"{path} is not a config of this version: {error}"
         found = difference(to_mapping(then), to_mapping(self.experiment))
-        changes = [change for change in found if change[0] != "train.num_steps"]
+        changes = [change for change in found if change[0] != "train.num_steps" or change[1] > change[2]]
         return ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changes)
 
     @property
     def is_done(self) -> bool:
         """Whether its last held-out metrics are those of its last step, with the grid's config."""
-        return bool(self.curve) and self.curve[-1]["step"] >= self.experiment.train.num_steps and not self.changed
+        return bool(self.curve) and self.curve[-1]["step"] == self.experiment.train.num_steps and not self.changed
 
 
 def runs_of(grid: Grid, workdir: Path) -> list[Run]:

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from small_model import small_model
+from tiny import VOICE
 
 from tml.checkpoint_pieces import Piece, PiecewiseArray, write_params
-from tml.config import MtpConfig
+from tml.config import MtpConfig, VocoderConfig, VocoderKind
 from tml.export import bundle
 from tml.export.bundle import BundleError, Model
+from tml.export.staging import whole_folder
 from tml.model import transformer
 from tml.params import init_params
 
@@ -74,6 +76,36 @@ def test_a_newer_bundle_takes_the_place_of_an_older_one(model: Model, folder: Pa
     newer = replace(model, params=jax.tree.map(lambda leaf: leaf + 1, model.params))
     bundle.save(newer, folder)
     np.testing.assert_array_equal(bundle.load(folder).params["norm"], model.params["norm"] + 1)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_vocoders_program_is_in_the_bundle(model: Model, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.mkdir()
+    for name in ("vocoder.json", "init.stablehlo", "step.stablehlo"):
+        (program / name).write_text(name)
+    own = replace(VOICE, vocoder=VocoderConfig(kind=VocoderKind.PROGRAM, program=str(program)))
+    experiment = bundle.with_voice(model.experiment, own)
+    params = init_params(transformer.specs(experiment.model), jax.random.key(0))
+    bundle.save(replace(model, experiment=experiment, params=params), tmp_path / "bundle")
+    shutil.rmtree(program)
+    (tmp_path / "bundle").rename(tmp_path / "elsewhere")
+    found = Path(bundle.load(tmp_path / "elsewhere").experiment.model.audio_out.vocoder.program)
+    assert found == tmp_path / "elsewhere" / "vocoder"
+    assert (found / "step.stablehlo").read_text() == "step.stablehlo"
+    (found / "step.stablehlo").write_text("other")
+    with pytest.raises(BundleError, match="is damaged"):
+        bundle.load(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"is no vocoder: it has no vocoder\.json"):
+        bundle.save(replace(model, experiment=experiment, params=params), tmp_path / "third")
+    assert not list(tmp_path.glob(".*third*"))
+
+
+def test_a_bundle_that_was_put_aside_when_the_process_ended_is_kept(model: Model, folder: Path) -> None:
+    folder.rename(folder.with_name(f".{folder.name}.old"))
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder, bundle.MARKER, BundleError):
+        raise KeyboardInterrupt
+    assert bundle.load(folder).experiment == model.experiment
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 

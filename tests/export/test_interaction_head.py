@@ -100,12 +100,17 @@ def test_a_voice_of_another_size_is_refused(exported: tuple[Path, Path], tmp_pat
 
 
 def test_a_model_without_a_voice_writes_no_such_files(tmp_path: Path) -> None:
-    silent = dataclasses.replace(EXPERIMENT, model=inkling_model())
-    arrays = {
-        path: PiecewiseArray(spec.shape, spec.shape, partial(one_piece, np.ones(spec.shape, np.float32)))
-        for path, spec in spec_leaves(transformer.specs(silent.model))
-    }
-    write_params(tmp_path / "run", silent, arrays)
+    write_run(tmp_path / "run", Experiment(name="silent", model=inkling_model()))
     export_folder(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out" / WEIGHTS).exists()
     assert not (tmp_path / "out" / DESCRIPTION).exists()
+
+
+def test_a_layout_of_micro_turns_comes_back_without_a_voice(tmp_path: Path) -> None:
+    silent = dataclasses.replace(EXPERIMENT, model=inkling_model())
+    write_run(tmp_path / "run", silent)
+    export_folder(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+    assert import_folder(tmp_path / "out", tmp_path / "again").turn == silent.turn
+    export_folder(tmp_path / "again", tmp_path / "out2")
+    assert (tmp_path / "out2" / DESCRIPTION).read_bytes() == (tmp_path / "out" / DESCRIPTION).read_bytes()

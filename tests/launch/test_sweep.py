@@ -1,5 +1,6 @@
 """A sweep of a tiny grid: real runs, one of which cannot work; going on; the report."""
 
+import dataclasses
 import json
 import math
 import os
@@ -106,7 +107,9 @@ def test_a_grid_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -
     with pytest.raises(ValueError, match="repeat"):
         Grid(question="?", base="", variants={"a": {}}, seeds=(1, 1))
     with pytest.raises(app.UsageError, match="no Python file"):
-        load(str(tmp_path / "absent.py"))
+        load(str(tmp_path / "absent.py"), "get_grid")
+    with pytest.raises(app.UsageError, match=r"quickstart.py defines no get_grid\(\)"):
+        load(str(ROOT / "experiments/quickstart.py"), "get_grid")
 
 
 def test_a_report_holds_finished_runs_of_this_grid_alone(tmp_path: Path) -> None:
@@ -131,6 +134,8 @@ def test_a_report_holds_finished_runs_of_this_grid_alone(tmp_path: Path) -> None
 
     assert [run.name for run in runs if not run.is_done] == ["b/seed-0", "a/seed-2"]
     assert "optim.peak_lr was 0.006 and is 0.001" in train(other, grid, "")
+    shorter = runs_of(dataclasses.replace(grid, common={"train.num_steps": 60}), tmp_path)[0]
+    assert (shorter.is_done, shorter.changed) == (False, "train.num_steps was 100 and is 60")
     write_report(grid, runs, {}, tmp_path)
     final = json.loads((tmp_path / "report.json").read_text())["final"]["eval/loss"]
     assert {name: (found["mean"], found["num_seeds"]) for name, found in final.items()} == {
@@ -141,7 +146,7 @@ def test_a_report_holds_finished_runs_of_this_grid_alone(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments/ablations").glob("[a-z]*.py")))
 def test_every_grid_builds_its_experiments(name: str) -> None:
-    grid = load(str(ROOT / f"experiments/ablations/{name}.py")).get_grid()
+    grid = load(str(ROOT / f"experiments/ablations/{name}.py"), "get_grid")
     experiments = [experiment_of(grid, variant, seed) for variant in grid.variants for seed in grid.seeds]
     assert len({str(experiment) for experiment in experiments}) == len(experiments)
 

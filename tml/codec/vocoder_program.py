@@ -9,7 +9,9 @@ Mels are log10 of mel magnitudes, F the frames of one micro-turn. `save_program`
 """
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from jax import export
 from jaxtyping import Float16, Float32
 
 from tml.codec.own_sound import frame_config
-from tml.config import ModelConfig
+from tml.config import AudioOutConfig, ModelConfig, VocoderKind
 
 MARKER = "vocoder.json"
 STEP, INIT = "step.stablehlo", "init.stablehlo"
+FOLDER = "vocoder"
+"""Where a program lies in the folder of a model that was exported with it."""
 
 
 class VocoderProgram:
@@ -59,6 +63,31 @@ class VocoderProgram:
         logs = mels.astype(np.float32).reshape(-1, self._own.num_mels)
         state, samples = self._step(state, logs * np.float32(self._own.log_deviation) + np.float32(self._own.log_mean))
         return state, np.asarray(samples)
+
+
+def carry(own: AudioOutConfig, model_folder: Path) -> AudioOutConfig:
+    """Copies the program that a voice names, if it does, beside an exported model; returns the voice with that place.
+
+    Raises:
+        ValueError: there is no such program.
+    """
+    if own.vocoder.kind is not VocoderKind.PROGRAM:
+        return own
+    folder = Path(own.vocoder.program)
+    missing = [name for name in (MARKER, INIT, STEP) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"model.audio_out.vocoder.program = {str(folder)!r} is no vocoder: it has no {missing[0]}")
+    (model_folder / FOLDER).mkdir()
+    for name in (MARKER, INIT, STEP):
+        shutil.copyfile(folder / name, model_folder / FOLDER / name)
+    return replace(own, vocoder=replace(own.vocoder, program=FOLDER))
+
+
+def carried(own: AudioOutConfig, model_folder: Path) -> AudioOutConfig:
+    """The voice of an exported model, with the place of the program that `carry` copied, if it did."""
+    if own.vocoder.kind is not VocoderKind.PROGRAM:
+        return own
+    return replace(own, vocoder=replace(own.vocoder, program=str(model_folder / own.vocoder.program)))
 
 
 def described(model: ModelConfig) -> dict[str, int | float]:

@@ -15,6 +15,7 @@ github.com/DanielLin94144/Full-Duplex-Bench (commit d7336bd), whose scorers read
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Sample:
 def write_samples(
     root: Path | str, sessions: Sequence[Session], traces: Sequence[Trace], own_sounds: Sequence[np.ndarray]
 ) -> dict[str, int]:
-    """Writes every sample that the sessions hold; returns how many there are of each task.
+    """Writes every sample that the sessions hold in place of earlier ones; returns how many there are of each task.
 
     Args:
         root: the folder in which the tasks' folders are made.
@@ -71,6 +72,9 @@ def write_samples(
         ValueError: a sound has another length than its session, or the lists have.
     """
     counts: Counter[str] = Counter()
+    for task in (TURN_TAKING, PAUSES, INTERRUPTIONS, BACKCHANNELS):
+        # The public scorer averages over all that it finds.
+        shutil.rmtree(Path(root) / task, ignore_errors=True)
     for session, trace, own in zip(sessions, traces, own_sounds, strict=True):
         if len(own) != session.num_samples:
             raise ValueError(

@@ -4,6 +4,7 @@ bundle/
 config.json           the experiment
 params.safetensors    every parameter in float32, by its path
 tokenizer/            the tokenizer's own file
+vocoder/              the vocoder's program, where the voice names one
 bundle.json           format, config hash, checksums; written last, so that half a bundle is none
 """
 
@@ -20,7 +21,8 @@ import safetensors.numpy
 
 from tml import checkpoint
 from tml.codec.text import Tokenizer, layout_of
-from tml.config import Experiment, config_hash, to_json
+from tml.codec.vocoder_program import carried, carry
+from tml.config import AudioOutConfig, Experiment, config_hash, to_json
 from tml.config.tree import from_json
 from tml.export.staging import whole_folder
 from tml.microturn import Layout
@@ -91,13 +93,14 @@ def save(model: Model, folder: Path) -> None:
         BundleError: the folder holds something that is not a bundle.
     """
     with whole_folder(folder, MARKER, BundleError) as staging:
-        safetensors.numpy.save_file(by_path(model.params, model.experiment), staging / PARAMS)
-        (staging / CONFIG).write_text(to_json(model.experiment) + "\n")
-        tokenizer = model.tokenizer.save(staging / TOKENIZER)
-        files = (PARAMS, CONFIG, str(tokenizer.relative_to(staging)))
+        experiment = with_voice(model.experiment, carry(model.experiment.model.audio_out, staging))
+        safetensors.numpy.save_file(by_path(model.params, experiment), staging / PARAMS)
+        (staging / CONFIG).write_text(to_json(experiment) + "\n")
+        model.tokenizer.save(staging / TOKENIZER)
+        files = sorted(str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file())
         marker = {
             "format": FORMAT,
-            "config_hash": config_hash(model.experiment),
+            "config_hash": config_hash(experiment),
             "sha256": {name: digest(staging / name) for name in files},
         }
         (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
@@ -116,8 +119,14 @@ def load(folder: Path) -> Model:
         raise BundleError(
             f"{folder / CONFIG} was written by another version of tml: {error}; export it again"
         ) from error
+    experiment = with_voice(experiment, carried(experiment.model.audio_out, folder))
     tensors = safetensors.numpy.load_file(folder / PARAMS)
     return Model(experiment=experiment, params=_as_tree(tensors, experiment, folder), tokenizer=_load_tokenizer(folder))
+
+
+def with_voice(experiment: Experiment, own: AudioOutConfig) -> Experiment:
+    """The same experiment with another voice."""
+    return replace(experiment, model=replace(experiment.model, audio_out=own))
 
 
 def _verify(folder: Path) -> None:

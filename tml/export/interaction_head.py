@@ -1,13 +1,15 @@
 """What Inkling's published layout cannot hold: files of its own beside it, which other engines do not read.
 
-That is the voice, and an image tower whose widths no config.json of Inkling's can name.
+That is the voice, an image tower whose widths no config.json of Inkling's can name, and a layout of micro-turns that is
+not the usual one.
 
 interaction_head.safetensors   flow head, table of own audio and such a tower, by our paths, in float32
 interaction_head.json          format, voice (`model.audio_out`), layout of micro-turns (`turn`), such a tower (`video`)
+vocoder/                       the vocoder's program, where the voice names one
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from tml.checkpoint_pieces import ParamsReader, Piece, PiecewiseArray
+from tml.codec.vocoder_program import carried, carry
 from tml.config import AudioOutConfig, MicroTurnConfig, ModelConfig, VideoConfig, to_mapping
 from tml.config.tree import from_mapping
 from tml.export.tile_folds import is_planned
@@ -66,13 +69,13 @@ def write(folder: Path, reader: ParamsReader) -> None:
     """Writes what stands beside a checkpoint; nothing if nothing does."""
     experiment = reader.experiment
     specs = head_specs(experiment.model)
-    if not specs:
+    if not specs and experiment.turn == MicroTurnConfig():
         return
-    tensors = {path: np.asarray(reader.read(path, (0,), spec.shape[0])) for path, spec in specs.items()}
-    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+    if specs:
+        _write_weights(folder, reader, specs)
     described = {
         "format": FORMAT,
-        "audio_out": to_mapping(experiment.model.audio_out),
+        "audio_out": to_mapping(carry(experiment.model.audio_out, folder)),
         "turn": to_mapping(experiment.turn),
     }
     if _has_own_tower(experiment.model):
@@ -80,31 +83,39 @@ def write(folder: Path, reader: ParamsReader) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
+def _write_weights(folder: Path, reader: ParamsReader, specs: Mapping[str, ParamSpec]) -> None:
+    tensors = {path: np.asarray(reader.read(path, (0,), spec.shape[0])) for path, spec in specs.items()}
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+
+
 def read(folder: Path) -> Described | None:
     """What lies beside a checkpoint of the published layout, if something does.
 
     Raises:
-        ValueError: a damaged description, another format, or one of the two files without the other.
+        ValueError: a damaged description, another format, or one of the two files without the other that it needs.
     """
-    there = [name for name in (WEIGHTS, DESCRIPTION) if (folder / name).is_file()]
-    if not there:
+    file, has_weights = folder / DESCRIPTION, (folder / WEIGHTS).is_file()
+    if not file.is_file() and not has_weights:
         return None
-    if len(there) == 1:
-        raise ValueError(f"{folder} holds {there[0]}, but of {WEIGHTS} and {DESCRIPTION} both are needed, or neither")
-    file = folder / DESCRIPTION
+    halves = f"of {WEIGHTS} and {DESCRIPTION} both are needed, or neither"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds {WEIGHTS}, but {halves}")
     try:
         described = json.loads(file.read_text())
         found = described["format"]
         if found != FORMAT:
             raise ValueError(f"format {found}, this code reads {FORMAT}")
         video = described.get("video")
-        return Described(
-            audio_out=from_mapping(AudioOutConfig, described["audio_out"], "audio_out"),
+        beside = Described(
+            audio_out=carried(from_mapping(AudioOutConfig, described["audio_out"], "audio_out"), folder),
             turn=from_mapping(MicroTurnConfig, described["turn"], "turn"),
             video=None if video is None else from_mapping(VideoConfig, video, "video"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}; export it again") from error
+    if not has_weights and (beside.audio_out.frames_per_position or beside.video):
+        raise ValueError(f"{folder} holds {DESCRIPTION} with a voice or a tower, but {halves}")
+    return beside
 
 
 def piecewise(folder: Path, model: ModelConfig) -> dict[str, PiecewiseArray]:

@@ -22,10 +22,17 @@ def whole_folder(folder: Path, marker: str, error: type[ValueError]) -> Iterator
         kind = marker.partition(".")[0]
         raise error(f"{folder} holds files that are not a {kind}; name an empty or a new folder")
     staging, retired = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    if retired.exists() and not folder.exists():
+        # A process ended between the two renames.
+        retired.rename(folder)
     for left_over in (staging, retired):
         shutil.rmtree(left_over, ignore_errors=True)
     staging.mkdir(parents=True)
-    yield staging
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(retired)
     staging.rename(folder)

@@ -4,8 +4,8 @@
     poll()                      what has come back since the last time, as text for the stream `background`
 
 Both are called between two micro-turns and wait for nothing. The work is done in a thread of its own, with an event
-loop. What is in flight is known to the calling side alone: once a task is cancelled or timed out, nothing of it comes
-through, and what comes too late is dropped with a notice.
+loop. What is in flight is known to the calling side alone: once a task is cancelled or timed out, nothing more of it
+comes back, and what comes too late is dropped with a notice. What has come back goes in over as many turns as it takes.
 
 | what comes back                             | as text                                            |
 |---------------------------------------------|----------------------------------------------------|
