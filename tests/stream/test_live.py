@@ -133,6 +133,18 @@ def test_typed_text_goes_in_with_the_next_turns(model: Model, sound: np.ndarray,
     assert said == [turn.said for turn in before + after]
 
 
+def test_text_that_no_turn_has_read_is_not_in_the_record(model: Model, sound: np.ndarray) -> None:
+    live = live_session(model)
+    live.type_text(TYPED)
+    live.type_text(TYPED)
+    live.push(sound[:TURN_SAMPLES])
+    (read,) = live.record("cut").texts_of(Stream.USER_TEXT)
+    assert model.tokenizer.encode(read.text) == model.tokenizer.encode(TYPED)[:3]
+    tokens = inputs_of(live.record("cut"), model).tokens_BW[0, 0].tolist()
+    assert tokens[-4:] == [model.layout.special.user_text, *model.tokenizer.encode(read.text)]
+    assert [event.text for event in live.recording().texts if event.stream is Stream.USER_TEXT] == [TYPED, TYPED]
+
+
 def test_the_record_is_a_session(whole: tuple[LiveSession, list[Said]], sound: np.ndarray) -> None:
     live, said = whole
     record = live.record("a session", {"licence": "none"})

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -220,5 +220,19 @@ class LiveSession:
         )
 
     def record(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
-        """The session so far, as a Session (`Recording.session`)."""
-        return self.recording().session(session_id, meta)
+        """The session so far, as a Session (`Recording.session`); text that no turn has read is left out."""
+        return replace(self.recording(), texts=self._texts_read()).session(session_id, meta)
+
+    def _texts_read(self) -> tuple[TextEvent, ...]:
+        """The events but for what still waits of the last ones of each stream."""
+        waiting = {stream: len(tokens) for stream, tokens in self._waiting.items()}
+        read: list[TextEvent] = []
+        for event in reversed(self._events):
+            if left := waiting.get(event.stream):
+                tokens = self._tokenizer.encode(event.text)
+                waiting[event.stream] = max(0, left - len(tokens))
+                text = self._tokenizer.decode(tokens[: max(0, len(tokens) - left)])
+                read += [replace(event, text=text)] if text else []
+            else:
+                read.append(event)
+        return tuple(reversed(read))
