@@ -28,7 +28,7 @@ from absl import flags
 from launch import processes
 from launch.app import define_config, prepare_jax, read_experiment, run_app
 from launch.processes import Place, agree, join, read_place, run_identity, together
-from tml.config import Experiment, SourceConfig, config_hash, difference, to_json, to_mapping
+from tml.config import FREE_MODEL_KEYS, Experiment, SourceConfig, config_hash, difference, to_json, to_mapping
 from tml.config.tree import from_json
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ FIXED_GROUPS = ("model", "turn", "text", "data", "seed")
 """What a run folder may not change: the parameters, and which batch belongs to which step, follow from it."""
 
 FREE_KEYS = re.compile(
-    r"model\.(remat|row_parts|attention\.backend|moe\.(backend|block_rows|dispatch|capacity_factor))|text\.tokenizer|"
-    r"data\.(max_quarantined_fraction|read_threads|prefetch_rows|eval_sources(\..*)?|sources\..*\.path)"
+    FREE_MODEL_KEYS.pattern
+    + r"|text\.tokenizer|data\.(max_quarantined_fraction|read_threads|prefetch_rows|sources\..*\.path)"
+    + r"|data\.eval_sources(\..*)?"
 )
 """What of those it may: no parameter and no batch follows from it, or the contents are compared instead.
 

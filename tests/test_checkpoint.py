@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from made_up import made_up_experiment
 
+from tml import checkpoint
 from tml.checkpoint import CheckpointError, Checkpoints, restore, state_hash
-from tml.config import Experiment, MeshConfig, OptimConfig, Optimizer
+from tml.config import Experiment, MeshConfig, OptimConfig, Optimizer, Remat
 from tml.mesh import make_mesh
 from tml.train_step import TrainState, init_state
 
@@ -102,6 +103,20 @@ def test_another_model_is_refused_with_both_values(run_folder: Path):
     model = dataclasses.replace(EXPERIMENT.model, d_model=32, norm_eps=1e-5)
     with pytest.raises(CheckpointError, match=r"model.d_model was 16, is 32; model.norm_eps was 1e-06, is 1e-05; "):
         restored(run_folder, dataclasses.replace(EXPERIMENT, model=model))
+
+
+def test_the_way_to_the_same_sums_may_change(first: TrainState, run_folder: Path):
+    moe = dataclasses.replace(EXPERIMENT.model.moe, block_rows=16, capacity_factor=2.0)
+    model = dataclasses.replace(EXPERIMENT.model, remat=Remat.LAYER, moe=moe)
+    assert model != EXPERIMENT.model
+    assert state_hash(restored(run_folder, dataclasses.replace(EXPERIMENT, model=model))) == state_hash(
+        at_step(first, 2)
+    )
+
+
+def test_arrays_of_more_places_than_an_integer_holds_have_a_checksum():
+    experts = jax.ShapeDtypeStruct((2, 256, 4_096, 2, 2_048), np.float32)  # of the 276B model
+    assert jax.eval_shape(checkpoint._bit_sum, experts).dtype == np.uint32
 
 
 def test_another_optimizer_is_refused(run_folder: Path):

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from tml.config import Experiment, config_hash, difference, to_mapping
+from tml.config import FREE_MODEL_KEYS, Experiment, config_hash, difference, to_mapping
 from tml.config.tree import from_mapping
 from tml.model import transformer
 from tml.params import PyTree, abstract_params, spec_leaves
@@ -145,6 +145,7 @@ class Checkpoints:
                 f"it in another --workdir, with --config.train.init_from={self._folder.parent}, but not go on in it"
             )
         changed = difference(_fixed_part(manifest["config"]), _fixed_part(to_mapping(experiment)))
+        changed = [change for change in changed if not FREE_MODEL_KEYS.fullmatch(change[0])]
         if changed:
             raise CheckpointError(
                 f"checkpoint {self._folder / str(step)} belongs to another model: {describe(changed)}; "
@@ -366,8 +367,8 @@ def _bit_sum(values: jax.Array) -> jax.Array:
     words = jax.lax.bitcast_convert_type(values, f"uint{8 * values.dtype.itemsize}").astype(jnp.uint32)
     places, stride = jnp.ones(words.shape, jnp.uint32), 2
     for axis in reversed(range(words.ndim)):  # no reshape, which would gather a sharded array
-        places += stride * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        stride *= words.shape[axis]
+        places += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        stride = stride * words.shape[axis] % 2**32
     return jnp.sum(words * places, dtype=jnp.uint32)
 
 

@@ -6,6 +6,7 @@ from tml.config.experiment import Experiment
 from tml.config.grid import Grid
 from tml.config.mesh import DATA_AXES, ROW_AXES, SHARD_AXES, MeshConfig, Split
 from tml.config.model import (
+    FREE_MODEL_KEYS,
     AttentionBackend,
     AttentionConfig,
     AudioConfig,
@@ -43,6 +44,7 @@ from tml.config.tree import (
 
 __all__ = [
     "DATA_AXES",
+    "FREE_MODEL_KEYS",
     "ROW_AXES",
     "SHARD_AXES",
     "AttentionBackend",

@@ -1,10 +1,16 @@
 """Configuration of the network: the Inkling backbone and its audio and video inputs."""
 
 import enum
+import re
 from dataclasses import dataclass, field, replace
 
 from tml.config.audio_out import AudioOutConfig
 from tml.config.checks import check_at_most, check_multiple, check_not_negative, check_positive
+
+FREE_MODEL_KEYS = re.compile(
+    r"model\.(remat|row_parts|attention\.backend|moe\.(backend|block_rows|dispatch|capacity_factor))"
+)
+"""What of a model may change when a run goes on: no parameter follows from it."""
 
 
 class ComputeDtype(enum.StrEnum):
