@@ -15,10 +15,10 @@ from tml.mesh import RowPart, activation_partition, copy_axes, make_mesh, partit
 from tml.params import ParamSpec, param
 
 
-def device_of_slice(number: int, slice_index: int) -> mock.Mock:
+def device_of_slice(number: int, slice_index: int, platform: str = "fake") -> mock.Mock:
     """What the construction of a mesh reads of a device."""
     return mock.Mock(
-        spec=jax.Device, id=number, slice_index=slice_index, process_index=0, platform="fake", device_kind="fake"
+        spec=jax.Device, id=number, slice_index=slice_index, process_index=0, platform=platform, device_kind="fake"
     )
 
 
@@ -34,6 +34,12 @@ def test_slices_lie_along_replica():
     np.testing.assert_array_equal(slices, [[0, 0], [0, 0], [1, 1], [1, 1]])
     with pytest.raises(ValueError, match=r"replica = 1 is not a multiple of the 2 slices.*nearest.*replica is 2"):
         make_mesh(MeshConfig(fsdp=8), devices)
+
+
+def test_hosts_of_gpus_are_no_slices():
+    devices = [device_of_slice(number, number // 2, "gpu") for number in range(8)]
+    mesh = make_mesh(MeshConfig(fsdp=4, expert=2), devices)
+    assert [device.id for device in mesh.devices.flat] == [*range(8)]
 
 
 def test_a_mesh_for_another_number_of_devices_names_one_that_fits():

@@ -71,8 +71,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, s
 
 def _ordered(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     sizes = tuple(config.shape.values())
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    is_tpu = devices[0].platform == "tpu"
+    is_tpu, is_gpu = (devices[0].platform == platform for platform in ("tpu", "gpu"))
+    # XLA numbers the hosts of GPUs as slices; those are told apart by nothing here, as in the planner.
+    num_slices = 1 if is_gpu else len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices > 1:
         if config.replica % num_slices:
             raise ValueError(
