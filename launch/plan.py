@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     """Compiles, estimates, prints."""
     if not _TOPOLOGY.value:
         raise app.UsageError("--topology is missing; name a pod, as in --topology=v5p:8x8x8")
+    _refuse_flags()
     experiment = read_experiment(_CONFIG)
     os.environ["JAX_PLATFORMS"] = "cpu"  # jax reads it when it is imported; nothing runs here but compilers
     from tml.plan.report import decode_table, train_table
@@ -75,18 +76,32 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _refuse_flags() -> None:
+    """Raises UsageError for flags that do not go together."""
+    for name, other, goes in (
+        ("step", "--search, which plans train steps", bool(_SEARCH.value)),
+        ("hlo", "--search", bool(_SEARCH.value)),
+        ("tokens", "--step=decode", _STEP.value == "decode"),
+    ):
+        if goes and flags.FLAGS[name].present:
+            raise app.UsageError(f"--{name} does not go with {other}; leave it out")
+
+
 def _search(experiment: "Experiment", topology: "Topology") -> int:
     from tml.plan.report import search_line
     from tml.plan.search import candidates, rank, search
 
     plans = []
-    for plan in search(candidates(experiment, topology, _SEARCH.value), topology, _SEARCH_LIMIT.value):
+    variants = candidates(experiment, topology, _SEARCH.value)
+    for plan in search(variants, topology, _SEARCH_LIMIT.value):
         print(search_line(plan.numbers(_TOKENS.value or plan.tokens_of_config)), flush=True)
         plans.append(plan)
     if not plans:
         raise ValueError(f"no variant of {experiment.name} holds its state on {topology.name}; name a larger topology")
     ranked = [plan.numbers(_TOKENS.value or plan.tokens_of_config) for plan in rank(plans)]
     print("\nranked")
+    if next(variants, None) is not None:
+        print("(there are more variants, for a larger --search_limit)")
     for numbers in ranked:
         print(search_line(numbers))
     _write_json(ranked)

@@ -67,6 +67,7 @@ def test_two_slices_are_joined_by_the_network():
         ("v6e:16x16", 256, (True, True)),
         ("tpu7x:4x8x8", 256, (True, True, True)),
         ("v5e:4x4", 16, (False, False)),
+        ("v5p:2x4x4", 32, (False, False, False)),
     ],
 )
 def test_topologies_have_their_chips_and_rings(name: str, chips: int, wraps: tuple[bool, ...]):

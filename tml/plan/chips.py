@@ -18,7 +18,7 @@ class Chip:
     Attributes:
         name: as in a topology.
         peak_flops_per_s: dense bf16 matmul peak of one chip.
-        hbm_bytes: main memory of one chip.
+        hbm_bytes: main memory of one chip that a program may take; of a GPU's the share that `launch.pod` asks for.
         hbm_bytes_per_s: its bandwidth.
         devices_per_chip: devices that jax sees on one chip; they share the chip's figures equally.
         link_bytes_per_s: TPU: one link of the torus; GPU: all NVLinks of a chip together.
@@ -119,7 +119,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="h100",
             peak_flops_per_s=989e12,
-            hbm_bytes=80e9,
+            hbm_bytes=0.92 * 84.943e9,
             hbm_bytes_per_s=3.35e12,
             link_bytes_per_s=4.5e11,
             torus_axes=0,
@@ -129,7 +129,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="h200",
             peak_flops_per_s=989e12,
-            hbm_bytes=141e9,
+            hbm_bytes=0.92 * 151.398e9,
             hbm_bytes_per_s=4.8e12,
             link_bytes_per_s=4.5e11,
             torus_axes=0,
@@ -139,7 +139,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="b200",
             peak_flops_per_s=2250e12,
-            hbm_bytes=180e9,
+            hbm_bytes=0.92 * 191.514e9,
             hbm_bytes_per_s=8e12,
             link_bytes_per_s=9e11,
             torus_axes=0,

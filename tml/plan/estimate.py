@@ -129,7 +129,7 @@ def estimate(program: Program, fabric: Fabric, unknown_trips: int = 1) -> Estima
     """
     replay = _Replay(program, fabric, unknown_trips)
     seconds = replay.run(program.entry, 1.0)
-    lines = [line for line in replay.lines.values() if line.core_seconds or line.link_seconds]
+    lines = [line for line in replay.lines.values() if line.core_seconds or line.link_seconds or line.hbm_bytes]
     network = replay.network_seconds
     busy = {
         "matmul units": sum(line.flops for line in lines) / replay.costs.peak_flops_per_s,
@@ -138,7 +138,8 @@ def estimate(program: Program, fabric: Fabric, unknown_trips: int = 1) -> Estima
         "network": network,
     }
     limit = max(busy, key=lambda name: busy[name])
-    return Estimate(seconds, busy[limit], limit, lines, sorted(replay.unknown))
+    # What is fetched ahead shares main memory with what hides it, which the replay does not see.
+    return Estimate(max(seconds, busy[limit]), busy[limit], limit, lines, sorted(replay.unknown))
 
 
 @dataclass

@@ -17,7 +17,8 @@ VARIED = ("mesh", "remat", "rows")
 def candidates(experiment: Experiment, topology: Topology, varied: Sequence[str]) -> Iterator[Experiment]:
     """Every variant whose dimensions the mesh divides and whose state alone fits the chips.
 
-    Meshes without `tensor` and `context` come first, then those with few of them.
+    Meshes without `tensor` and `context` come first, then those with few of them; each next variant is the one that is
+    least far down in all lists together, so that a search that ends early has tried some of everything.
 
     Args:
         experiment: what is varied.
@@ -36,7 +37,9 @@ def candidates(experiment: Experiment, topology: Topology, varied: Sequence[str]
     rows = (
         [topology.num_chips * each for each in ROWS_PER_CHIP] if "rows" in varied else [experiment.data.rows_per_batch]
     )
-    for mesh, remat, num_rows in itertools.product(meshes, remats, rows):
+    places = itertools.product(range(len(meshes)), range(len(remats)), range(len(rows)))
+    for at in sorted(places, key=lambda at: (sum(at), at)):
+        mesh, remat, num_rows = meshes[at[0]], remats[at[1]], rows[at[2]]
         varied_model = dataclasses.replace(experiment.model, remat=remat)
         varied_data = dataclasses.replace(experiment.data, rows_per_batch=num_rows)
         plain = dataclasses.replace(experiment, mesh=MeshConfig(), model=varied_model, data=varied_data)

@@ -93,7 +93,9 @@ def _open_tpu(name: str, chip: Chip, sizes: tuple[int, ...], num_slices: int) ->
     # The flags of a launch, so that the plan is of the program that will run; a variable that is set stays.
     for variable, value in (TPU_ENVIRONMENT | dict(flags_environment(Platform.TPU, num_slices, chip.name))).items():
         os.environ.setdefault(variable, value)
-    wraps = tuple(size % CUBE == 0 if chip.torus_axes == 3 else size == FLAT_RING for size in sizes)
+    # A slice of whole cubes is a torus along every axis; a smaller one has no rings.
+    is_torus = all(size % CUBE == 0 for size in sizes)
+    wraps = tuple(is_torus if chip.torus_axes == 3 else size == FLAT_RING for size in sizes)
     # The compiler wants three axes always.
     padded = [*wraps, False][:3] if chip.torus_axes == 2 else list(wraps)
     options = {"num_slices": num_slices} if num_slices > 1 else {}
