@@ -35,10 +35,18 @@ if [ "$requeue" = yes ] && [ "$code" -gt 128 ]; then
 fi
 
 # 0: done. 2: wrong flags, no better next time. 75: saved on someone's request, who does not want it back at once.
+# Slurm counts every requeue; failures are counted here.
+failures="$SLURM_JOB_ID.failures"
 case "$requeue:$code" in
   yes:*) scontrol requeue "$SLURM_JOB_ID" ;;
   no:0 | no:2 | no:75) ;;
-  *) if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_RESTARTS" ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;
+  *)
+    failed="$(cat "$failures" 2>/dev/null || echo 0)"
+    if [ "$failed" -lt "$MAX_RESTARTS" ]; then
+      echo "$((failed + 1))" > "$failures"
+      scontrol requeue "$SLURM_JOB_ID"
+    fi
+    ;;
 esac
 exit "$code"
 """

@@ -53,6 +53,19 @@ def test_round_trip_is_round_robin(data_set):
         source[20]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_data_set_that_was_put_aside_when_its_writer_ended_comes_back(data_set, overwrite):
+    # In a container the next writer may have the same number as the one that was killed.
+    staging = stage(data_set, overwrite=True)
+    data_set.rename(staging.with_name(f"{staging.name}-replaced"))
+    if overwrite:
+        assert stage(data_set, overwrite=True) == staging
+    else:
+        with pytest.raises(ValueError, match="exists and is not empty"):
+            stage(data_set)
+    assert len(RecordSource(data_set)) == 20
+
+
 def test_same_records_same_bytes_other_records_other_identity(data_set, tmp_path):
     for name, changed in (("same", 0), ("other", 1)):
         with RecordWriter(tmp_path / name, kind=RecordKind.DOCUMENTS, name=name, num_shards=3) as writer:

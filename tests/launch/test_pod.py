@@ -153,14 +153,23 @@ exit "$END"
 
 
 @pytest.mark.parametrize(
-    ("end", "restarts", "code", "requeued"),
-    [("0", 0, 0, False), ("2", 0, 2, False), ("75", 0, 75, False), ("1", 0, 1, True), ("1", 3, 1, False)],
+    ("end", "failures", "code", "requeued"),
+    [
+        ("0", 0, 0, False),
+        ("2", 0, 2, False),
+        ("75", 0, 75, False),
+        ("1", 0, 1, True),
+        ("1", 2, 1, True),
+        ("1", 3, 1, False),
+    ],
 )
 def test_a_batch_script_runs_every_task_and_requeues_what_may_succeed(
-    tmp_path: Path, end: str, restarts: int, code: int, requeued: bool
+    tmp_path: Path, end: str, failures: int, code: int, requeued: bool
 ) -> None:
-    assert run_batch(tmp_path, end, restarts) == code
+    assert run_batch(tmp_path, end, failures) == code
     assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "12.failures").read_text().strip() == str(failures + 1)
     for task in (0, 1):
         given = (tmp_path / f"task.{task}.given").read_text()
         assert given.startswith(f"{task}/2 at node7:8476: -m launch.train --config={tmp_path}/code/experiments/")
@@ -168,12 +177,12 @@ def test_a_batch_script_runs_every_task_and_requeues_what_may_succeed(
 
 
 def test_a_batch_script_saves_and_requeues_before_its_time_is_up(tmp_path: Path) -> None:
-    assert run_batch(tmp_path, "term", restarts=7) == EXIT_INTERRUPTED
+    assert run_batch(tmp_path, "term", failures=3) == EXIT_INTERRUPTED
     assert (tmp_path / "cancelled").read_text() == "--signal=TERM 12\n"
     assert (tmp_path / "requeued").read_text() == "requeue 12\n"
 
 
-def run_batch(folder: Path, end: str, restarts: int) -> int:
+def run_batch(folder: Path, end: str, failures: int) -> int:
     """Runs a rendered script among programs that stand for Slurm's and for the training; returns its exit code."""
     binaries = folder / "bin"
     binaries.mkdir()
@@ -184,7 +193,9 @@ def run_batch(folder: Path, end: str, restarts: int) -> int:
     job = pod_job(topology, folder, python=str(binaries / "train"))
     (folder / "job.sbatch").write_text(pod_slurm.sbatch_text(job, "1:00:00", "", ""))
     environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "SLURM_JOB_ID": "12", "END": end}
-    environment |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_RESTART_COUNT": str(restarts)}
+    environment |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_RESTART_COUNT": "7"}
+    if failures:
+        (folder / "12.failures").write_text(str(failures))
     start = ["bash", "-c", "export BATCH=$$; exec bash job.sbatch"]
     return subprocess.run(start, cwd=folder, env=environment, timeout=30, capture_output=True).returncode
 

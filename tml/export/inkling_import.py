@@ -178,7 +178,8 @@ def _described(source: TensorFolder) -> dict[str, Any]:
 
 def _keep(source: TensorFolder, keepsake: Path) -> None:
     """Puts aside what an export gives back: how every tensor was stored, config.json and its neighbours."""
-    keepsake.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(keepsake, ignore_errors=True)
+    keepsake.mkdir(parents=True)
     (keepsake / STORED).write_text(json.dumps(_described(source), indent=1, sort_keys=True) + "\n")
     for name in (CONFIG, *SIDE_FILES):
         if (source.folder / name).is_file():
