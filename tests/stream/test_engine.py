@@ -116,14 +116,15 @@ def test_a_stream_equals_the_training_forward_of_what_it_said(knobs: dict) -> No
     np.testing.assert_allclose(log_probs[spoken, expected_tokens], streamed, atol=1e-4)
 
 
-def test_appending_any_chunks_equals_the_training_forward() -> None:
+@pytest.mark.parametrize(("width", "apart"), [(7, False), (1, True)])
+def test_appending_any_chunks_equals_the_training_forward(width: int, apart: bool) -> None:
     model, layout, params, *_ = built()
     batch = rows_of(model, layout, [[tiny_session(model, NUM_TURNS)]], 120)
     size = int((batch.segment_ids_BS > 0).sum())
     expected = forward(params, batch)
     append = jax.jit(lambda p, s, x: cache.append(p, s, x, model))
-    rng, width, first = np.random.default_rng(0), 7, 0
-    state = cache.init_state(model, 1, 256, width)
+    rng, first = np.random.default_rng(0), 0
+    state = cache.init_state(model, 1, 256, width, apart)
     while first < size:
         count = min(int(rng.integers(0, width + 1)), size - first)
         place = np.minimum(first + np.arange(width), 119)

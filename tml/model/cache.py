@@ -1,5 +1,6 @@
 """The network over live sessions: the same layers, fed a few slots at a time, with everything remembered in a state."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -28,7 +29,7 @@ class DecodeState:
     """Everything B live sessions remember.
 
     Attributes:
-        layers: a `LayerState` for every layer, stacked like the parameters.
+        layers: by stage, a `LayerState` for every place, stacked like the parameters, or one for every layer apart.
         num_positions_B: positions fed so far; also the next position.
         ring_positions_BT: position of every entry of the sliding layers' rings; negative where empty.
         full_positions_BT: the same for the global layers' caches.
@@ -63,7 +64,7 @@ class Slots(NamedTuple):
     own_BY: Float16[Array, "B Y"] | None = None
 
 
-def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: int) -> DecodeState:
+def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: int, apart: bool = False) -> DecodeState:
     """The state of sessions that have not begun.
 
     Args:
@@ -72,6 +73,8 @@ def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: i
         max_positions: what the global layers can hold.
         max_slots: the most slots of one `append`; the rings hold window + max_slots - 1, so that
             the last slot written cannot overwrite a key that the first one still sees.
+        apart: keep what each layer remembers in arrays of its own. XLA's matmuls on CPUs read those where they lie,
+            and copy a layer's part of a stack first; the program has every layer instead of a loop over them.
     """
     attention = cfg.attention
     ring = attention.window + max_slots - 1
@@ -85,10 +88,12 @@ def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: i
         histories = {name: jnp.stack([history] * repeats) for name, history in histories.items()}
         return LayerState(k_LBTKH=jnp.zeros(shape, dtype), v_LBTKH=jnp.zeros(shape, dtype), histories=histories)
 
+    def layers(stage: transformer.Stage) -> list[LayerState]:
+        kinds, repeats = (stage.kinds * stage.repeats, 1) if apart else (stage.kinds, stage.repeats)
+        return [layer(kind.is_global, repeats) for kind in kinds]
+
     return DecodeState(
-        layers=[
-            [layer(kind.is_global, stage.repeats) for kind in stage.kinds] for stage in transformer.layer_stages(cfg)
-        ],
+        layers=[layers(stage) for stage in transformer.layer_stages(cfg)],
         num_positions_B=jnp.zeros(num_rows, jnp.int32),
         ring_positions_BT=jnp.full((num_rows, ring), -1, jnp.int32),
         full_positions_BT=jnp.full((num_rows, max_positions), -1, jnp.int32),
@@ -189,10 +194,13 @@ def feed(
                 return attend_cache(q[row][None], *caches, r[row][None], profiles, *held, window)[0]
 
             return jax.lax.map(attend_row, rows_B1[:, 0]), LiveLayer(stack, index)
-        k_BTKH, v_BTKH = stack.k_LBTKH[index], stack.v_LBTKH[index]
-        # A word alone is a matmul too small to pay for a cache that is laid out anew.
-        at_once = backend is MatmulBackend.BLOCKED and num_slots == 1
-        out = attend_cache(q, k_BTKH, v_BTKH, *bias, positions_BW, key_positions_BT, window, at_once)
+        inputs = q, stack.k_LBTKH[index], stack.v_LBTKH[index], *bias, positions_BW, key_positions_BT
+        if backend is not MatmulBackend.BLOCKED or num_slots > 1:
+            return attend_cache(*inputs, window), LiveLayer(stack, index)
+        # A word alone is a matmul too small to pay for a cache that is laid out anew. Read in a branch, as XLA fuses
+        # the write of one entry into whatever reads it, each time with a copy of the whole cache.
+        read = functools.partial(attend_cache, window=window, heads_at_once=True)
+        out = jax.lax.cond(valid_BW.any(), read, lambda q, *_: jnp.zeros_like(q), *inputs)
         return out, LiveLayer(stack, index)
 
     functions = LayerFunctions(

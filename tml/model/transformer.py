@@ -1,7 +1,8 @@
 """The whole network over training rows: embeddings, a stack scanned over its repeating groups of layers, the head."""
 
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.struct
@@ -20,6 +21,9 @@ from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params, index_along
 from tml.ops.norm import rms_norm
 from tml.params import Leaf, ParamSpec, PyTree, Update, map_specs, stack
+
+LiveCarry = tuple[Float[Array, "B W D"], list[LayerState]]
+"""What goes through live layers: the stream, and the states of the group that is run."""
 
 
 class Stage(NamedTuple):
@@ -247,33 +251,53 @@ def run_live_layers(
     Args:
         stages: parameters, stacked along L within a stage; on a mesh, this device's parts.
         x_BWD: embedded inputs.
-        states: states of the layers, stacked like the parameters.
+        states: states of the layers, stacked like the parameters, or apart.
         functions: how the layers look back.
         cfg: the model.
     """
     after: list[list[LayerState]] = []
-    for stage, places, stacks in zip(layer_stages(cfg), stages, states, strict=True):
-
-        def group(
-            carry: tuple[jax.Array, list[LayerState]],
-            index: jax.Array | int,
-            kinds: tuple[LayerKind, ...] = stage.kinds,
-            places: list[PyTree] = places,
-        ) -> tuple[tuple[jax.Array, list[LayerState]], None]:
-            x_BWD, stacks = carry
+    for stage, places, of_stage in zip(layer_stages(cfg), stages, states, strict=True):
+        run = functools.partial(_run_live_group, stage.kinds, places, functions, cfg)
+        size = len(stage.kinds)
+        if stage.repeats > 1 and len(of_stage) == size:
+            x_BWD, written = _loop(run, (x_BWD, of_stage), stage.repeats)
+        else:
             written = []
-            for kind, params, state in zip(kinds, places, stacks, strict=True):
-                of_layer = params_of_layer(params, index)
-                x_BWD, live, _ = block.apply(of_layer, x_BWD, LiveLayer(state, index), kind, functions, cfg)
-                assert live is not None
-                written.append(live.stack)
-            return (x_BWD, written), None
-
-        carry = x_BWD, stacks
-        carry, _ = group(carry, 0) if stage.repeats == 1 else jax.lax.scan(group, carry, jnp.arange(stage.repeats))
-        x_BWD, written = carry
+            for index in range(stage.repeats):
+                x_BWD, of_group = run(x_BWD, of_stage[index * size : (index + 1) * size], index, 0)
+                written += of_group
         after.append(written)
     return x_BWD, after
+
+
+def _loop(run: Callable[..., LiveCarry], carry: LiveCarry, repeats: int) -> LiveCarry:
+    """The equal groups of a stage as one loop over stacks."""
+
+    def body(carry: LiveCarry, index: jax.Array) -> tuple[LiveCarry, None]:
+        return run(*carry, index, index), None
+
+    carry, _ = jax.lax.scan(body, carry, jnp.arange(repeats))
+    return carry
+
+
+def _run_live_group(
+    kinds: tuple[LayerKind, ...],
+    places: list[PyTree],
+    functions: LayerFunctions,
+    cfg: ModelConfig,
+    x_BWD: Float[Array, "B W D"],
+    stacks: list[LayerState],
+    params_index: jax.Array | int,
+    state_index: jax.Array | int,
+) -> LiveCarry:
+    """One group of a stage: the layers that stand at these indices of their stacks of parameters and of states."""
+    written = []
+    for kind, params, state in zip(kinds, places, stacks, strict=True):
+        of_layer = params_of_layer(params, params_index)
+        x_BWD, live, _ = block.apply(of_layer, x_BWD, LiveLayer(state, state_index), kind, functions, cfg)
+        assert live is not None
+        written.append(live.stack)
+    return x_BWD, written
 
 
 def _as_multiplied(places: list[PyTree], stage: Stage, cfg: ModelConfig) -> list[PyTree]:

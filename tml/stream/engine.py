@@ -20,7 +20,7 @@ from jax.experimental import layout as memory
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from tml.config import Control, MeshConfig, ModelConfig, StreamConfig
+from tml.config import Control, MatmulBackend, MeshConfig, ModelConfig, StreamConfig
 from tml.mesh import param_partition, param_sharding
 from tml.microturn import Kind, Layout
 from tml.model import cache, head, transformer
@@ -85,7 +85,8 @@ def init_state(
         seed: of everything they draw.
         numbers: a number a session, by which it draws, so that it draws the same in any slot; else that of its slot.
     """
-    decode = cache.init_state(model, num_slots, stream.max_positions, layout.max_slots_at_once)
+    apart = stream.backend is MatmulBackend.BLOCKED
+    decode = cache.init_state(model, num_slots, stream.max_positions, layout.max_slots_at_once, apart)
     numbers = range(num_slots) if numbers is None else numbers
     assert len(numbers) == num_slots, f"{len(numbers)} numbers for {num_slots} slots"
     return StreamState(decode=decode, keys_B2=session_keys(numbers, seed))
