@@ -72,7 +72,8 @@ def main(argv: list[str]) -> int:
         )
     if not Path(_WAV.value).is_file():
         raise FileNotFoundError(f"{_WAV.value}: there is no such file")
-    Path(_OUT.value).mkdir(parents=True, exist_ok=True)
+    if Path(_OUT.value).exists() and not Path(_OUT.value).is_dir():
+        raise app.UsageError(f"--out={_OUT.value} is a file; name a folder")
     prepare_jax()
 
     from tml.export import bundle

@@ -99,10 +99,10 @@ def _task() -> RequestTask | DialogueTask | BehaviourTask:
         raise app.UsageError(f"--pace={FLAGS.pace} goes with --task=requests; leave it out for --task={FLAGS.task}")
     if FLAGS.shares and FLAGS.task != "duplex":
         raise app.UsageError(f"--shares goes with --task=duplex; leave it out for --task={FLAGS.task}")
-    if FLAGS.split != "heldout" and FLAGS["held_out"].present:
-        raise app.UsageError(f"--held_out goes with --split=heldout; leave it out for --split={FLAGS.split}")
     if FLAGS.task not in ("requests", "dialogue"):
         config = BehaviourConfig(held_out=_held_out(), human_fraction=FLAGS.human)
+        if FLAGS.split != "heldout" and FLAGS["held_out"].present:
+            raise app.UsageError(f"--held_out goes with --split=heldout; leave it out for --split={FLAGS.split}")
         _refuse_voices(FLAGS.split if Axis.VOICE in config.held_out else "train")
         return BehaviourTask(shares=_shares(), config=config, **common)
     if FLAGS.human or _held_out() != tuple(Axis):

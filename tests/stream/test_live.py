@@ -133,15 +133,20 @@ def test_typed_text_goes_in_with_the_next_turns(model: Model, sound: np.ndarray,
     assert said == [turn.said for turn in before + after]
 
 
-def test_text_that_no_turn_has_read_is_not_in_the_record(model: Model, sound: np.ndarray) -> None:
+def test_text_for_which_there_are_no_turns_is_not_in_the_record(model: Model, sound: np.ndarray) -> None:
     live = live_session(model)
     live.type_text(TYPED)
     live.type_text(TYPED)
     live.push(sound[:TURN_SAMPLES])
+    tokens = model.tokenizer.encode(TYPED)
+    assert 9 < len(tokens) < 18
+    # One turn, and the two of silence.
     (read,) = live.record("cut").texts_of(Stream.USER_TEXT)
-    assert model.tokenizer.encode(read.text) == model.tokenizer.encode(TYPED)[:3]
-    tokens = inputs_of(live.record("cut"), model).tokens_BW[0, 0].tolist()
-    assert tokens[-4:] == [model.layout.special.user_text, *model.tokenizer.encode(read.text)]
+    assert model.tokenizer.encode(read.text) == tokens[:9]
+    laid_out = inputs_of(live.record("cut"), model).tokens_BW[:3, 0]
+    assert [turn.tolist()[-4:] for turn in laid_out] == [
+        [model.layout.special.user_text, *tokens[first : first + 3]] for first in (0, 3, 6)
+    ]
     assert [event.text for event in live.recording().texts if event.stream is Stream.USER_TEXT] == [TYPED, TYPED]
 
 

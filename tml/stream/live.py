@@ -19,7 +19,7 @@ from tml.stream.inputs import NO_OUTPUT, turn_inputs
 from tml.stream.outputs import OutputReader, Said
 from tml.stream.own_voice import OwnVoice
 from tml.stream.placement import place_params
-from tml.stream.recording import Recording
+from tml.stream.recording import SILENT_TURNS, Recording
 from tml.stream.sight import Sight
 
 
@@ -220,12 +220,15 @@ class LiveSession:
         )
 
     def record(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
-        """The session so far, as a Session (`Recording.session`); text that no turn has read is left out."""
-        return replace(self.recording(), texts=self._texts_read()).session(session_id, meta)
+        """The session so far, as a Session (`Recording.session`); text for which its turns have no room is left out."""
+        return replace(self.recording(), texts=self._texts_that_fit()).session(session_id, meta)
 
-    def _texts_read(self) -> tuple[TextEvent, ...]:
-        """The events but for what still waits of the last ones of each stream."""
-        waiting = {stream: len(tokens) for stream, tokens in self._waiting.items()}
+    def _texts_that_fit(self) -> tuple[TextEvent, ...]:
+        """The events but for what would still wait of the last ones of each stream behind the silence of a record."""
+        left_over = {stream: list(tokens) for stream, tokens in self._waiting.items()}
+        for _ in range(SILENT_TURNS):
+            self._layout.text_in_chunk(left_over)
+        waiting = {stream: len(tokens) for stream, tokens in left_over.items()}
         read: list[TextEvent] = []
         for event in reversed(self._events):
             if left := waiting.get(event.stream):

@@ -10,6 +10,9 @@ from tml.microturn import Clock
 from tml.session import Session, Stream, TextEvent, VideoFrame
 from tml.stream.own_voice import OwnVoice
 
+SILENT_TURNS = 2
+"""Turns that a Session has behind what was heard: one in which its last output is heard, and one after it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
@@ -30,12 +33,12 @@ class Recording:
     voice: OwnVoice | None
 
     def session(self, session_id: str, meta: Mapping[str, str] | None = None) -> Session:
-        """The Session, and two turns of silence: one in which its last output is heard, and one after it.
+        """The Session, and `SILENT_TURNS` of silence.
 
         With a voice it holds own sound where it was heard, the vocoder's delay included. Any thread may call this.
         """
         rate_hz = self.clock.sample_rate_hz
-        silence = np.zeros(2 * self.clock.turn_samples, np.float32)
+        silence = np.zeros(SILENT_TURNS * self.clock.turn_samples, np.float32)
         samples = np.concatenate([*self.heard, silence])
         texts = tuple(sorted(self.texts, key=lambda event: event.start))
         sounds = {Stream.USER_AUDIO: encode_clip(samples, rate_hz)}
