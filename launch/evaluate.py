@@ -110,9 +110,6 @@ def _requests(model: "Model", directory: str) -> None:
     config = replace(config, max_control_sessions=_MAX_CONTROLS.value or config.max_control_sessions)
     count = min(len(source), _MAX_SESSIONS.value or config.max_sessions)
     sessions = [read_session(source, index) for index in range(count)]
-    shown = next((session.meta["behaviour"] for session in sessions if "behaviour" in session.meta), None)
-    if shown is not None:
-        raise app.UsageError(f"{directory} holds sessions of behaviours ({shown}); evaluate them with --suite=duplex")
     print(f"streaming {count} of {len(source)} sessions of {directory}, and their controls", flush=True)
     report = evaluate.evaluate(_player(model, count), sessions, config, progress=Progress("requests", "micro-turns"))
     print(evaluate.report_table(report))

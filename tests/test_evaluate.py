@@ -110,6 +110,13 @@ def test_words_inside_a_span_of_silence_count_its_end_excluded(at: float, heard:
     assert scores.responded.cases == scores.correct.cases == 0
 
 
+def test_sessions_of_behaviours_are_refused_before_anything_is_streamed(model: Model) -> None:
+    expected = Expectation(kind=ExpectationKind.SAY, start=0, end=RATE_HZ, text="red")
+    player = Player(model.params, model.experiment.model, model.layout, model.experiment.stream, model.tokenizer, 1)
+    with pytest.raises(ValueError, match=r"the sessions expect say, not only answers and silence; .*--suite=duplex"):
+        evaluate.evaluate(player, [timeline(answer("red", 1, 2), expected)], model.experiment.evaluation)
+
+
 def test_sessions_add_up_and_types_are_told_apart() -> None:
     sessions = [
         timeline(silence(0.5, 1.0, "pause"), answer("seven", 0.0, 2.0), answer("two", 3.0, 4.0, "count")),

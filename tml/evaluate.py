@@ -103,10 +103,15 @@ def evaluate(
         progress: called with the micro-turns done and the micro-turns to do.
 
     Raises:
-        ValueError: there is no session.
+        ValueError: there is no session, or one that expects more than answers and silence.
     """
     if not sessions:
         raise ValueError("there is no session to evaluate")
+    kinds = {item.kind for session in sessions for item in session.expectations}
+    if unknown := sorted(kinds - {ExpectationKind.ANSWER, ExpectationKind.SILENCE}):
+        raise ValueError(
+            f"the sessions expect {', '.join(unknown)}, not only answers and silence; evaluate them with --suite=duplex"
+        )
     few = sessions[: evaluation.max_control_sessions]
     streamed = {condition: sessions if condition is Condition.SPEECH else few for condition in conditions}
     if len(few) == 1:
