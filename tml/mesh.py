@@ -71,8 +71,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, s
 
 def _ordered(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     sizes = tuple(config.shape.values())
-    is_tpu, is_gpu = (devices[0].platform == platform for platform in ("tpu", "gpu"))
-    # XLA numbers the hosts of GPUs as slices; those are told apart by nothing here, as in the planner.
+    is_tpu = devices[0].platform == "tpu"
+    # XLA numbers the hosts of GPUs as slices too; GPUs stand in the order of their numbers, as the planner takes them.
+    is_gpu = devices[0].platform in ("gpu", "cuda", "rocm")
     num_slices = 1 if is_gpu else len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices > 1:
         if config.replica % num_slices:
