@@ -20,7 +20,8 @@ from tml.stream.inputs import TurnInputs, join_sessions, session_inputs
 
 NUM_TURNS = 12
 EXACT = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
-"""Compiled as in use: the tests' fast way rounds a loop's body otherwise than the same step alone."""
+"""With the usual emitters: the tests' fast way rounds a loop's body otherwise than the same step alone. The command
+that compiles everything as in use stands in the README."""
 KNOBS = [
     {},
     pytest.param({"boundary": Boundary.NONE}, marks=pytest.mark.slow),
