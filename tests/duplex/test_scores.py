@@ -52,6 +52,17 @@ def test_rates_count_cases_and_macro_counts_sessions():
     assert math.isnan(cued.median_latency_s("responded"))
 
 
+def test_false_alarms_are_spans_and_a_session_is_alarmed_by_any_of_them():
+    spans = [(ExpectationKind.SILENCE, at, at + 1.0, "", tag) for at, tag in ((0.0, "request"), (2.0, "a"), (4.0, "b"))]
+    sessions = [session("proactive", *spans), session("proactive", *spans), session("cued", CUE)]
+    found = scores.score(sessions, [trace((2.2, "red")), trace((0.4, "red")), trace()])
+    proactive = found[Behaviour.PROACTIVE]
+    assert proactive.rate("false_alarm") == Rate(hits=1, cases=4)
+    assert proactive.rate("alarmed") == Rate(hits=1, cases=2)
+    assert proactive.rate("premature") == Rate(hits=1, cases=2)
+    assert not found[Behaviour.CUED].rate("alarmed").cases
+
+
 def test_the_macro_average_is_over_behaviours():
     sessions = [session("cued", CUE), session("timed", CUE), session("timed", CUE)]
     found = scores.score(sessions, [trace((1.2, "red")), trace(), trace()])

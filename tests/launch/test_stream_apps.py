@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -55,6 +56,30 @@ def test_export_writes_the_newest_checkpoint_as_a_bundle(folder: Path) -> None:
     exported, wanted = bundle.load(folder / "exports" / "small"), bundle.load(folder / "bundle")
     assert exported.experiment == wanted.experiment
     jax.tree.map(np.testing.assert_array_equal, exported.params, wanted.params)
+
+
+def test_a_stream_that_is_stopped_writes_what_was_said_until_then(folder: Path) -> None:
+    command = [sys.executable, "-u", "-m", "launch.stream", "--model=bundle", "--wav=in.wav", "--out=stopped"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*command, "--pace=real_time", "--tail_s=120", "--type_text=seven or eight"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any(" tick " in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=200)
+    assert process.returncode == 130, errors
+    assert errors == "error: interrupted\n"
+    assert "wrote stopped/transcript.json, stopped/timeline.png" in rest
+    transcript = json.loads((folder / "stopped" / "transcript.json").read_text())
+    assert transcript["said"]
+    assert 0 < len(transcript["ticks"]) < 400
 
 
 def test_stream_writes_transcript_and_picture(folder: Path) -> None:
