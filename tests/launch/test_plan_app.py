@@ -24,6 +24,19 @@ def test_a_plan_needs_a_pod():
     assert done.stderr == "error: --topology is missing; name a pod, as in --topology=v5p:8x8x8\n"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--search=mesh", "--step=decode"), "--step does not go with --search, which plans train steps; leave it out"),
+        (("--search=mesh", "--hlo=x"), "--hlo does not go with --search; leave it out"),
+        (("--step=decode", "--tokens=1e9"), "--tokens does not go with --step=decode; leave it out"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(flags: tuple[str, ...], message: str):
+    done = run(*TINY, "--topology=h100:1x1x8", *flags)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+
+
 @pytest.mark.slow
 def test_a_plan_for_eight_gpus(tmp_path: Path):
     pytest.importorskip("jax_cuda12_plugin")

@@ -158,6 +158,11 @@ def test_a_search_proposes_only_what_divides(topology: Topology):
     # Four experts, so `expert` is at most 4; two heads, so `tensor` is at most 2.
     assert max(variant.mesh.expert for variant in found) == 4
     assert max(variant.mesh.tensor for variant in found) <= 2
+    # A search that ends early has tried more than one of each.
+    first = found[:8]
+    assert min(len({each(variant) for variant in first}) for each in (
+        lambda variant: variant.mesh, lambda variant: variant.model.remat, lambda variant: variant.data.rows_per_batch,
+    )) > 1  # fmt: skip
     with pytest.raises(ValueError, match="cannot vary 'width'"):
         next(candidates(made_up_experiment(), topology, ["width"]))
 
