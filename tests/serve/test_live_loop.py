@@ -100,12 +100,28 @@ def test_after_a_cancel_nothing_comes_back(model: Model, chat_server: ChatServer
     assert behind.notices[0] == "task 1: cancelled by the model"
 
 
+def test_a_cancel_ends_a_result_that_is_still_going_in(model: Model, chat_server: ChatServer) -> None:
+    live, words = session_of(model, {1: DELEGATE, 4: CANCEL}), "it is seven"
+    with background(model, chat_server, "fast") as behind:
+        for tick in run_session(live, small_sound(9 * TURN_SAMPLES), CHUNK, behind):
+            if tick.result.said.turn == 2:
+                wait_until(lambda: behind._news.qsize() >= 4 or behind.num_in_flight == 0)
+    tokens = model.tokenizer.encode(f"result {words}")
+    room = model.layout.turn.max_text_in_per_turn - 1
+    # It came back in turn 3, and the model cancelled in turn 4.
+    assert len(tokens) > 2 * room
+    [event] = live.record("cut").texts_of(Stream.BACKGROUND)
+    assert model.tokenizer.encode(event.text) == tokens[: 2 * room]
+    left = model.tokenizer.decode(tokens[2 * room :])
+    assert behind.notices[-1] == f"dropped, as the model cancelled while it went in: {left!r}"
+
+
 def test_the_worker_hears_what_the_session_heard_until_then(model: Model, chat_server: ChatServer) -> None:
     live = session_of(model, {3: DELEGATE})
     records = []
     with background(model, chat_server, "fast") as behind:
         act = behind.act
-        behind.act = lambda payload, record: (records.append(record), act(payload, record))
+        behind.act = lambda payload, record: (records.append(record), act(payload, record))[1]
         for _ in run_session(live, small_sound(6 * TURN_SAMPLES), CHUNK, behind):
             pass
     early, late = records[0](), live.record("live")

@@ -133,6 +133,24 @@ def test_typed_text_goes_in_with_the_next_turns(model: Model, sound: np.ndarray,
     assert said == [turn.said for turn in before + after]
 
 
+def test_text_that_is_taken_back_does_not_go_in_and_is_not_in_the_record(
+    model: Model, sound: np.ndarray, scanned
+) -> None:
+    live, tokens = live_session(model), model.tokenizer.encode(TYPED)
+    live.type_text(TYPED)
+    live.type_text("wait", Stream.BACKGROUND)
+    before = live.push(sound[:TURN_SAMPLES])
+    assert live.drop_waiting(Stream.USER_TEXT) == model.tokenizer.decode(tokens[3:])
+    assert live.drop_waiting(Stream.USER_TEXT) == ""
+    after = live.push(sound[TURN_SAMPLES:])
+    record = live.record("taken back")
+    assert [model.tokenizer.encode(text.text) for text in record.texts_of(Stream.USER_TEXT)] == [tokens[:3]]
+    assert [text.text for text in record.texts_of(Stream.BACKGROUND)] == ["wait"]
+    _, outputs = scanned(inputs_of(record, model))
+    said = read_session(outputs, 0, NUM_TURNS, model.layout, model.tokenizer)
+    assert said == [turn.said for turn in before + after]
+
+
 def test_text_for_which_there_are_no_turns_is_not_in_the_record(model: Model, sound: np.ndarray) -> None:
     live = live_session(model)
     live.type_text(TYPED)

@@ -121,12 +121,15 @@ class Background:
         """Delegations and calls that have neither ended nor been cancelled."""
         return len(self._tasks)
 
-    def act(self, payload: str, record: Callable[[], Session]) -> None:
+    def act(self, payload: str, record: Callable[[], Session]) -> bool:
         """Carries out an action of the model; what cannot be done comes back as a failure.
 
         Args:
             payload: of the action.
             record: makes the Session so far; called in another thread, and for delegations only.
+
+        Returns:
+            Whether everything was cancelled: then nothing that has come back should go in any more.
         """
         try:
             call = read_call(payload)
@@ -136,13 +139,15 @@ class Background:
                 self._toolbox.check(call)
             if call.name == CANCEL:
                 self._cancel(call.arguments.get("task"))
-            elif call.name == DELEGATE:
+                return "task" not in call.arguments
+            if call.name == DELEGATE:
                 self._delegate(record)
             else:
                 self._call(call)
         except CallError as error:
             self.notices.append(f"refused {payload[:_SHOWN]!r}: {error}")
             self._add(self._failed(str(error)))
+        return False
 
     def poll(self) -> list[str]:
         """What has come back since the last time, in order; takes no time."""

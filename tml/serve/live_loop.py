@@ -85,7 +85,8 @@ def run_session(
             done_s = time.perf_counter() - begun
             if background is not None:
                 for payload in result.said.actions:
-                    background.act(payload, functools.partial(live.recording().session, "live"))
+                    if background.act(payload, functools.partial(live.recording().session, "live")):
+                        _drop_waiting(live, background)
             yield Tick(
                 result=result,
                 due_s=clock.emission_s(result.said.turn),
@@ -94,3 +95,10 @@ def run_session(
                 num_in_flight=0 if background is None else background.num_in_flight,
             )
             came_back.clear()
+
+
+def _drop_waiting(live: LiveSession, background: Background) -> None:
+    """Keeps what has come back, but not gone in whole, from going on."""
+    text = live.drop_waiting(Stream.BACKGROUND)
+    if text:
+        background.notices.append(f"dropped, as the model cancelled while it went in: {text!r}")

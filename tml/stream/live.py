@@ -135,6 +135,12 @@ class LiveSession:
         start = len(self._heard) * self._layout.clock.turn_samples
         self._events.append(TextEvent(stream=stream, start=start, end=start, text=text))
 
+    def drop_waiting(self, stream: Stream) -> str:
+        """Takes back what waits to go in on an input stream, as if it had not been typed; returns its text."""
+        waiting = self._waiting.pop(stream, [])
+        self._events = list(self._texts_without({stream: len(waiting)}))
+        return self._tokenizer.decode(waiting)
+
     def show(self, picture: bytes) -> None:
         """Shows an encoded picture (PNG or JPEG) at the sample up to which sound has come.
 
@@ -228,7 +234,10 @@ class LiveSession:
         left_over = {stream: list(tokens) for stream, tokens in self._waiting.items()}
         for _ in range(SILENT_TURNS):
             self._layout.text_in_chunk(left_over)
-        waiting = {stream: len(tokens) for stream, tokens in left_over.items()}
+        return self._texts_without({stream: len(tokens) for stream, tokens in left_over.items()})
+
+    def _texts_without(self, waiting: dict[Stream, int]) -> tuple[TextEvent, ...]:
+        """The events without the last tokens of each stream, so many as wait; `waiting` ends with none."""
         read: list[TextEvent] = []
         for event in reversed(self._events):
             if left := waiting.get(event.stream):
