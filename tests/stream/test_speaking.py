@@ -16,7 +16,7 @@ from tml.model import flow_head, head, transformer
 from tml.params import init_params
 from tml.stream import engine
 from tml.stream.inputs import TurnInputs, join_sessions, session_inputs
-from tml.stream.speaking import _sound_key
+from tml.stream.speaking import sound_keys
 
 NUM_TURNS, NUM_SLOTS = 10, 8
 MODEL = tiny_model(audio_out=VOICE)
@@ -133,7 +133,7 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
 
     # From the training forward the head draws the mels that were streamed.
     before = batch.own.places_BP[0, :count] - 1
-    keys = jax.vmap(_sound_key, in_axes=(None, 0))(key, jnp.asarray(before + 1))
+    keys = sound_keys(key, jnp.asarray(before + 1))
     of_voice = jax.tree.map(jnp.asarray, some_params()["audio_out"])
     again = flow_head.sample(of_voice, found[0, before], keys, MODEL)
     np.testing.assert_allclose(np.asarray(again, np.float32), mels.astype(np.float32), rtol=2e-3, atol=2e-3)

@@ -126,12 +126,13 @@ class GriffinLim:
             return spectra
         count = len(wanted)
         level = self._overlap_level(count)
+        rows_of_frames = np.arange(count)[:, None] + np.arange(self._overlap)
         momentum = np.float32(self._cfg.momentum)
         before = np.zeros_like(spectra)
         for _ in range(self._cfg.num_iterations):
             segments = scipy.fft.irfft(spectra, n=self._size, axis=1) * self._window
             rows = self._overlap_add(segments, tail) / level
-            frames = np.lib.stride_tricks.sliding_window_view(rows.reshape(-1), self._size)[:: self._hop]
+            frames = rows[rows_of_frames].reshape(count, self._size)
             agreed = scipy.fft.rfft(frames * self._window, axis=1)
             ahead = agreed + momentum * (agreed - before)
             spectra = wanted * (ahead / np.maximum(np.abs(ahead), _TINY))

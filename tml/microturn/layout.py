@@ -96,10 +96,14 @@ class Layout:
         return boundary + self.clock.frames_per_turn + self.max_tiles_per_turn + self.turn.max_text_in_per_turn
 
     @property
+    def textless_slots_in(self) -> int:
+        """Positions that the input half of one turn can take if no text comes in, as in most turns."""
+        return self.max_slots_in - (0 if self._is_fixed else self.turn.max_text_in_per_turn)
+
+    @property
     def min_slots_in(self) -> int:
         """Positions that the input half of every turn takes: those of a turn of sound alone."""
-        variable = self.max_tiles_per_turn + (0 if self._is_fixed else self.turn.max_text_in_per_turn)
-        return self.max_slots_in - variable
+        return self.textless_slots_in - self.max_tiles_per_turn
 
     @property
     def max_tokens_out(self) -> int:
@@ -125,7 +129,7 @@ class Layout:
     @property
     def max_slots_at_once(self) -> int:
         """Positions that a live session can be fed at once; at least 1."""
-        return max(self.max_slots_in, self.max_padding_out, 1)
+        return max(self.max_slots_in, self.max_padding_out, self.own_positions_per_turn, 1)
 
     @property
     def _is_fixed(self) -> bool:

@@ -51,8 +51,7 @@ class Slots(NamedTuple):
         tiles_BP: image tiles.
         tile_index_BW: which tile stands at a slot.
         counts_B: valid slots.
-        own_BY: the mel of own audio that stands at the first slot of each session where it is OWN_AUDIO; None if no
-            session speaks.
+        own_BWY: the mel of own audio at the slots that are OWN_AUDIO; None if no session speaks.
     """
 
     tokens_BW: Int32[Array, "B W"]
@@ -61,7 +60,7 @@ class Slots(NamedTuple):
     tiles_BP: Int16[Array, "B P f h w 3"]
     tile_index_BW: Int32[Array, "B W"]
     counts_B: Int32[Array, "B"]
-    own_BY: Float16[Array, "B Y"] | None = None
+    own_BWY: Float16[Array, "B W Y"] | None = None
 
 
 def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: int, apart: bool = False) -> DecodeState:
@@ -162,9 +161,9 @@ def feed(
         mesh,
     )
     rows_B1 = jnp.arange(slots.counts_B.shape[0])[:, None]
-    if slots.own_BY is not None:
-        slots_B1 = jnp.where(slots.kinds_BW[:, :1] == Kind.OWN_AUDIO, 0, -1).astype(jnp.int32)
-        x_BWD = embed.put_own_audio(x_BWD, params["embed"], slots.kinds_BW, slots.own_BY[:, None], slots_B1, cfg)
+    if slots.own_BWY is not None:
+        own_BW = jnp.where(slots.kinds_BW == Kind.OWN_AUDIO, jnp.arange(num_slots, dtype=jnp.int32)[None], -1)
+        x_BWD = embed.put_own_audio(x_BWD, params["embed"], slots.kinds_BW, slots.own_BWY, own_BW, cfg)
     ring_BW = _places(positions_BW, valid_BW, state.ring_positions_BT.shape[1])
     full_BW = _places(positions_BW, valid_BW, state.full_positions_BT.shape[1])
     ring_positions_BT = state.ring_positions_BT.at[rows_B1, ring_BW].set(positions_BW, mode="drop")
@@ -195,9 +194,9 @@ def feed(
 
             return jax.lax.map(attend_row, rows_B1[:, 0]), LiveLayer(stack, index)
         inputs = q, stack.k_LBTKH[index], stack.v_LBTKH[index], *bias, positions_BW, key_positions_BT
-        if backend is not MatmulBackend.BLOCKED or num_slots > 1:
+        if backend is not MatmulBackend.BLOCKED:
             return attend_cache(*inputs, window), LiveLayer(stack, index)
-        # A word alone is a matmul too small to pay for a cache that is laid out anew. Read in a branch, as XLA fuses
+        # A turn's slots are a matmul too small to pay for a cache that is laid out anew. Read in a branch, as XLA fuses
         # the write of one entry into whatever reads it, each time with a copy of the whole cache.
         read = functools.partial(attend_cache, window=window, heads_at_once=True)
         out = jax.lax.cond(valid_BW.any(), read, lambda q, *_: jnp.zeros_like(q), *inputs)
@@ -221,6 +220,51 @@ def feed(
         full_positions_BT=full_positions_BT,
     )
     return state, x_BWD
+
+
+def feed_in_parts(
+    params: Mapping[str, PyTree],
+    state: DecodeState,
+    slots: Slots,
+    width: int,
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+    backend: MatmulBackend,
+) -> tuple[DecodeState, Float[Array, "B D"]]:
+    """Feeds slots `width` at a time, no more often than the fullest session needs.
+
+    Where few of the slots are valid, this does not compute the others. All parts are one program, and one in which a
+    session has no slots leaves it as it is: so the others do not change its bits.
+
+    Returns:
+        The state after the slots, and the last layer's outputs at each session's last one; anything where it has none.
+    """
+    num_rows, num_slots = slots.tokens_BW.shape
+
+    def last(x_BWD: jax.Array, counts_B: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x_BWD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+
+    if num_slots <= width:
+        state, x_BWD = feed(params, state, slots, cfg, mesh, backend)
+        return state, last(x_BWD, slots.counts_B)
+    by_slot = {name: getattr(slots, name) for name in ("tokens_BW", "kinds_BW", "levels_BWM", "tile_index_BW")}
+    by_slot = {
+        name: jnp.pad(x, [(0, 0), (0, -num_slots % width)] + [(0, 0)] * (x.ndim - 2)) for name, x in by_slot.items()
+    }
+
+    def unfinished(carry: tuple[jax.Array, DecodeState, jax.Array]) -> jax.Array:
+        return carry[0] < jnp.max(slots.counts_B)
+
+    def part(carry: tuple[jax.Array, DecodeState, jax.Array]) -> tuple[jax.Array, DecodeState, jax.Array]:
+        first, state, last_BD = carry
+        cut = {name: jax.lax.dynamic_slice_in_dim(x, first, width, axis=1) for name, x in by_slot.items()}
+        counts_B = jnp.clip(slots.counts_B - first, 0, width)
+        state, x_BWD = feed(params, state, slots._replace(**cut, counts_B=counts_B), cfg, mesh, backend)
+        return first + width, state, jnp.where(counts_B[:, None] > 0, last(x_BWD, counts_B), last_BD)
+
+    nothing_BD = jnp.zeros((num_rows, cfg.d_model), embed.compute_dtype(cfg))
+    _, state, last_BD = jax.lax.while_loop(unfinished, part, (jnp.int32(0), state, nothing_BD))
+    return state, last_BD
 
 
 def _places(positions_BW: jax.Array, valid_BW: jax.Array, size: int) -> jax.Array:

@@ -149,18 +149,24 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
     speak_closes = _speak_closes(layout)
     closes_text = special.speak if speak_closes else special.end_of_text
 
-    def feed(params: PyTree, state: DecodeState, slots: Slots, wanted_B: jax.Array) -> tuple[DecodeState, jax.Array]:
-        """The state after the slots, and what is seen at the slot of each session that is wanted."""
-        state, x_BWD = cache.feed(params, state, slots, model, mesh, stream.backend)
-        wanted_B1D = jnp.take_along_axis(x_BWD, wanted_B[:, None, None], axis=1)
+    # Elsewhere a part costs a reading of the model's weights; here, a product with all of the caches.
+    width = layout.textless_slots_in if stream.backend is MatmulBackend.BLOCKED else layout.max_slots_in
+
+    def see(params: PyTree, x_BQD: jax.Array) -> jax.Array:
         with jax.named_scope("head"):
-            return state, heads.see(params, head.input_of(params["norm"], wanted_B1D, model))[:, 0]
+            return heads.see(params, head.input_of(params["norm"], x_BQD, model))
+
+    def feed(params: PyTree, state: DecodeState, slots: Slots, wanted_BQ: jax.Array) -> tuple[DecodeState, jax.Array]:
+        """The state after the slots, and what is seen at those that are wanted of each session."""
+        state, x_BWD = cache.feed(params, state, slots, model, mesh, stream.backend)
+        return state, see(params, jnp.take_along_axis(x_BWD, wanted_BQ[:, :, None], axis=1))
 
     def step(params: PyTree, state: StreamState, inputs: TurnInputs) -> tuple[StreamState, TurnOutputs]:
         num_rows = inputs.counts_B.shape[0]
         with jax.named_scope("turn_in"):
-            last_B = jnp.maximum(inputs.counts_B - 1, 0)
-            decode, seen_BX = feed(params, state.decode, inputs.slots(), last_B)
+            slots = inputs.slots()
+            decode, x_BD = cache.feed_in_parts(params, state.decode, slots, width, model, mesh, stream.backend)
+            seen_BX = see(params, x_BD[:, None])[:, 0]
         phase_B = jnp.where(inputs.counts_B > 0, CONTROL, DONE).astype(jnp.int32)
         zero_B = jnp.zeros(num_rows, jnp.int32)
         outputs = TurnOutputs(
@@ -188,13 +194,13 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
             active_B = phase_B != DONE
             outputs = _record(outputs, token_B, active_B, logits_BV)
             slots = token_slots(token_B, active_B, inputs, model)
-            decode, next_BX = feed(params, decode, slots, jnp.zeros_like(token_B))
+            decode, next_B1X = feed(params, decode, slots, jnp.zeros_like(token_B)[:, None])
             acting_B = (phase_B == ACTION) | ((phase_B == CONTROL) & (token_B == special.action))
             acted_B = acted_B + acting_B.astype(jnp.int32)
             speaking_B = active_B & ~acting_B & ~jnp.isin(token_B, not_words)
             said_B = said_B + speaking_B.astype(jnp.int32)
             phase_B = _next_phase(phase_B, token_B, layout)
-            return decode, heads.after(seen_BX, next_BX, active_B), phase_B, said_B, acted_B, outputs
+            return decode, heads.after(seen_BX, next_B1X[:, 0], active_B), phase_B, said_B, acted_B, outputs
 
         with jax.named_scope("turn_out"):
             carry = (decode, seen_BX, phase_B, zero_B, zero_B, outputs)
@@ -203,8 +209,9 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
             with jax.named_scope("turn_padding"):
                 num_words_B, speaks_B = outputs.counts_B - acted_B, _holds(outputs, special.speak)
                 counts_B, last_B = padding_counts(num_words_B, speaks_B, layout)
-                decode, last_BX = feed(params, decode, padding_slots(counts_B, layout, model), last_B)
-                seen_BX = heads.after(seen_BX, last_BX, counts_B > 0)
+                padding = padding_slots(counts_B, layout, model)
+                decode, last_B1X = feed(params, decode, padding, last_B[:, None])
+                seen_BX = heads.after(seen_BX, last_B1X[:, 0], counts_B > 0)
         if model.has_voice:
             speaks_B = _holds(outputs, special.speak)
             decode, own = speak(params, decode, seen_BX, speaks_B, state.keys_B2, feed, layout, model)
@@ -218,7 +225,7 @@ class _Heads(NamedTuple):
     """What differs between models with and without a voice.
 
     Attributes:
-        see: (params, the heads' inputs at a slot a session) to what is seen there: logits, or with a voice the inputs.
+        see: (params, the heads' inputs at slots) to what is seen there: logits, or with a voice the inputs.
         logits: (params, what is seen) to logits.
         after: (seen before, seen now, active sessions) to what is seen next.
     """
@@ -230,7 +237,7 @@ class _Heads(NamedTuple):
 
 def _voiceless(model: ModelConfig, mesh: MeshConfig) -> _Heads:
     return _Heads(
-        see=lambda params, h_B1D: head.logits(params, h_B1D, model, mesh),
+        see=lambda params, h_BQD: head.logits(params, h_BQD, model, mesh),
         logits=lambda params, logits_BV: logits_BV,
         after=lambda before, now, active_B: now,
     )
@@ -239,7 +246,7 @@ def _voiceless(model: ModelConfig, mesh: MeshConfig) -> _Heads:
 def _voiced(model: ModelConfig, mesh: MeshConfig) -> _Heads:
     # Sessions that have said all their words wait here for the others, and then go on from their last position.
     return _Heads(
-        see=lambda params, h_B1D: h_B1D,
+        see=lambda params, h_BQD: h_BQD,
         logits=lambda params, h_BD: head.logits(params, h_BD[:, None], model, mesh)[:, 0],
         after=lambda before, now, active_B: jnp.where(active_B[:, None], now, before),
     )

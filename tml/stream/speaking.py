@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float16
+from jaxtyping import Array, Bool, Float, Float16, Int32
 
-from tml.config import ModelConfig
+from tml.config import Feedback, ModelConfig
 from tml.microturn import Kind, Layout
 from tml.model import flow_head
 from tml.model.cache import DecodeState, Slots
@@ -18,7 +18,7 @@ SOUND = 0x50_0D
 
 
 Feed = Callable[[PyTree, DecodeState, Slots, jax.Array], tuple[DecodeState, jax.Array]]
-"""(params, state, slots, the slot of each session that is wanted) to the state, and what is seen at those slots."""
+"""(params, state, slots, the slots of each session that are wanted) to the state, and what is seen at those slots."""
 
 
 class Spoken(NamedTuple):
@@ -43,9 +43,10 @@ def speak(
     layout: Layout,
     model: ModelConfig,
 ) -> tuple[DecodeState, Spoken]:
-    """Samples the own audio of the sessions that speak, and feeds each position before the next is sampled.
+    """Samples the own audio of the sessions that speak, and feeds it to the network.
 
-    Nothing is computed when all sessions listen.
+    Each position is fed before the next is sampled. Where nothing of a sample is fed back (`Feedback.NONE`), all of a
+    turn are fed at once, and then sampled at once. Nothing is computed when all sessions listen.
 
     Args:
         params: the parameters.
@@ -58,38 +59,55 @@ def speak(
         model: the model.
     """
     num_rows, count = h_BD.shape[0], layout.own_positions_per_turn
-    shape = (num_rows, count, model.audio_out.values_per_position)
+    at_once = count if model.audio_out.feedback is Feedback.NONE else 1
+    slots_BT = jnp.broadcast_to(jnp.arange(at_once, dtype=jnp.int32), (num_rows, at_once))
 
-    def position(
+    def put_in(decode: DecodeState, mels_BTY: jax.Array) -> tuple[DecodeState, jax.Array]:
+        return feed(params, decode, own_slots(mels_BTY, speaks_B, layout, model), slots_BT)
+
+    def sample(decode: DecodeState, h_BTD: jax.Array) -> jax.Array:
+        """Mels of the positions that follow those of the state."""
+        at_BT = jax.vmap(sound_keys)(keys_B2, decode.num_positions_B[:, None] + slots_BT)
+        mels_nY = flow_head.sample(params["audio_out"], h_BTD.reshape(-1, h_BTD.shape[-1]), at_BT.reshape(-1), model)
+        return jnp.where(speaks_B[:, None, None], mels_nY.reshape(num_rows, at_once, -1), jnp.float16(0))
+
+    def part(
         number: jax.Array, carry: tuple[DecodeState, jax.Array, jax.Array]
     ) -> tuple[DecodeState, jax.Array, jax.Array]:
-        decode, h_BD, mels_BTY = carry
-        at_B = jax.vmap(_sound_key)(keys_B2, decode.num_positions_B)
-        mels_BY = flow_head.sample(params["audio_out"], h_BD, at_B, model)
-        mels_BY = jnp.where(speaks_B[:, None], mels_BY, jnp.zeros_like(mels_BY))
-        decode, h_BD = feed(params, decode, own_slots(mels_BY, speaks_B, layout, model), jnp.zeros(num_rows, jnp.int32))
-        return decode, h_BD, jax.lax.dynamic_update_index_in_dim(mels_BTY, mels_BY, number, axis=1)
+        before, h_BD, mels_BTY = carry
+        if at_once == 1:
+            new_BTY = sample(before, h_BD[:, None])
+            decode, h_BTD = put_in(before, new_BTY)
+        else:
+            decode, h_BTD = put_in(before, jnp.zeros_like(mels_BTY))
+            new_BTY = sample(before, jnp.concatenate([h_BD[:, None], h_BTD[:, :-1]], axis=1))
+        mels_BTY = jax.lax.dynamic_update_slice_in_dim(mels_BTY, new_BTY, number * at_once, axis=1)
+        return decode, h_BTD[:, -1], mels_BTY
 
     with jax.named_scope("turn_sound"):
-        silence = jnp.zeros(shape, jnp.float16)
-        num_positions = jnp.where(jnp.any(speaks_B), count, 0)
-        decode, _, mels_BTY = jax.lax.fori_loop(0, num_positions, position, (decode, h_BD, silence))
+        silence_BTY = jnp.zeros((num_rows, count, model.audio_out.values_per_position), jnp.float16)
+        num_parts = jnp.where(jnp.any(speaks_B), count // at_once, 0)
+        decode, _, mels_BTY = jax.lax.fori_loop(0, num_parts, part, (decode, h_BD, silence_BTY))
     return decode, Spoken(mels_BTY=mels_BTY, speaks_B=speaks_B)
 
 
-def _sound_key(key_2: jax.Array, position: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key_2), position), SOUND)
+def sound_keys(key_2: jax.Array, positions_T: Int32[Array, "T"]) -> jax.Array:
+    """The keys by which a session draws the sound that stands at positions."""
+    key = jax.random.wrap_key_data(key_2)
+    return jax.vmap(lambda position: jax.random.fold_in(jax.random.fold_in(key, position), SOUND))(positions_T)
 
 
-def own_slots(mels_BY: jax.Array, speaks_B: jax.Array, layout: Layout, model: ModelConfig) -> Slots:
-    """One own audio position for every session that speaks, as slots to feed."""
-    num_rows, video = mels_BY.shape[0], model.video
+def own_slots(
+    mels_BTY: Float16[Array, "B T Y"], speaks_B: Bool[Array, "B"], layout: Layout, model: ModelConfig
+) -> Slots:
+    """T own audio positions for every session that speaks, as slots to feed."""
+    (num_rows, count), video = mels_BTY.shape[:2], model.video
     return Slots(
-        tokens_BW=jnp.full((num_rows, 1), layout.special.audio, jnp.int32),
-        kinds_BW=jnp.full((num_rows, 1), Kind.OWN_AUDIO, jnp.uint8),
-        levels_BWM=jnp.zeros((num_rows, 1, model.audio.num_mels), jnp.uint8),
+        tokens_BW=jnp.full((num_rows, count), layout.special.audio, jnp.int32),
+        kinds_BW=jnp.full((num_rows, count), Kind.OWN_AUDIO, jnp.uint8),
+        levels_BWM=jnp.zeros((num_rows, count, model.audio.num_mels), jnp.uint8),
         tiles_BP=jnp.zeros((num_rows, 0, video.frames_per_tile, video.tile_px, video.tile_px, 3), jnp.int16),
-        tile_index_BW=jnp.zeros((num_rows, 1), jnp.int32),
-        counts_B=speaks_B.astype(jnp.int32),
-        own_BY=mels_BY,
+        tile_index_BW=jnp.zeros((num_rows, count), jnp.int32),
+        counts_B=jnp.where(speaks_B, count, 0).astype(jnp.int32),
+        own_BWY=mels_BTY,
     )
