@@ -17,7 +17,10 @@ from launch.app import prepare_jax, run_app
 _HF_DIR = flags.DEFINE_string("hf_dir", "", "Folder with config.json and safetensors.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder that is made.")
 _MAX_TILES_PER_TURN = flags.DEFINE_integer(
-    "max_tiles_per_turn", 1, "Image tiles that one micro-turn may hold, if the checkpoint has an image tower."
+    "max_tiles_per_turn",
+    None,
+    "Image tiles that one micro-turn may hold, if the checkpoint has an image tower; 1 where it does not say.",
+    lower_bound=1,
 )
 
 
@@ -25,8 +28,6 @@ def main(argv: list[str]) -> int:
     """Imports, and says what came in."""
     if not _HF_DIR.value or not _WORKDIR.value:
         raise app.UsageError("--hf_dir and --workdir are needed, as in --hf_dir=downloads/X --workdir=runs/x")
-    if _MAX_TILES_PER_TURN.value < 1:
-        raise app.UsageError(f"--max_tiles_per_turn = {_MAX_TILES_PER_TURN.value} must be at least 1")
     prepare_jax()
     from tml.export.inkling_import import import_folder
     from tml.flops import param_table, param_table_text

@@ -1,6 +1,7 @@
 """A voice beside the published layout: it comes back, transformers reads the rest, and halves of it are refused."""
 
 import dataclasses
+import io
 from functools import partial
 from pathlib import Path
 
@@ -8,17 +9,21 @@ import jax
 import numpy as np
 import pytest
 from inkling_oracle import inkling_model
+from PIL import Image
+from small_model import small_model, small_sound
 from tiny import VOICE
 from transformers import InklingForConditionalGeneration
 
 from tml import checkpoint
 from tml.checkpoint_pieces import Piece, PiecewiseArray, write_params
-from tml.config import Control, Experiment, MicroTurnConfig, VideoConfig
+from tml.config import AudioConfig, Control, Experiment, MicroTurnConfig, VideoConfig
+from tml.export.bundle import Model, open_model
 from tml.export.inkling_export import export_folder
-from tml.export.inkling_import import import_folder
+from tml.export.inkling_import import TOKENIZERS, import_folder
 from tml.export.interaction_head import DESCRIPTION, WEIGHTS
 from tml.model import transformer
 from tml.params import spec_leaves
+from tml.stream.live import LiveSession, TurnResult
 
 EXPERIMENT = Experiment(
     name="voiced", model=inkling_model(audio_out=VOICE), turn=MicroTurnConfig(turn_ms=400, control=Control.IMPLICIT)
@@ -57,18 +62,58 @@ def test_a_voice_comes_back_with_its_layout_of_micro_turns(exported: tuple[Path,
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
 
 
-def test_a_tower_that_inkling_cannot_name_stands_beside_and_comes_back_with_the_tokenizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_tower_that_inkling_cannot_name_stands_beside_and_comes_back_with_the_tokenizer(
+    tokenizer: str, tmp_path: Path
+) -> None:
     video = VideoConfig(tile_px=8, fold_px=(2, 4), fold_dims=(5, 7), max_tiles_per_turn=1)
     experiment = Experiment(name="eyes", model=inkling_model(video=video))
     write_run(tmp_path / "run", experiment)
     (tmp_path / "run" / "tokenizer").mkdir()
-    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("{}")
+    (tmp_path / "run" / "tokenizer" / tokenizer).write_text("{}")
     export_folder(tmp_path / "run", tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out" / tokenizer).read_text() == "{}"
     found = import_folder(tmp_path / "out", tmp_path / "again")
+    assert Path(found.text.tokenizer).read_text() == "{}"
     assert found.model.video == video
     (_, before), (_, after) = checkpoint.restore(tmp_path / "run"), checkpoint.restore(tmp_path / "again")
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_an_export_streams_as_the_run_does_though_it_hears_and_sees_unlike_others(tmp_path: Path) -> None:
+    audio = AudioConfig(num_mels=8, num_levels=4, hop_samples=640, window_samples=1_280, level_low=-6.0)
+    video = VideoConfig(tile_px=4, fold_px=(2, 2), fold_dims=(64, 64), max_tiles_per_turn=3)
+    voice = dataclasses.replace(VOICE, window_samples=640)
+    model = small_model(tmp_path, VOICE, video)
+    experiment = dataclasses.replace(
+        model.experiment, model=dataclasses.replace(model.experiment.model, audio=audio, audio_out=voice)
+    )
+    write_run(tmp_path / "run", experiment)
+    model.tokenizer.save(tmp_path / "run" / "tokenizer")
+    export_folder(tmp_path / "run", tmp_path / "out")
+    found = import_folder(tmp_path / "out", tmp_path / "again")
+    assert (found.stream, found.model.video) == (experiment.stream, video)
+    before, after = (_streamed(open_model(tmp_path / name)) for name in ("run", "again"))
+    assert [turn.said for turn in before] == [turn.said for turn in after]
+    np.testing.assert_array_equal([turn.sound for turn in before], [turn.sound for turn in after])
+    assert len({token for turn in before for token in turn.said.tokens}) > 3
+    assert any(turn.mels is not None for turn in before)
+
+
+def _streamed(model: Model) -> list[TurnResult]:
+    """Six turns of noise, and in the first of them a picture of three tiles."""
+    config = model.experiment
+    live = LiveSession(model.params, config.model, model.layout, config.stream, model.tokenizer)
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 8, 3), np.uint8)
+    for _ in range(config.model.video.frames_per_tile):
+        live.show(png(pixels))
+    return live.push(small_sound(6 * model.layout.clock.turn_samples))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_transformers_reads_the_rest(exported: tuple[Path, Path]) -> None:

@@ -17,7 +17,7 @@ from tml.export.inkling_import import (
     KEEPSAKE,
     SIDE_FILES,
     STORED,
-    TOKENIZER,
+    TOKENIZERS,
     origin,
     read_config,
     rows_at_a_time,
@@ -83,9 +83,10 @@ def export_folder(
         for name in SIDE_FILES:
             if (keepsake / name).is_file():
                 shutil.copyfile(keepsake / name, staging / name)
-        trained = workdir / "tokenizer" / TOKENIZER
-        if trained.is_file() and not (staging / TOKENIZER).is_file():
-            shutil.copyfile(trained, staging / TOKENIZER)
+        for name in TOKENIZERS:
+            trained = workdir / "tokenizer" / name
+            if trained.is_file() and not (staging / name).is_file():
+                shutil.copyfile(trained, staging / name)
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return reader
 

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
@@ -17,7 +18,7 @@ import numpy as np
 
 from tml.checkpoint import CheckpointError, describe
 from tml.checkpoint_pieces import STEP, ParamsReader, Piece, PiecewiseArray, committed_steps, write_params
-from tml.config import Experiment, MicroTurnConfig, ModelConfig, TextConfig, difference, to_json, to_mapping
+from tml.config import Experiment, ModelConfig, TextConfig, difference, to_json, to_mapping
 from tml.export import inkling_config, inkling_layout, interaction_head
 from tml.export.inkling_layout import Part, Tensor
 from tml.export.tensor_folder import TensorFolder
@@ -34,9 +35,9 @@ WITHOUT_MTP = "; a checkpoint without these blocks, as transformers saves them, 
 KEEPSAKE = "inkling"
 """Folder of a run folder with what the network does not need and an export gives back."""
 CONFIG, STORED = "config.json", "stored.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.tiktoken")
 SIDE_FILES = (
-    TOKENIZER,
+    *TOKENIZERS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "processor_config.json",
@@ -49,13 +50,14 @@ SIDE_FILES = (
 Source = tuple[Tensor, Part]
 
 
-def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int = 1) -> Experiment:
+def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int | None = None) -> Experiment:
     """Imports a checkpoint. What is whole already is not done again.
 
     Args:
         folder: config.json and safetensors, in one file or in shards.
         workdir: the run folder that is made.
-        max_tiles_per_turn: image tiles one micro-turn may hold, if the checkpoint has an image tower.
+        max_tiles_per_turn: image tiles one micro-turn may hold, if the checkpoint has an image tower; by default as
+            many as an export of ours says, else 1.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -65,24 +67,27 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int = 1) -> E
     source = TensorFolder(folder)
     config = read_config(folder)
     has_tower = any(name.startswith("model.visual.") for name in source.tensors)
-    model = inkling_config.to_model(config, has_tower, max_tiles_per_turn)
+    model = inkling_config.to_model(config, has_tower, max_tiles_per_turn or 1)
     layout = inkling_layout.tensors(model)
     beside = interaction_head.read(folder)
-    turn = beside.turn if beside else MicroTurnConfig()
     check_tensors(layout, source)
-    tokenizer = workdir / "tokenizer" / TOKENIZER if (folder / TOKENIZER).is_file() else None
-    text = TextConfig(tokenizer=str(tokenizer or ""))
-    whole = beside.whole(model) if beside else model
-    experiment = Experiment(name=folder.resolve().name, model=whole, text=text, turn=turn)
+    tokenizer = next((name for name in TOKENIZERS if (folder / name).is_file()), None)
+    text = TextConfig(tokenizer=str(workdir / "tokenizer" / tokenizer) if tokenizer else "")
+    experiment = Experiment(name=folder.resolve().name, model=model, text=text)
+    if beside:
+        experiment = beside.whole(experiment)
+        video = replace(experiment.model.video, max_tiles_per_turn=max_tiles_per_turn or 1)
+        if max_tiles_per_turn and experiment.model.video.max_tiles_per_turn:
+            experiment = replace(experiment, model=replace(experiment.model, video=video))
     if committed_steps(workdir):
         _refuse_another(source, workdir, experiment)
         return experiment
     _keep(source, workdir / KEEPSAKE)
     if tokenizer:
-        tokenizer.parent.mkdir(exist_ok=True)
-        shutil.copyfile(folder / TOKENIZER, tokenizer)
+        (workdir / "tokenizer").mkdir(exist_ok=True)
+        shutil.copyfile(folder / tokenizer, workdir / "tokenizer" / tokenizer)
     (workdir / CONFIG).write_text(to_json(experiment) + "\n")
-    arrays = {**piecewise(layout, model, source), **interaction_head.piecewise(folder, whole)}
+    arrays = {**piecewise(layout, model, source), **interaction_head.piecewise(folder, experiment.model)}
     write_params(workdir, experiment, arrays)
     return experiment
 

@@ -1,10 +1,11 @@
 """What Inkling's published layout cannot hold: files of its own beside it, which other engines do not read.
 
-That is the voice, an image tower whose widths no config.json of Inkling's can name, and a layout of micro-turns that is
-not the usual one.
+That is the voice, an image tower whose widths no config.json of Inkling's can name, and what a stream of micro-turns
+needs to be the same again, if it is not what an import would take anyway.
 
 interaction_head.safetensors   flow head, table of own audio and such a tower, by our paths, in float32
-interaction_head.json          format, voice (`model.audio_out`), layout of micro-turns (`turn`), such a tower (`video`)
+interaction_head.json          format, voice (`model.audio_out`), what is heard (`model.audio`) and seen (`model.video`)
+                               and how often, dtype of computing, layout of micro-turns (`turn`), streaming (`stream`)
 vocoder/                       the vocoder's program, where the voice names one
 """
 
@@ -19,13 +20,24 @@ import safetensors.numpy
 
 from tml.checkpoint_pieces import ParamsReader, Piece, PiecewiseArray
 from tml.codec.vocoder_program import carried, carry
-from tml.config import AudioOutConfig, MicroTurnConfig, ModelConfig, VideoConfig, to_mapping
+from tml.config import (
+    AudioConfig,
+    AudioOutConfig,
+    ComputeDtype,
+    Experiment,
+    MicroTurnConfig,
+    ModelConfig,
+    StreamConfig,
+    VideoConfig,
+    to_mapping,
+)
 from tml.config.tree import from_mapping
+from tml.export import inkling_config
 from tml.export.tile_folds import is_planned
 from tml.model import transformer
 from tml.params import ParamSpec, spec_leaves
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, DESCRIPTION = "interaction_head.safetensors", "interaction_head.json"
 
 
@@ -35,26 +47,52 @@ class Described:
 
     Attributes:
         audio_out: the voice.
+        audio: what is heard.
+        video: the image tower, if there is one.
+        compute_dtype: of activations.
         turn: the layout of micro-turns that the model was trained in.
-        video: the image tower; None if the published layout holds it, or there is none.
+        stream: how it is streamed.
     """
 
     audio_out: AudioOutConfig
+    audio: AudioConfig
+    video: VideoConfig
+    compute_dtype: ComputeDtype
     turn: MicroTurnConfig
-    video: VideoConfig | None
+    stream: StreamConfig
 
-    def whole(self, model: ModelConfig) -> ModelConfig:
-        """The model of which the published layout has held a part."""
-        return replace(model, audio_out=self.audio_out, video=self.video or model.video)
+    @classmethod
+    def of(cls, experiment: Experiment) -> "Described":
+        """What is to be said of an experiment."""
+        model = experiment.model
+        return cls(
+            audio_out=model.audio_out,
+            audio=model.audio,
+            video=model.video if model.video.max_tiles_per_turn else VideoConfig(),
+            compute_dtype=model.compute_dtype,
+            turn=experiment.turn,
+            stream=experiment.stream,
+        )
+
+    def whole(self, experiment: Experiment) -> Experiment:
+        """The experiment of which the published layout has held a part."""
+        model = replace(
+            experiment.model,
+            audio_out=self.audio_out,
+            audio=self.audio,
+            video=self.video,
+            compute_dtype=self.compute_dtype,
+        )
+        return replace(experiment, model=model, turn=self.turn, stream=self.stream)
 
 
 def published(model: ModelConfig) -> ModelConfig:
     """The part of a model that the published layout holds: all but its voice, and a tower that is not Inkling's."""
-    return replace(model, audio_out=AudioOutConfig(), video=VideoConfig() if _has_own_tower(model) else model.video)
+    return replace(model, audio_out=AudioOutConfig(), video=VideoConfig() if _is_own(model.video) else model.video)
 
 
-def _has_own_tower(model: ModelConfig) -> bool:
-    video = model.video
+def _is_own(video: VideoConfig) -> bool:
+    """Whether there is a tower, and none of Inkling's."""
     folds = (video.fold_px, video.fold_dims)
     return video.max_tiles_per_turn > 0 and not is_planned(video.tile_px, video.frames_per_tile, folds)
 
@@ -68,19 +106,23 @@ def head_specs(model: ModelConfig) -> dict[str, ParamSpec]:
 def write(folder: Path, reader: ParamsReader) -> None:
     """Writes what stands beside a checkpoint; nothing if nothing does."""
     experiment = reader.experiment
-    specs = head_specs(experiment.model)
-    if not specs and experiment.turn == MicroTurnConfig():
+    specs, described = head_specs(experiment.model), Described.of(experiment)
+    if not specs and described == Described.of(_as_imported(experiment)):
         return
     if specs:
         _write_weights(folder, reader, specs)
-    described = {
-        "format": FORMAT,
-        "audio_out": to_mapping(carry(experiment.model.audio_out, folder)),
-        "turn": to_mapping(experiment.turn),
-    }
-    if _has_own_tower(experiment.model):
-        described["video"] = to_mapping(experiment.model.video)
-    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    described = replace(described, audio_out=carry(described.audio_out, folder))
+    content = {"format": FORMAT, **to_mapping(described)}
+    (folder / DESCRIPTION).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _as_imported(experiment: Experiment) -> Experiment:
+    """What an import would make of the published layout alone."""
+    model = published(experiment.model)
+    has_tower = model.video.max_tiles_per_turn > 0
+    return Experiment(
+        name=experiment.name, model=inkling_config.to_model(inkling_config.from_model(model, {}), has_tower)
+    )
 
 
 def _write_weights(folder: Path, reader: ParamsReader, specs: Mapping[str, ParamSpec]) -> None:
@@ -105,15 +147,12 @@ def read(folder: Path) -> Described | None:
         found = described["format"]
         if found != FORMAT:
             raise ValueError(f"format {found}, this code reads {FORMAT}")
-        video = described.get("video")
-        beside = Described(
-            audio_out=carried(from_mapping(AudioOutConfig, described["audio_out"], "audio_out"), folder),
-            turn=from_mapping(MicroTurnConfig, described["turn"], "turn"),
-            video=None if video is None else from_mapping(VideoConfig, video, "video"),
-        )
+        del described["format"]
+        beside = from_mapping(Described, described, DESCRIPTION)
+        beside = replace(beside, audio_out=carried(beside.audio_out, folder))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}; export it again") from error
-    if not has_weights and (beside.audio_out.frames_per_position or beside.video):
+    if not has_weights and (beside.audio_out.frames_per_position or _is_own(beside.video)):
         raise ValueError(f"{folder} holds {DESCRIPTION} with a voice or a tower, but {halves}")
     return beside
 
