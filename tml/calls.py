@@ -58,9 +58,12 @@ def read_arguments(text: str) -> Mapping[str, Any]:
 
 def _read_json(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        # Half of a surrogate pair is JSON, but no text: what sends it on would break.
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CallError(f"not JSON: {error}") from error
+    return value
 
 
 def _object(arguments: Any) -> Mapping[str, Any]:

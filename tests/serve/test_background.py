@@ -16,13 +16,14 @@ from local_servers import WAIT_S, ChatServer, all_said, odd_tools, running_tool_
 from PIL import Image
 from small_model import small_session
 
-from tml.calls import Call
+from tml.calls import Call, CallError
 from tml.codec.waveform import decode_clip
 from tml.config import AudioConfig, MicroTurnConfig
 from tml.microturn import Clock
 from tml.serve.background import Background, Limits
 from tml.serve.conversation import Media
 from tml.serve.endpoint import Endpoint, open_endpoint
+from tml.serve.toolbox import check_arguments
 from tml.session import Session, Stream, TextEvent, VideoFrame
 
 CLOCK = Clock.of(MicroTurnConfig(), AudioConfig())
@@ -262,6 +263,7 @@ def test_several_delegations_say_which_they_are_and_can_be_cancelled_one_by_one(
         ('{"name":"calculator","arguments":{"expr', "failed: not JSON"),
         ("it is seven", "failed: not JSON"),
         ('{"name":3}', "failed: a call needs a name"),
+        (r'{"name":"calculator","arguments":{"expression":"\ud83d"}}', "failed: not JSON"),
         ('{"name":"teleport"}', "failed: there is no tool teleport"),
         ('{"name":"calculator","arguments":{"expression":6}}', "failed: calculator: expression 6 is not of type"),
         ('{"name":"calculator"}', "failed: calculator: 'expression' is a required property"),
@@ -280,6 +282,12 @@ def test_a_call_that_cannot_be_carried_out_comes_back_as_a_failure(
     assert tools_alone.notices[-1].startswith("refused ")
     tools_alone.act('{"name":"calculator","arguments":{"expression":"1+1"}}', conversation)
     assert all_said(tools_alone) == ["calculator result 2"]
+
+
+@pytest.mark.parametrize("schema", [{"properties": {"x": {"$ref": "https://example.org/x"}}}, {"$ref": "#"}], ids=str)
+def test_a_schema_that_leads_nowhere_fails_the_call_and_nothing_else(schema: dict) -> None:
+    with pytest.raises(CallError, match="odd: its schema refers to what is not there"):
+        check_arguments(Call(name="odd", arguments={"x": 1}), schema)
 
 
 def test_the_model_calls_every_tool_itself(tmp_path: Path) -> None:

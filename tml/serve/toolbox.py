@@ -62,10 +62,14 @@ def check_arguments(call: Call, schema: Mapping[str, Any]) -> None:
     """Raises CallError if the arguments of a call do not fit a JSON schema; names the most telling misfit."""
     from jsonschema import exceptions, validators
     from referencing import Registry
+    from referencing.exceptions import Unresolvable
 
     # An empty registry: no schema makes this process fetch another one.
     validator = validators.validator_for(schema, validators.Draft202012Validator)(schema, registry=Registry())
-    misfit = exceptions.best_match(validator.iter_errors(dict(call.arguments)))
+    try:
+        misfit = exceptions.best_match(validator.iter_errors(dict(call.arguments)))
+    except (Unresolvable, RecursionError) as error:
+        raise CallError(f"{call.name}: its schema refers to what is not there: {error}") from error
     if misfit is not None:
         place = f"{misfit.json_path.removeprefix('$.')} " if misfit.path else ""
         raise CallError(f"{call.name}: {place}{misfit.message}")

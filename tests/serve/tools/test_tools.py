@@ -28,6 +28,9 @@ from tml.serve.tools.search import Hit, TextIndex
         ("cos(pi)", "-1"),
         ("e", repr(math.e)),
         ("1e3", "1000"),
+        ("round(2.567, 2)", "2.57"),
+        ("round(1234, -2)", "1200"),
+        ("1 ^ 5000 + (-1) ^ 5001", "0"),
     ],
 )
 def test_the_calculator_calculates(expression: str, value: str) -> None:
@@ -43,6 +46,7 @@ def test_the_calculator_calculates(expression: str, value: str) -> None:
         ("9 ^ 9 ^ 9 ^ 9", "is larger than"),
         ("2 ^ 4000 * 2 ^ 4000", "larger than"),
         ("1e308 * 10", "infinite"),
+        ("round(1, -999999999)", "at most 400, not -999999999"),
         ("2 ^ 2000 * 1.5", "has no value"),
         ("(-1) ^ 0.5", "is not a real number"),
         ("sqrt()", "has no value"),

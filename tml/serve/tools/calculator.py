@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 Number = int | float
 
-MAX_CHARACTERS, MAX_BITS = 500, 4_096
-"""Longer expressions and larger integers are refused, so that no expression takes long."""
+MAX_CHARACTERS, MAX_BITS, MAX_DIGITS = 500, 4_096, 400
+"""Longer expressions, larger integers and more digits are refused, so that no expression takes long."""
 
 _BINARY: Mapping[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Add: operator.add,
@@ -18,9 +18,17 @@ _BINARY: Mapping[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+
+
+def _round(number: Number, digits: Number = 0) -> Number:
+    if not isinstance(digits, int) or abs(digits) > MAX_DIGITS:
+        raise ValueError(f"round takes a whole number of digits, at most {MAX_DIGITS}, not {digits}")
+    return round(number, digits)
+
+
 _FUNCTIONS: Mapping[str, Callable[..., Number]] = {
     "abs": abs,
-    "round": round,
+    "round": _round,
     "min": min,
     "max": max,
     "floor": math.floor,
@@ -77,7 +85,8 @@ def _value(node: ast.expr) -> Number:
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > MAX_BITS:
+    are_whole = isinstance(base, int) and isinstance(exponent, int)
+    if are_whole and abs(base) > 1 and int(base).bit_length() * abs(exponent) > MAX_BITS:
         raise ValueError(f"{base} ** {exponent} is larger than 2 ** {MAX_BITS}")
     value = base**exponent
     if isinstance(value, complex):
