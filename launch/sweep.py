@@ -5,8 +5,9 @@
 
 Runs lie in WORKDIR/VARIANT/seed-N, with the output of their commands in log.txt. The same command goes on where a sweep
 stopped: runs that are done stay, a run that was interrupted continues, one that failed is tried again. A run that fails
-does not stop the others. WORKDIR/report.html shows what differs between the configs, curves of held-out metrics with
-the seeds as bands, final values with 95 % intervals over seeds, and the runs that failed; report.json holds the same.
+does not stop the others; one that was trained with another config, also for fewer steps, has failed.
+WORKDIR/report.html shows what differs between the configs, curves of held-out metrics with the seeds as bands, final
+values with 95 % intervals over seeds, and the runs that failed; report.json holds the same.
 
 Exit codes: 0 all runs are done, 1 some failed, 75 interrupted.
 """
@@ -17,7 +18,7 @@ from absl import app, flags
 
 from launch.app import run_app
 from launch.sweep_report import write_report
-from launch.sweep_runs import load, runs_of, train
+from launch.sweep_runs import load, missing, runs_of, train
 
 _GRID = flags.DEFINE_string("grid", "", "A file that defines get_grid(), such as experiments/ablations/control.py.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the runs; runs/ablations/NAME by default.")
@@ -35,8 +36,11 @@ def main(argv: list[str]) -> int:
     failures: dict[str, str] = {}
     for index, run in enumerate(runs):
         progress = f"[{index + 1}/{len(runs)}] {run.name}"
-        if run.is_done:
+        if run.is_done and not (error := missing(run, grid)):
             print(f"{progress}: done", flush=True)
+        elif run.is_done:
+            print(f"{progress}: FAILED, {error}", flush=True)
+            failures[run.name] = error
         elif _REPORT_ONLY.value:
             failures[run.name] = "not trained to its end"
         elif error := train(run, grid, progress):

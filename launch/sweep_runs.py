@@ -43,7 +43,10 @@ class Run:
 
     @property
     def changed(self) -> str:
-        """Where the config that its folder was trained with differs from the grid's; it may have had fewer steps."""
+        """Where the config that its folder was trained with differs from the grid's.
+
+        Also in its steps: what was trained longer than it had been meant to has had another learning rate.
+        """
         path = self.folder / CONFIG
         if not path.exists():
             return ""
@@ -52,8 +55,7 @@ class Run:
         except ValueError as error:
             return f"{path} is not a config of this version: {error}"
         found = difference(to_mapping(then), to_mapping(self.experiment))
-        changes = [change for change in found if change[0] != "train.num_steps" or change[1] > change[2]]
-        return ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changes)
+        return ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in found)
 
     @property
     def is_done(self) -> bool:
@@ -78,13 +80,16 @@ def load(path: str, function: str) -> Any:
     """What a function of a Python file returns.
 
     Raises:
-        app.UsageError: there is no such file, or no such function in it.
+        app.UsageError: there is no such file, it breaks, or there is no such function in it.
     """
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if not Path(path).is_file() or spec is None or spec.loader is None:
         raise app.UsageError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise app.UsageError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if not hasattr(module, function):
         raise app.UsageError(f"{path} defines no {function}()")
     return getattr(module, function)()
@@ -107,6 +112,18 @@ def experiment_of(grid: Grid, variant: str, seed: int) -> Experiment:
 def overrides(grid: Grid, variant: str, seed: int) -> dict[str, Any]:
     """Dotted keys of the config and values in which a run differs from the base."""
     return {**grid.common, **grid.variants[variant], "seed": seed}
+
+
+def missing(run: Run, grid: Grid) -> str:
+    """What a run that was trained to its end has not measured of what the grid asks for; empty if nothing."""
+    if not run.is_done:
+        return "it was trained, but its last held-out metrics are not of its last step; has it data.eval_sources?"
+    known = run.curve[-1]
+    unknown = [name for name in grid.measures if name not in known]
+    if unknown:
+        names = ", ".join(name for name in known if name.startswith("eval/"))
+        return f"measures names {unknown[0]!r}, which it did not measure; it has {names}"
+    return ""
 
 
 def train(run: Run, grid: Grid, progress: str) -> str:
@@ -135,7 +152,10 @@ def train(run: Run, grid: Grid, progress: str) -> str:
                 error = f"{module} ended with code {code}: {''.join(last)}"
                 print(f"{progress}: FAILED, {error}", flush=True)
                 return error
-    final = run.curve[-1] if run.curve else {}
+    if error := missing(run, grid):
+        print(f"{progress}: FAILED, {error}", flush=True)
+        return error
+    final = run.curve[-1]
     values = ", ".join(f"{name.removeprefix('eval/')} {final[name]:.4g}" for name in grid.measures if name in final)
     print(f"{progress}: done in {time.monotonic() - begun:.0f} s, {values}", flush=True)
     return ""

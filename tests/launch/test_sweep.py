@@ -14,7 +14,7 @@ from absl import app
 from scipy import stats
 
 from launch.sweep_report import estimate, write_report
-from launch.sweep_runs import experiment_of, load, runs_of, train
+from launch.sweep_runs import experiment_of, load, missing, runs_of, train
 from tml.config import Grid, to_json
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_a_sweep_trains_goes_on_and_reports_what_failed(tmp_path: Path) -> None:
     assert all(text in page for text in ("Is &lt;this&gt; well?", "<svg", "absent/seed-0"))
     assert not re.search(r'(src|href)="(?!#)', page), "the page needs another file"
 
-    # Nothing is trained twice; a longer grid goes on from the checkpoints.
+    # Nothing is trained twice, and nothing longer than it was meant to be.
     log = (workdir / "tick/seed-0/log.txt").read_text()
     again = run("launch.sweep", f"--grid={grid}", f"--workdir={workdir}")
     assert "tick/seed-0: done" in again.stdout
@@ -89,8 +89,8 @@ def test_a_sweep_trains_goes_on_and_reports_what_failed(tmp_path: Path) -> None:
     grid.write_text(GRID.format(steps=4, folder=tmp_path))
     longer = run("launch.sweep", f"--grid={grid}", f"--workdir={workdir}")
     assert longer.returncode == 1
-    steps = [json.loads(line)["step"] for line in (workdir / "tick/seed-0/metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 2, 3, 4, 4]
+    assert "(train.num_steps was 2 and is 4); delete it, or name another --workdir" in longer.stdout
+    assert (workdir / "tick/seed-0/log.txt").read_text() == log
 
 
 def test_a_grid_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -106,6 +106,9 @@ def test_a_grid_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -
         Grid(question="?", base="", variants={"a/b": {}})
     with pytest.raises(ValueError, match="repeat"):
         Grid(question="?", base="", variants={"a": {}}, seeds=(1, 1))
+    (tmp_path / "broken.py").write_text("def get_grid(:")
+    with pytest.raises(app.UsageError, match=r"broken.py cannot be read: SyntaxError"):
+        load(str(tmp_path / "broken.py"), "get_grid")
     with pytest.raises(app.UsageError, match="no Python file"):
         load(str(tmp_path / "absent.py"), "get_grid")
     with pytest.raises(app.UsageError, match=r"quickstart.py defines no get_grid\(\)"):
@@ -136,6 +139,11 @@ def test_a_report_holds_finished_runs_of_this_grid_alone(tmp_path: Path) -> None
     assert "optim.peak_lr was 0.006 and is 0.001" in train(other, grid, "")
     shorter = runs_of(dataclasses.replace(grid, common={"train.num_steps": 60}), tmp_path)[0]
     assert (shorter.is_done, shorter.changed) == (False, "train.num_steps was 100 and is 60")
+    assert missing(runs[0], grid) == ""
+    misspelt = dataclasses.replace(grid, measures=("eval/loss", "eval/los"))
+    assert missing(runs[0], misspelt) == "measures names 'eval/los', which it did not measure; it has eval/loss"
+    unfinished = next(run for run in runs if run.name == "a/seed-2")
+    assert "has it data.eval_sources?" in missing(unfinished, grid)
     write_report(grid, runs, {}, tmp_path)
     final = json.loads((tmp_path / "report.json").read_text())["final"]["eval/loss"]
     assert {name: (found["mean"], found["num_seeds"]) for name, found in final.items()} == {
