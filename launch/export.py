@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from launch.app import prepare_jax, run_app
+from launch.app import FLAGS, prepare_jax, run_app
 
 
 class Format(enum.StrEnum):
@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
     """Restores, writes, says what was written."""
     if not _WORKDIR.value or not _OUT.value:
         raise app.UsageError("--workdir and --out are needed, as in --workdir=runs/quickstart --out=exports/quickstart")
+    if _FORMAT.value is not Format.HF and FLAGS["stored_as"].present:
+        raise app.UsageError(f"--stored_as is of --format=hf; {_FORMAT.value} is stored in float32")
     prepare_jax()
     out = Path(_OUT.value)
     what = WRITERS[_FORMAT.value](Path(_WORKDIR.value), _STEP.value, out)

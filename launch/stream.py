@@ -18,13 +18,15 @@ one), `cancel` calls it off, anything else is a tool of the MCP servers. The sou
 import contextlib
 import functools
 import json
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from launch.app import prepare_jax, run_app
+from launch.app import EXIT_INTERRUPTED, FLAGS, prepare_jax, run_app
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +48,12 @@ _PICTURES = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", "", "Folder for the transcript and the picture.")
 _TAIL_S = flags.DEFINE_float(
     "tail_s", 2.0, "Seconds of silence after the sound, in which it may still be answered.", lower_bound=0.0
+)
+_MAX_POSITIONS = flags.DEFINE_integer(
+    "max_positions",
+    None,
+    "Positions that the session may grow to; by default as many as may be said to the sound. Fewer make ticks faster.",
+    lower_bound=1,
 )
 _PACE = flags.DEFINE_enum(
     "pace", "", ["", "real_time", "at_once"], "When sound goes in; by default in real time if there is a background."
@@ -74,6 +82,9 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(f"{_WAV.value}: there is no such file")
     if Path(_OUT.value).exists() and not Path(_OUT.value).is_dir():
         raise app.UsageError(f"--out={_OUT.value} is a file; name a folder")
+    if not _WORKER.value and (_WORKER_MODEL.value or FLAGS["worker_sends"].present):
+        raise app.UsageError("--worker_model and --worker_sends are of a worker; name one by --worker")
+    signal.signal(signal.SIGTERM, _terminate)
     prepare_jax()
 
     from tml.export import bundle
@@ -85,7 +96,8 @@ def main(argv: list[str]) -> int:
     samples = _sound(clock)
     # A file's length is known, so the caches can hold whatever may be said to it.
     most = len(samples) // clock.turn_samples * (model.layout.max_slots_in + model.layout.max_slots_out)
-    stream = replace(config.stream, max_positions=max(config.stream.max_positions, most))
+    most = _MAX_POSITIONS.value or max(config.stream.max_positions, most)
+    stream = replace(config.stream, max_positions=most)
     live = LiveSession(model.params, config.model, model.layout, stream, model.tokenizer)
     pictures = _pictures(model)
     if _TEXT.value:
@@ -100,21 +112,39 @@ def main(argv: list[str]) -> int:
     finally:
         # Whatever ended it, what was said until then is written.
         if ticks:
-            _finish(live, ticks, background.notices if background else [], pace)
+            _finish(live, ticks, background.notices if background else [], len(pictures), pace)
     return 0
 
 
-def _finish(live: "LiveSession", ticks: "list[Tick]", notices: list[str], pace: "Pace") -> None:
-    """Prints a summary and writes everything, of as many ticks as there were."""
+def _terminate(*_: object) -> None:
+    """What a supervisor asks for ends the session as Ctrl-C does: with what was said written."""
+    sys.exit(EXIT_INTERRUPTED)
+
+
+def _finish(live: "LiveSession", ticks: "list[Tick]", notices: list[str], num_unseen: int, pace: "Pace") -> None:
+    """Writes everything, of as many ticks as there were, and prints a summary."""
     turn_ms = live.clock.turn_samples * 1000 // live.clock.sample_rate_hz
-    for notice in notices:
-        print(f"background: {notice}")
     latencies = _latencies(ticks, turn_ms, live.num_compilations, pace)
-    wrote = _write(live.record(Path(_WAV.value).name), _transcript(ticks, notices, latencies), live.clock)
+    record = live.record(Path(_WAV.value).name)
+    notices = [*notices, *_left_over(live, num_unseen)]
+    wrote = _write(record, _transcript(ticks, notices, latencies), live.clock)
+    for notice in notices:
+        print(f"notice: {notice}")
     text = "".join(tick.result.said.text for tick in ticks).strip()
     print(f"said: {text!r} in {len(ticks)} ticks of {turn_ms} ms")
     print(", ".join(f"{name} {value:.4g}" for name, value in latencies.items()))
     print(f"wrote {', '.join(map(str, wrote))}")
+
+
+def _left_over(live: "LiveSession", num_unseen: int) -> list[str]:
+    """What was to go in, and has not before the end."""
+    from tml.session import Stream
+
+    found = [f"{num_unseen} pictures were due after the end of the sound; give it a longer --tail_s"] * (num_unseen > 0)
+    for stream in (Stream.USER_TEXT, Stream.BACKGROUND):
+        if text := live.drop_waiting(stream):
+            found.append(f"the session ended before all of its {stream} went in; what is missing: {text!r}")
+    return found
 
 
 def _sound(clock: "Clock") -> "np.ndarray":
@@ -156,7 +186,10 @@ def _open_background(clock: "Clock", stack: contextlib.ExitStack) -> "Background
         if unknown:
             raise app.UsageError(f"--worker_sends = {sorted(unknown)} is not of {', '.join(Media)}")
         media = tuple(Media(name) for name in _WORKER_SENDS.value)
-        endpoint = Endpoint(url=_WORKER.value, model=_WORKER_MODEL.value, media=media)
+        try:
+            endpoint = Endpoint(url=_WORKER.value, model=_WORKER_MODEL.value, media=media)
+        except ValueError as error:
+            raise app.UsageError(f"--worker, --worker_model: {error}") from error
         open_worker = functools.partial(open_endpoint, endpoint, clock)
     limits = Limits(timeout_s=_TIMEOUT_S.value, start_timeout_s=_TIMEOUT_S.value)
     return stack.enter_context(Background(_TOOLS.value, open_worker, limits))

@@ -58,7 +58,12 @@ def test_export_writes_the_newest_checkpoint_as_a_bundle(folder: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, exported.params, wanted.params)
 
 
-def test_a_stream_that_is_stopped_writes_what_was_said_until_then(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("stop", "code", "message"), [(signal.SIGINT, 130, "error: interrupted\n"), (signal.SIGTERM, 75, "")]
+)
+def test_a_stream_that_is_stopped_writes_what_was_said_until_then(
+    folder: Path, stop: signal.Signals, code: int, message: str
+) -> None:
     command = [sys.executable, "-u", "-m", "launch.stream", "--model=bundle", "--wav=in.wav", "--out=stopped"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -72,10 +77,10 @@ def test_a_stream_that_is_stopped_writes_what_was_said_until_then(folder: Path) 
         assert process.stdout is not None
         assert process.stderr is not None
         assert any(" tick " in line for line in process.stdout)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         rest, errors = process.communicate(timeout=200)
-    assert process.returncode == 130, errors
-    assert errors == "error: interrupted\n"
+    assert process.returncode == code, errors
+    assert errors == message
     assert "wrote stopped/transcript.json, stopped/timeline.png" in rest
     transcript = json.loads((folder / "stopped" / "transcript.json").read_text())
     assert transcript["said"]
@@ -106,6 +111,18 @@ def test_a_sound_longer_than_a_session_may_usually_grow_is_streamed_whole(folder
     done = run("stream", "--model=bundle", "--wav=long.wav", "--out=long", "--tail_s=0", folder=folder)
     assert done.returncode == 0, done.stderr
     assert "in 150 ticks" in done.stdout
+
+
+def test_a_session_that_may_not_grow_so_far_ends_with_what_was_said_written(folder: Path) -> None:
+    flags = ("--model=bundle", "--wav=in.wav", "--out=short", "--max_positions=60")
+    text = "seven, then eight or nine, then one or two or three or four, then five or six"
+    done = run("stream", *flags, f"--type_text={text}", folder=folder)
+    assert done.returncode == 1, done.stdout
+    assert "one more turn may pass stream.max_positions = 60" in done.stderr
+    transcript = json.loads((folder / "short" / "transcript.json").read_text())
+    assert 0 < len(transcript["ticks"]) < 21
+    [notice] = transcript["notices"]
+    assert notice.startswith("the session ended before all of its user_text went in")
 
 
 def test_evaluate_prints_a_table_and_writes_its_report(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,33 +70,40 @@ def test_a_session_with_a_background_keeps_time_and_shows_what_came_back(folder:
     assert came_back
     assert all(text.startswith("failed: ") for text in came_back)
     assert "  <- failed: " in done.stdout
-    assert "\nbackground: refused " in done.stdout
+    assert "\nnotice: refused " in done.stdout
     assert (folder / "canvas.svg").read_text().startswith("<svg")
     assert transcript["programs_compiled"] == 1
 
 
 def test_without_a_background_calls_are_only_shown(folder: Path) -> None:
-    done = stream(folder, "--out=alone")
+    (folder / "many").mkdir()
+    for number in range(12):
+        shutil.copyfile(folder / "pictures" / f"{number % 6}.png", folder / "many" / f"{number:02}.png")
+    done = stream(folder, "--out=alone", "--tail_s=0", "--pictures=many")
     assert done.returncode == 0, done.stderr
     transcript = json.loads((folder / "alone" / "transcript.json").read_text())
     assert "behind_p50_ms" not in transcript
-    assert transcript["notices"] == []
+    # Five a second, for two seconds of sound.
+    assert transcript["notices"] == ["2 pictures were due after the end of the sound; give it a longer --tail_s"]
     assert not any(tick["came_back"] for tick in transcript["ticks"])
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "code", "message"),
     [
-        (("--worker=localhost",), "the worker's address 'localhost' does not begin with http"),
-        (("--worker=http://localhost",), "the worker at http://localhost needs the name of a model"),
-        (("--worker=http://x", "--worker_model=y", "--worker_sends=smell"), "--worker_sends = ['smell'] is not of"),
-        (("--tools=no-such-command",), "the tool server 'no-such-command' does not start"),
-        (("--pictures=nowhere",), "nowhere: there is no such folder, or no picture in it"),
+        (("--worker=localhost",), 2, "the worker's address 'localhost' does not begin with http"),
+        (("--worker=http://localhost",), 2, "the worker at http://localhost needs the name of a model"),
+        (("--worker=http://x", "--worker_model=y", "--worker_sends=smell"), 2, "--worker_sends = ['smell'] is not of"),
+        (("--worker_model=y",), 2, "name one by --worker"),
+        (("--tools=no-such-command",), 1, "the tool server 'no-such-command' does not start"),
+        (("--pictures=nowhere",), 1, "nowhere: there is no such folder, or no picture in it"),
     ],
 )
-def test_a_background_that_cannot_be_had_is_one_line(folder: Path, flags: tuple[str, ...], message: str) -> None:
+def test_a_background_that_cannot_be_had_is_one_line(
+    folder: Path, flags: tuple[str, ...], code: int, message: str
+) -> None:
     done = stream(folder, "--out=x", *flags)
-    assert done.returncode in (1, 2), done.stdout
+    assert done.returncode == code, done.stdout
     assert done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
     assert not (folder / "x").exists()
