@@ -4,8 +4,8 @@
       one.wav  one.txt          a transcript beside each clip (wav, flac, ogg, opus, mp3)
 
 or a list of transcripts: a `.tsv` or `.csv` whose first line names its columns, or a `.jsonl`, with the
-path of the clip in a column `path`, `file`, `file_name`, `audio` or `audio_filepath`, and its words in
-`text`, `transcript`, `transcription` or `sentence` (so Common Voice, NeMo and audiofolder lists do).
+path of the clip in a column `path`, `file`, `file_name`, `audio`, `audio_filepath` or `image`, and its words in
+`text`, `transcript`, `transcription`, `sentence` or `caption` (so Common Voice, NeMo and audiofolder lists do).
 
 A clip is the user's speech, or the model's own. One that cannot be aligned gets evenly spread word
 times: its meta says so (`alignment` is `forced` or `spread`), and so does the summary.
@@ -14,7 +14,7 @@ times: its meta says so (`alignment` is `forced` or `spread`), and so does the s
 import csv
 import enum
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,8 @@ from tml.codec.waveform import encode_clip, read_audio
 from tml.session import Session, Stream, TextEvent
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-PATH_COLUMNS = ("path", "file", "file_name", "audio", "audio_filepath")
-TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence")
+PATH_COLUMNS = ("path", "file", "file_name", "audio", "audio_filepath", "image")
+TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "caption")
 
 
 class Role(enum.StrEnum):
@@ -69,19 +69,22 @@ class FoundClips:
     unlisted: int = 0
 
 
-def find_clips(source: Path | str, transcripts: Path | str | None = None) -> FoundClips:
-    """The clips of a folder with their transcripts.
+def find_clips(
+    source: Path | str, transcripts: Path | str | None = None, suffixes: Sequence[str] = SOUND_SUFFIXES
+) -> FoundClips:
+    """The clips of a folder with their transcripts, or pictures with their captions.
 
     Args:
         source: the folder with the sound files.
         transcripts: a list of transcripts, whose paths start from the folder or from where the list lies;
             without it each clip's transcript lies beside it as `.txt`.
+        suffixes: of the files that are clips.
 
     Raises:
         ValueError: there is no such folder or list, or the list cannot be read.
     """
     source = Path(source)
-    sounds = files_under(source, SOUND_SUFFIXES)
+    sounds = files_under(source, suffixes)
     pairs, failures = _beside(source, sounds) if transcripts is None else _listed(Path(transcripts), source)
     clips: dict[str, Clip] = {}
     for path, transcript in pairs:

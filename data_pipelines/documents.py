@@ -1,4 +1,7 @@
-"""Plain text documents as a data set: text files and JSON lines, cut into pieces, one record a piece."""
+"""Plain text documents as a data set: text files and JSON lines, cut into pieces, one record a piece.
+
+A document may begin with a picture, which its text is about.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,15 +20,19 @@ _BREAKS = ("\n\n", "\n", ". ", " ")
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One piece of plain text."""
+    """One piece of plain text, behind a picture if there is one (PNG or JPEG)."""
 
     document_id: str
     text: str
+    picture: bytes = b""
 
 
 def encode_document(document: Document) -> bytes:
     """One document as a record."""
-    return msgpack.packb({"schema": SCHEMA_VERSION, "id": document.document_id, "text": document.text})
+    body: dict[str, object] = {"schema": SCHEMA_VERSION, "id": document.document_id, "text": document.text}
+    if document.picture:
+        body["picture"] = document.picture
+    return msgpack.packb(body)
 
 
 def decode_document(data: bytes) -> Document:
@@ -38,9 +45,10 @@ def decode_document(data: bytes) -> Document:
         raise ValueError(f"a record of {len(data)} bytes is not a document: it has no schema version")
     if body["schema"] != SCHEMA_VERSION:
         raise ValueError(f"the record has schema {body['schema']}, this code reads {SCHEMA_VERSION}")
-    if not isinstance(body.get("id"), str) or not isinstance(body.get("text"), str):
+    kinds = {"id": str, "text": str, "picture": bytes}
+    if not all(isinstance(body.get(name, b""), kind) for name, kind in kinds.items()):
         raise ValueError(f"the record does not hold a document of schema {SCHEMA_VERSION}: keys {sorted(body)}")
-    return Document(document_id=body["id"], text=body["text"])
+    return Document(document_id=body["id"], text=body["text"], picture=body.get("picture", b""))
 
 
 def read_document(source: RecordSource, index: int) -> Document:
@@ -88,7 +96,8 @@ def _json_lines(path: Path) -> Iterator[Document]:
 def pieces(document: Document, max_chars: int) -> Iterator[Document]:
     """Cuts a document into pieces of at most `max_chars` characters, at the best break in each one's second half.
 
-    The pieces joined are the document; they are numbered behind its id when there are several.
+    The pieces joined are the document; they are numbered behind its id when there are several. A picture goes with the
+    first.
     """
     text, start, cuts = document.text, 0, []
     while len(text) - start > max_chars:
@@ -97,7 +106,7 @@ def pieces(document: Document, max_chars: int) -> Iterator[Document]:
     starts, ends = [0, *cuts], [*cuts, len(text)]
     for number, (first, last) in enumerate(zip(starts, ends, strict=True)):
         name = f"{document.document_id}#{number}" if cuts else document.document_id
-        yield Document(document_id=name, text=text[first:last])
+        yield Document(document_id=name, text=text[first:last], picture=b"" if number else document.picture)
 
 
 def _cut(text: str, start: int, end: int) -> int:

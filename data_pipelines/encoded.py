@@ -38,14 +38,15 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedDocument:
-    """A plain text after the tokenizer (int32 [S])."""
+    """A plain text after the tokenizer (int32 [S]), and the tiles of its picture (int16 [P, t, h, w, 3])."""
 
     document_id: str
     tokens: np.ndarray
+    tiles_P: np.ndarray
 
 
 class Media(NamedTuple):
-    """The sound and the pictures of an encoded session, as in `EncodedSession`."""
+    """The sound and the pictures of an encoded session, as in `EncodedSession`, or the picture of a document."""
 
     levels_TM: np.ndarray
     tiles_P: np.ndarray
@@ -74,11 +75,11 @@ class Quarantined:
 def codec_header(kind: RecordKind, model: ModelConfig, tokenizer_fingerprint: str) -> Header:
     """What determines encoded values: level range, floor, rates, levels, tiles, own sound and tokenizer."""
     header: Header = {"schema": SCHEMA_VERSION, "kind": kind.value, "tokenizer": tokenizer_fingerprint}
+    seen = ("tile_px", "frames_per_tile", "frames_per_second", "max_tiles_per_turn")
+    header |= {f"video.{name}": getattr(model.video, name) for name in seen}
     if kind is RecordKind.DOCUMENTS:
         return header
     header |= {f"audio.{name}": value for name, value in asdict(model.audio).items()}
-    for name in ("tile_px", "frames_per_tile", "frames_per_second", "max_tiles_per_turn"):
-        header[f"video.{name}"] = getattr(model.video, name)
     for name in OWN_SOUND if model.has_voice else OWN_SOUND[:1]:
         header[f"audio_out.{name}"] = getattr(model.audio_out, name)
     return header
@@ -128,7 +129,8 @@ def pack_session(encoded: EncodedSession, header: bytes) -> bytes:
 
 def pack_document(document: EncodedDocument, header: bytes) -> bytes:
     """One encoded document as a record."""
-    return msgpack.packb({"header": header, "id": document.document_id, "document": _packed(document.tokens, np.int32)})
+    tokens, tiles = _packed(document.tokens, np.int32), _packed(document.tiles_P, np.int16)
+    return msgpack.packb({"header": header, "id": document.document_id, "document": tokens, "tiles": tiles})
 
 
 def pack_stub(entry: Quarantined, header: bytes) -> bytes:
@@ -213,15 +215,18 @@ class EncodedSource:
         body = self._body(index, self.records[index])
         try:
             if "document" in body:
-                return EncodedDocument(document_id=body["id"], tokens=_unpacked(body["document"], np.int32))
+                tokens, tiles_P = _unpacked(body["document"], np.int32), _unpacked(body["tiles"], np.int16)
+                return EncodedDocument(document_id=body["id"], tokens=tokens, tiles_P=tiles_P)
             return _session_of(body)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise self._malformed(index, error) from error
 
     def media(self, index: int, data: bytes) -> Media:
-        """The sound and the pictures in the bytes of session `index`; raises as reading it whole does."""
+        """The sound and the pictures in the bytes of record `index`; raises as reading it whole does."""
         body = self._body(index, data)
         try:
+            if "document" in body:
+                return Media(np.zeros((0, 0), np.uint8), _unpacked(body["tiles"], np.int16), None)
             own_mels = body["own_mels"]
             return Media(
                 levels_TM=_unpacked(body["levels"], np.uint8),

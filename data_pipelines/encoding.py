@@ -44,6 +44,7 @@ from data_pipelines.records import (
 from data_pipelines.worker_process import end_with_parent
 from tml.codec.encode import encode_session
 from tml.codec.text import Tokenizer
+from tml.codec.video import picture_tiles
 from tml.config import ModelConfig
 from tml.session import Stream
 
@@ -87,8 +88,12 @@ class _Encoder:
         if self.source.manifest.kind is RecordKind.SESSIONS:
             return pack_session(encode_session(read_session(self.source, index), self.model, self.tokenizer), header)
         document = read_document(self.source, index)
-        tokens = np.array(self.tokenizer.encode(document.text), np.int32)
-        return pack_document(EncodedDocument(document_id=document.document_id, tokens=tokens), header)
+        encoded = EncodedDocument(
+            document_id=document.document_id,
+            tokens=np.array(self.tokenizer.encode(document.text), np.int32),
+            tiles_P=picture_tiles(document.picture, self.model.video),
+        )
+        return pack_document(encoded, header)
 
 
 def encode_dataset(

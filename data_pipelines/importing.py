@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data_pipelines.documents import DEFAULT_PIECE_CHARS, Document, read_texts, write_documents
 from data_pipelines.records import UNCOMPRESSED, RecordKind, commit, shard_name, stage, write_shard
@@ -185,33 +185,73 @@ def import_documents(
         FailedFilesError: there are no files, or too many failed; nothing is written then.
         ValueError: there is no text in them, or something is at `directory` and `overwrite` is False.
     """
-    begun = time.monotonic()
-    paths = files_under(source, DOCUMENT_SUFFIXES)
-    summary = ImportSummary()
-    check_failures([], len(paths), max_failed_fraction)
 
-    def documents() -> Iterator[Document]:
-        for done, path in enumerate(paths, start=1):
-            try:
-                whole = list(read_texts([path]))
-                if not any(document.text.strip() for document in whole):
-                    raise ValueError("holds no text")
-            except ValueError as error:
-                summary.failures.append(Failure(file=str(path), reason=str(error).removeprefix(f"{path} ")))
-            else:
-                yield from whole
-            progress(done, len(paths))
-        check_failures(summary.failures, len(paths), max_failed_fraction)
+    def read(path: Path) -> list[Document]:
+        whole = list(read_texts([path]))
+        if not any(document.text.strip() for document in whole):
+            raise ValueError("holds no text")
+        return whole
 
-    summary.records = write_documents(
+    return import_as_documents(
+        files_under(source, DOCUMENT_SUFFIXES),
+        read,
         directory,
-        documents(),
+        file_of=str,
+        max_failed_fraction=max_failed_fraction,
+        progress=progress,
         name=name,
         num_shards=num_shards,
         max_chars=max_chars,
         meta=meta,
         overwrite=overwrite,
     )
+
+
+def import_as_documents(
+    items: Sequence[Item],
+    read: Callable[[Item], Sequence[Document]],
+    directory: Path | str,
+    *,
+    file_of: Callable[[Item], str],
+    failures: Sequence[Failure] = (),
+    max_failed_fraction: float = DEFAULT_MAX_FAILED_FRACTION,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **written: Any,
+) -> ImportSummary:
+    """Writes what `read` makes of each item as a data set of documents.
+
+    Args:
+        items: what becomes documents.
+        read: makes them; a ValueError of its own makes the item a failure.
+        directory: where the data set goes.
+        file_of: names the file of an item.
+        failures: files that failed before, while they were looked for; they count.
+        max_failed_fraction: of all files.
+        progress: called with the items done and their number.
+        written: passed on to `write_documents`.
+
+    Raises:
+        FailedFilesError: there are no files, or too many failed; nothing is written then.
+        ValueError: there is no text in them, or something is at `directory`.
+    """
+    begun, total = time.monotonic(), len(items) + len(failures)
+    summary = ImportSummary(failures=list(failures))
+    check_failures(failures, total, max_failed_fraction)
+
+    def documents() -> Iterator[Document]:
+        for done, item in enumerate(items, start=1):
+            try:
+                found = read(item)
+            except ValueError as error:
+                file = file_of(item)
+                reason = str(error).removeprefix(f"{file}: ").removeprefix(f"{file} ")
+                summary.failures.append(Failure(file=file, reason=reason))
+            else:
+                yield from found
+            progress(done, len(items))
+        check_failures(summary.failures, total, max_failed_fraction)
+
+    summary.records = write_documents(directory, documents(), **written)
     summary.wall_s = time.monotonic() - begun
     return summary
 

@@ -78,15 +78,19 @@ def layout_hash(layout: Layout, row_slots: int) -> str:
 
 
 def segments_of(encoded: EncodedSession | EncodedDocument, layout: Layout, row_slots: int) -> list[Segment]:
-    """Lays a record out: a session as one segment, a document as pieces that fit in a row.
+    """Lays a record out: a session as one segment, a document as pieces that fit in a row; the first has its tiles.
 
     Raises:
-        SessionError: the session holds more text or tiles than the layout.
+        SessionError: the session holds more text or tiles than the layout, or a picture does not fit in a row.
     """
     if isinstance(encoded, EncodedSession):
         return [with_heard_words(layout.lay_out(layout.contents(encoded)), encoded, layout.clock)]
-    piece, tokens = row_slots - DOCUMENT_MARKERS, encoded.tokens.tolist()
-    return [layout.lay_out_document(tokens[a : a + piece]) for a in range(0, max(len(tokens), 1), piece)]
+    piece, tokens, num_tiles = row_slots - DOCUMENT_MARKERS, encoded.tokens.tolist(), len(encoded.tiles_P)
+    if num_tiles + max(layout.slots_beside_tiles(num_tiles), DOCUMENT_MARKERS + 1) > row_slots:
+        raise SessionError(f"its picture of {num_tiles} tiles does not fit in a row of data.row_slots = {row_slots}")
+    first = layout.lay_out_document(tokens[: piece - num_tiles], num_tiles)
+    rest = range(piece - num_tiles, len(tokens), piece)
+    return [first, *(layout.lay_out_document(tokens[a : a + piece]) for a in rest)]
 
 
 def laid_out_directory(source: EncodedSource, layout: Layout, row_slots: int) -> Path:

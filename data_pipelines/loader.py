@@ -205,8 +205,10 @@ class RowLoader:
         opened = self.sources[source]
         parts = opened.laid_out.parts
         if opened.kind is SourceKind.DOCUMENTS:
-            self._writer.put(batch, row, number, place, opened.laid_out, part)
-            return num_tiles
+            begin, slots = int(parts.begin[part]), int(parts.slots[part])
+            if not np.any(opened.laid_out.kinds[begin : begin + slots] == Kind.TILE):
+                self._writer.put(batch, row, number, place, opened.laid_out, part)
+                return num_tiles
         media = self._kept.get((source, record))
         try:
             data = b"" if media else opened.records.records[record]

@@ -91,13 +91,13 @@ class RowWriter:
 
     def _put_own(self, batch: Batch, row: int, place: int, kinds: np.ndarray, media: Media, first_frame: int) -> None:
         """Adds the own audio of a part behind what the row has already."""
-        if media.own_mels_TY is None:
-            raise ValueError("a model with a voice needs sessions encoded with own audio; run launch.encode")
         own = batch.own
         assert own is not None
         here = np.flatnonzero(kinds == Kind.OWN_AUDIO.value)
         if not len(here):
             return
+        if media.own_mels_TY is None:
+            raise ValueError("a model with a voice needs sessions encoded with own audio; run launch.encode")
         # A turn's own audio is that of the hops of the next one, and its own hops have all come in before it.
         heard = first_frame + np.cumsum(kinds == Kind.AUDIO.value)[here]
         source = heard + np.arange(len(here)) % self._own_per_turn

@@ -7,6 +7,7 @@ every source beside its records, and lays it out. It ends with a summary of each
 what was quarantined (listed in `quarantine.jsonl` beside the encoded records), and how full the rows are.
 """
 
+import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -68,6 +69,7 @@ def _encode(path: str, source: SourceConfig, experiment: Experiment, tokenizer: 
     from data_pipelines.encoding import encode_dataset, is_complete
     from data_pipelines.loader import encoded_place, open_source
 
+    _warn_of_other_turns(path, experiment.turn.turn_ms)
     place = encoded_place(source, experiment, tokenizer)
     was_complete, begun = is_complete(place), time.monotonic()
     encoded = encode_dataset(
@@ -82,6 +84,20 @@ def _encode(path: str, source: SourceConfig, experiment: Experiment, tokenizer: 
     begun = time.monotonic()
     open_source(path, source, experiment, tokenizer)
     print(f"{path}: {len(encoded)} records {state}, laid out in {time.monotonic() - begun:.1f} s", flush=True)
+
+
+def _warn_of_other_turns(path: str, turn_ms: int) -> None:
+    """Says so if a data set was made for other micro-turns, within which its answers would begin too soon."""
+    from data_pipelines.records import read_manifest
+
+    settings = json.loads(read_manifest(path).meta.get("settings", "{}"))
+    made_for = settings.get("turn_ms", turn_ms)
+    if made_for % turn_ms:
+        print(
+            f"warning: {path} was made for micro-turns of {made_for} ms, turn.turn_ms is {turn_ms}: some of what is "
+            f"said in it would be due before what it answers; make it with --turn_ms={turn_ms}",
+            flush=True,
+        )
 
 
 def _summarise(title: str, sources: Mapping[str, SourceConfig], experiment: Experiment, tokenizer: "Tokenizer") -> None:

@@ -1,8 +1,12 @@
-"""Imports recordings or texts as a data set: stereo talks with word times, clips with transcripts, plain documents.
+"""Imports recordings, texts or pictures as a data set: stereo talks with word times, clips with transcripts, documents.
 
     python -m launch.import_sessions --format=stereo --source=talks --out=data/talks
     python -m launch.import_sessions --format=clips --source=clips --out=data/clips --transcripts=clips/train.tsv
     python -m launch.import_sessions --format=documents --source=books --out=data/books
+    python -m launch.import_sessions --format=pictures --source=pictures --out=data/pictures
+
+Documents and pictures with captions are sources of `kind` documents. Of a clip of the user's the model learns the words
+that it hears, with loss.heard_weight above 0.
 
 Files that cannot be used are listed with the reason; too many of them (--max_failed_fraction) fail the import.
 """
@@ -16,12 +20,13 @@ from data_pipelines.clips_importer import Clip, Role, find_clips, read_clip
 from data_pipelines.documents import DEFAULT_PIECE_CHARS
 from data_pipelines.forced_alignment import ForcedAligner
 from data_pipelines.importing import FailedFilesError, ImportSummary
+from data_pipelines.pictures_importer import PICTURE_SUFFIXES, read_picture
 from data_pipelines.stereo_importer import MAIN_SPEAKER, Channel, Recording, find_recordings, read_recording
 from launch.app import run_app
 from launch.progress import Progress
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("format", None, ["stereo", "clips", "documents"], "What is in the folder.")
+flags.DEFINE_enum("format", None, ["stereo", "clips", "documents", "pictures"], "What is in the folder.")
 flags.DEFINE_string("source", None, "Folder with the files.")
 flags.DEFINE_string("out", None, "Directory of the new data set.")
 flags.DEFINE_string("name", None, "Name of the data set; that of --out if not given.")
@@ -32,7 +37,11 @@ flags.DEFINE_bool("overwrite", False, "Replace a data set that is at --out.")
 flags.DEFINE_string("manifest", None, "stereo: a .jsonl of the recordings to import, {path, duration} a line.")
 flags.DEFINE_enum("own_channel", "left", [str(channel) for channel in Channel], "stereo: the model's own channel.")
 flags.DEFINE_string("main_speaker", MAIN_SPEAKER, "stereo: the label of the model's own words.")
-flags.DEFINE_string("transcripts", None, "clips: a .tsv, .csv or .jsonl of transcripts, in place of NAME.txt files.")
+flags.DEFINE_string(
+    "transcripts",
+    None,
+    "clips, pictures: a .tsv, .csv or .jsonl of their words, in place of NAME.txt files.",
+)
 flags.DEFINE_enum("role", "user", [str(role) for role in Role], "clips: who speaks.")
 flags.DEFINE_integer("max_chars", DEFAULT_PIECE_CHARS, "documents: longer ones are cut.", lower_bound=1)
 
@@ -40,6 +49,7 @@ _OWN_FLAGS = {
     "stereo": ("manifest", "own_channel", "main_speaker"),
     "clips": ("transcripts", "role"),
     "documents": ("max_chars",),
+    "pictures": ("transcripts",),
 }
 
 
@@ -65,6 +75,18 @@ def _import(name: str) -> tuple[ImportSummary, int]:
             FLAGS.source, FLAGS.out, max_chars=FLAGS.max_chars, progress=progress, **shared
         )
         return summary, 0
+    if FLAGS.format == "pictures":
+        pictures = find_clips(FLAGS.source, FLAGS.transcripts, PICTURE_SUFFIXES)
+        summary = importing.import_as_documents(
+            pictures.clips,
+            read_picture,
+            FLAGS.out,
+            file_of=lambda picture: str(picture.path),
+            failures=pictures.failures,
+            progress=progress,
+            **shared,
+        )
+        return summary, pictures.unlisted
     if FLAGS.format == "stereo":
         recordings, failures = find_recordings(FLAGS.source, FLAGS.manifest)
 
@@ -104,7 +126,7 @@ def _import(name: str) -> tuple[ImportSummary, int]:
 
 
 def _describe(summary: ImportSummary, unlisted: int) -> str:
-    if FLAGS.format == "documents":
+    if FLAGS.format in ("documents", "pictures"):
         lines = [f"{FLAGS.out}: {summary.records} records, {summary.wall_s:.1f} s"]
     else:
         lines = [
@@ -115,7 +137,7 @@ def _describe(summary: ImportSummary, unlisted: int) -> str:
         forced, spread = summary.alignments["forced"], summary.alignments["spread"]
         lines.append(f"word times: forced alignment in {forced} sessions, evenly spread in {spread}")
     if unlisted:
-        lines.append(f"{unlisted} sound files are not in {FLAGS.transcripts} and were left alone")
+        lines.append(f"{unlisted} files are not in {FLAGS.transcripts} and were left alone")
     lines.append(f"{len(summary.failures)} files failed")
     return "\n".join([*lines, *_listed(summary.failures)])
 
@@ -129,7 +151,8 @@ def main(_: list[str]) -> int:
     if not FLAGS.format or not FLAGS.source or not FLAGS.out:
         raise app.UsageError("--format says what is in the folder --source, and --out names the new data set")
     for other, names in _OWN_FLAGS.items():
-        foreign = [f"--{name}" for name in names if other != FLAGS.format and FLAGS[name].present]
+        own = _OWN_FLAGS[FLAGS.format]
+        foreign = [f"--{name}" for name in names if name not in own and FLAGS[name].present]
         if foreign:
             raise app.UsageError(f"{', '.join(foreign)} belongs to --format={other}, not {FLAGS.format}")
     try:

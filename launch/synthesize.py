@@ -55,6 +55,14 @@ flags.DEFINE_enum(
     "How requests follow each other: calm leaves every answer two quiet seconds; brisk, for training, has more of them "
     "and more pauses.",
 )
+flags.DEFINE_integer(
+    "turn_ms",
+    200,
+    "The micro-turn (turn.turn_ms of the model) at whose borders answers begin: with a longer one in training they "
+    "would be due before what they answer.",
+    lower_bound=50,
+    upper_bound=1000,
+)
 flags.DEFINE_list(
     "shares",
     [],
@@ -100,7 +108,7 @@ def _task() -> RequestTask | DialogueTask | BehaviourTask:
     if FLAGS.shares and FLAGS.task != "duplex":
         raise app.UsageError(f"--shares goes with --task=duplex; leave it out for --task={FLAGS.task}")
     if FLAGS.task not in ("requests", "dialogue"):
-        config = BehaviourConfig(held_out=_held_out(), human_fraction=FLAGS.human)
+        config = BehaviourConfig(held_out=_held_out(), human_fraction=FLAGS.human, turn_ms=FLAGS.turn_ms)
         if FLAGS.split != "heldout" and FLAGS["held_out"].present:
             raise app.UsageError(f"--held_out goes with --split=heldout; leave it out for --split={FLAGS.split}")
         _refuse_voices(FLAGS.split if Axis.VOICE in config.held_out else "train")
@@ -108,7 +116,11 @@ def _task() -> RequestTask | DialogueTask | BehaviourTask:
     if FLAGS.human or _held_out() != tuple(Axis):
         raise app.UsageError(f"--human and --held_out go with the behaviours; leave them out for --task={FLAGS.task}")
     _refuse_voices(FLAGS.split)
-    return RequestTask(config=PACES[FLAGS.pace], **common) if FLAGS.task == "requests" else DialogueTask(**common)
+    if FLAGS.task == "requests":
+        return RequestTask(config=dataclasses.replace(PACES[FLAGS.pace], turn_ms=FLAGS.turn_ms), **common)
+    if FLAGS["turn_ms"].present:
+        raise app.UsageError("--turn_ms goes with other tasks; leave it out for --task=dialogue")
+    return DialogueTask(**common)
 
 
 def _refuse_voices(split: str) -> None:

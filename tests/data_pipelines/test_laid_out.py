@@ -42,7 +42,8 @@ def test_parts_cut_between_turns_and_join_to_the_whole(mixture, tokenizer):
 def test_documents_are_cut_to_pieces_that_fill_rows(mixture, tokenizer):
     layout, special = layout_of(mixture, tokenizer), tokenizer.special
     for size in (0, 1, 125, 126, 127, 252, 1_000):
-        document = EncodedDocument(document_id="d", tokens=np.arange(20, 20 + size, dtype=np.int32))
+        tokens, tiles_P = np.arange(20, 20 + size, dtype=np.int32), np.zeros((0, 2, 4, 4, 3), np.int16)
+        document = EncodedDocument(document_id="d", tokens=tokens, tiles_P=tiles_P)
         pieces = segments_of(document, layout, 128)
         assert np.concatenate([piece.tokens[1:-1] for piece in pieces]).tolist() == document.tokens.tolist()
         assert all(piece.tokens[[0, -1]].tolist() == [special.document, special.end_of_text] for piece in pieces)

@@ -82,6 +82,15 @@ def test_encode_does_everything_once(folder):
     assert again.stdout.splitlines()[-3:] == lines[-3:]
 
 
+def test_data_for_other_micro_turns_is_warned_of(folder):
+    made = run("synthesize", "--task=cued", "--out=made", "--num_sessions=4", "--turn_ms=400", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    common = ("--config=tiny.py", "--config.data.sources.talk.path=made", "--config.text.train_vocab_size=300")
+    warning = "warning: made was made for micro-turns of 400 ms, turn.turn_ms is 1000"
+    assert warning in run("encode", *common, "--config.turn.turn_ms=1000", cwd=folder).stdout
+    assert "warning" not in run("encode", *common, "--config.turn.turn_ms=200", cwd=folder).stdout
+
+
 def test_too_many_broken_records_end_with_one_line(folder):
     (folder / "talk" / shard_name(0, 2)).unlink()
     result = run("encode", "--config=tiny.py", "--num_workers=1", cwd=folder)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from data_pipelines import espeak
 from data_pipelines.records import RecordSource, iter_sessions, read_manifest
@@ -51,6 +52,22 @@ def test_clips_are_imported_and_exported(tmp_path):
     assert again.returncode == 1
     assert again.stderr.count("\n") == 1
     assert "exists" in again.stderr
+
+
+def test_pictures_are_imported_with_a_list_of_captions(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b", "c"):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "list.tsv").write_text("image\tcaption\na.png\tnothing at all\nb.png\tblack\n")
+    flags = ("--format=pictures", f"--source={tmp_path}/in", f"--out={tmp_path}/set")
+    done = run("import_sessions", *flags, f"--transcripts={tmp_path}/list.tsv")
+    assert done.returncode == 0, done.stderr
+    assert "set: 2 records" in done.stdout
+    assert "1 files are not in" in done.stdout
+    manifest = read_manifest(tmp_path / "set")
+    assert (manifest.kind.value, manifest.meta["task"]) == ("documents", "imported pictures")
+    wrong = run("import_sessions", *flags, "--max_chars=4")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --max_chars belongs to --format=documents, not pictures\n")
 
 
 def test_talks_and_documents_are_imported(tmp_path):

@@ -101,6 +101,19 @@ def tiles_of_frames(frames: UInt8[np.ndarray, "f H W 3"], cfg: VideoConfig) -> I
     return cut.reshape(-1, slots, tile, tile, 3)
 
 
+def picture_tiles(picture: bytes, cfg: VideoConfig) -> Int16[np.ndarray, "n t h w 3"]:
+    """The tiles of a still picture, which fills every slot of theirs; none of no picture.
+
+    Raises:
+        SessionError: it cannot be decoded, or the model has no eyes.
+    """
+    if not picture:
+        return np.zeros((0, cfg.frames_per_tile, cfg.tile_px, cfg.tile_px, 3), np.int16)
+    if not cfg.max_tiles_per_turn:
+        raise SessionError("it has a picture, but this model has no eyes (model.video.max_tiles_per_turn is 0)")
+    return tiles_of_frames(np.stack(decode_frames([VideoFrame(sample=0, data=picture)])), cfg)
+
+
 def normalise_tiles(tiles: Int16[Array, "*n t h w 3"]) -> Float32[Array, "*n t h w 3"]:
     """Pixels as the network wants them, (pixel / 255 - mean) / deviation; padding is a pixel of -1."""
     colours = (1,) * (tiles.ndim - 1) + (3,)

@@ -332,13 +332,28 @@ class Layout:
             turn_starts=turn_starts,
         )
 
-    def lay_out_document(self, tokens: Sequence[int]) -> Segment:
-        """One piece of a plain text: [document] text [end of text], with loss on all of it."""
-        row = np.array([self.special.document, *tokens, self.special.end_of_text], np.int32)
-        targets = np.append(row[1:], 0).astype(np.int32)
-        target_kinds = np.full(len(row), Target.DOCUMENT, np.int32)
-        target_kinds[-1] = Target.NONE
+    def slots_beside_tiles(self, num_tiles: int) -> int:
+        """The other positions that so many tiles of a document need: as many as in turns full of tiles.
+
+        Then a row holds no more tiles than one of turns does. Too short a text is filled up with [pad] behind its end.
+
+        Raises:
+            SessionError: there are tiles, and turns hold none.
+        """
+        if num_tiles and not self.max_tiles_per_turn:
+            raise SessionError(f"a document has {num_tiles} tiles, but video.max_tiles_per_turn is 0")
+        num_turns = -(-num_tiles // max(self.max_tiles_per_turn, 1))
+        return num_turns * (self.min_slots_in + self.min_slots_out)
+
+    def lay_out_document(self, tokens: Sequence[int], num_tiles: int = 0) -> Segment:
+        """One piece of a plain text: [document] tiles text [end of text], with loss on all of the text."""
+        row = [self.special.document, *[self.special.tile] * num_tiles, *tokens, self.special.end_of_text]
+        last, missing = len(row) - 1, num_tiles + self.slots_beside_tiles(num_tiles) - len(row)
+        row = np.array(row + [self.special.pad] * missing, np.int32)
+        targets, target_kinds = np.zeros(len(row), np.int32), np.full(len(row), Target.NONE, np.int32)
+        targets[num_tiles:last], target_kinds[num_tiles:last] = row[num_tiles + 1 : last + 1], Target.DOCUMENT
         kinds, source = np.full(len(row), Kind.TOKEN, np.int32), np.zeros(len(row), np.int32)
+        kinds[1 : num_tiles + 1], source[1 : num_tiles + 1] = Kind.TILE, np.arange(num_tiles)
         ends = np.array([0, len(row)], np.int32)
         return Segment(
             tokens=row, kinds=kinds, source=source, targets=targets, target_kinds=target_kinds, turn_starts=ends

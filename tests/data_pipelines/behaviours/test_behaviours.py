@@ -9,11 +9,13 @@ from performances import CLOCK, RATE, both_splits, sessions_of, sound, task_of
 
 from data_pipelines import espeak
 from data_pipelines.behaviours.cast import Axis, BehaviourConfig
+from data_pipelines.behaviours.drawing import FRAME_SAMPLES
 from data_pipelines.behaviours.task import DEFAULT_SHARES, PERFORM, BehaviourTask
 from data_pipelines.behaviours.vocabulary import own_words
 from tml.calls import read_call
 from tml.duplex.scores import HEADLINES, LOW_IS_GOOD, outcomes, score
 from tml.duplex.trace import TimedCall, Trace, trace_of_session
+from tml.microturn import Clock
 from tml.session import Behaviour, ExpectationKind, Session, Stream, decode_session, encode_session
 
 each = pytest.mark.parametrize("behaviour", list(Behaviour))
@@ -39,6 +41,30 @@ def test_the_ground_truth_scores_one(behaviour):
     found = score(sessions, [trace_of_session(session, CLOCK) for session in sessions])
     assert found[behaviour].macro == 1.0
     assert set(HEADLINES[behaviour]) <= set(found[behaviour].rates)
+
+
+@pytest.mark.parametrize("turn_ms", [50, 400, 1000])
+@pytest.mark.parametrize("behaviour", [Behaviour.TURN_TAKING, Behaviour.CUED, Behaviour.COUNTING])
+def test_in_micro_turns_of_any_length_no_word_is_emitted_before_what_it_answers_has_come_in(behaviour, turn_ms):
+    clock = Clock(turn_samples=turn_ms * RATE // 1000, hop_samples=800, sample_rate_hz=RATE)
+    task, found = BehaviourTask(seed=3, shares={behaviour: 1.0}, config=BehaviourConfig(turn_ms=turn_ms)), 0
+    for index in range(8):
+        session = task.session("train", index)
+        for item in session.expectations:
+            if item.kind is ExpectationKind.ANSWER:
+                seen_s = item.end / RATE
+            elif item.kind is ExpectationKind.SAY:
+                # What is seen comes in with the frame behind it, and with the turn of that.
+                is_seen = behaviour is Behaviour.COUNTING
+                seen_s = clock.emission_s(clock.turn_of(item.start + FRAME_SAMPLES)) if is_seen else item.start / RATE
+            else:
+                continue
+            after = item.end if item.kind is ExpectationKind.ANSWER else item.start
+            said = [e for e in session.texts_of(Stream.OWN_TEXT) if e.start > after and e.text in item.text.split()]
+            begun = min(event.start for event in said)
+            assert clock.emission_s(clock.output_turn_of(begun)) >= seen_s, (session.session_id, item)
+            found += 1
+    assert found > 8
 
 
 @each
