@@ -63,6 +63,8 @@ def main(argv: list[str]) -> int:
     """Streams, scores, prints, writes."""
     if not _MODEL.value:
         raise app.UsageError("--model is missing; name a run folder or a bundle, as in --model=runs/quickstart")
+    if _OUT.value and Path(_OUT.value).exists() and not Path(_OUT.value).is_dir():
+        raise app.UsageError(f"--out={_OUT.value} is a file; name a folder")
     _refuse_flags(_SUITE.value)
     controls = _read_controls() if _SUITE.value == "duplex" else ()
     prepare_jax()
@@ -140,7 +142,7 @@ def _write(report: "Report", sessions: list["Session"], model: "Model", out: Pat
 def _duplex(model: "Model", directory: str, controls: "tuple[Control, ...]") -> None:
     """The behaviours of duplex speech: `tml.duplex.suite`."""
     from tml.duplex.scores import scores_table
-    from tml.duplex.suite import run_suite, suite_table
+    from tml.duplex.suite import bars_table, run_suite, suite_table
 
     config = model.experiment
     sessions, total = _limited(directory)
@@ -150,6 +152,7 @@ def _duplex(model: "Model", directory: str, controls: "tuple[Control, ...]") -> 
     report = run_suite(player, sessions, controls, most, Progress("duplex", "micro-turns"))
     print(suite_table(report))
     print(f"\nall headlines and bars\n{scores_table(report.scores)}")
+    print(f"\nbars beside controls\n{bars_table(report)}")
     learnt = [behaviour.value for behaviour in report.scores if report.is_learnt(behaviour)]
     print(f"learnt: {len(learnt)} of {len(report.scores)} behaviours{': ' if learnt else ''}{', '.join(learnt)}")
     if _OUT.value:

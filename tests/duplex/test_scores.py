@@ -94,6 +94,28 @@ def test_waiting_is_to_answer_and_not_to_speak_in_the_pause(words, waited, takeo
     assert found.macro == float(waited)
 
 
+@pytest.mark.parametrize(
+    ("answer", "words", "on_time", "used"),
+    [
+        (("it", "is", "six"), (1.0, 1.8, 2.6), True, True),
+        # Silent until the result is there, and behind it.
+        (("it", "is", "six"), (), True, False),
+        (("it", "is", "six"), (1.0, 1.8), True, False),
+        ((), (1.0, 1.8, 2.6), False, False),
+    ],
+)
+def test_a_result_is_used_when_no_gap_is_before_it(answer, words, on_time, used):
+    wait = (ExpectationKind.GO_ON, 1.0, 2.4, "", "waiting")
+    say = (ExpectationKind.SAY, 2.4, 4.8, "it is six", "result")
+    said = trace(*((at, "moment") for at in words), *((3.2 + 0.2 * i, word) for i, word in enumerate(answer)))
+    found = scores.score([session("delegation", wait, say)], [said])[Behaviour.DELEGATION]
+    assert (found.rate("on_time").hits, found.rate("used").hits) == (on_time, used)
+    assert found.rate("used").cases == 1
+    late = trace(*((at, "moment") for at in (1.0, 1.8)), *((4.2 + 0.2 * i, word) for i, word in enumerate(answer)))
+    found = scores.score([session("delegation", wait, say)], [late])[Behaviour.DELEGATION]
+    assert (found.rate("on_time").hits, found.rate("went_on").hits, found.rate("used").hits) == (bool(answer), 1, 0)
+
+
 def test_a_request_without_a_pause_has_not_waited():
     found = scores.score([session("turn_taking", PAUSED[0])], [trace((3.4, "six"))])
     assert "waited" not in found[Behaviour.TURN_TAKING].rates
@@ -133,6 +155,7 @@ def test_every_behaviour_has_headlines_and_every_bar_is_one_of_them():
     assert set(scores.HEADLINES) == set(Behaviour)
     for behaviour, bars in scores.BARS.items():
         assert {bar.metric for bar in bars} - {"latency_s"} <= set(scores.HEADLINES[behaviour])
+        assert {bar.compared for bar in bars} <= set(scores.HEADLINES[behaviour]) - scores.LOW_IS_GOOD
 
 
 def test_clear_of_controls_means_that_no_intervals_touch():

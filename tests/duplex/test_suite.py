@@ -21,7 +21,7 @@ from tml.duplex.player import Played
 from tml.duplex.rates import Rate
 from tml.duplex.scores import HEADLINES, LOW_IS_GOOD, judged
 from tml.duplex.session_svg import LEFT_PX, PX_PER_S, session_svg
-from tml.duplex.suite import SuiteReport, cell, run_suite, session_json, suite_json, suite_table
+from tml.duplex.suite import SuiteReport, bars_table, cell, run_suite, session_json, suite_json, suite_table
 from tml.duplex.trace import TimedWord, Trace
 from tml.session import Behaviour, Session, Stream, decode_session, encode_session
 from tml.stream.outputs import Said
@@ -98,11 +98,24 @@ def test_the_table_has_a_line_a_behaviour_and_a_column_a_control(report):
     names = ["behaviour", "sessions", "metric", "model", *(control.value for control in Control)]
     assert header.split() == [*names, "ceiling", "latency", "learnt"]
     assert [line.split()[:3] for line in lines] == [
-        ["counting", "2", "within_one"], ["tone", "2", "correct"], ["delegation", "1", "on_time"],
+        ["counting", "2", "within_one"], ["tone", "2", "correct"], ["delegation", "1", "used"],
     ]  # fmt: skip
     assert cell(report.scores[Behaviour.TONE].rate("correct")) in lines[1]
     assert all(line.split()[-1] in ("yes", "no") for line in lines)
     assert cell(Rate(hits=0, cases=0)) == "-"
+
+
+def test_bars_stand_beside_their_controls(report):
+    rate = Rate(hits=18, cases=20)
+    near, far = (with_rates(report, rate, Rate(hits=hits, cases=20)) for hits in (14, 0))
+    header, line = bars_table(far).splitlines()
+    assert header.split() == ["behaviour", "metric", "bar", "found", "reached", "clear", "of", "controls"]
+    assert line.split() == ["counting", "within_one", ">=", "0.6", "0.900", "yes", "yes"]
+    assert bars_table(near).splitlines()[1].split()[-2:] == ["yes", "no"]
+    plain = [suite_json(some) for some in (near, far)]
+    assert [(one["bars_reached"], one["bars_clear"], len(one["bars"])) for one in plain] == [(1, 0, 1), (1, 1, 1)]
+    delegation, *_ = [one for one in suite_json(report)["bars"] if one["behaviour"] == "delegation"]
+    assert (delegation["metric"], delegation["compared"], delegation["reached"]) == ("used", "used", False)
 
 
 def test_json_holds_every_number_and_no_nan(report):

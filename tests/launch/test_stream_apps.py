@@ -154,6 +154,8 @@ def test_evaluate_prints_a_table_and_writes_its_report(folder: Path) -> None:
         ("stream", ("--model=bundle", "--wav=no.wav", "--out=x"), "no.wav: there is no such file"),
         ("stream", ("--model=bundle", "--wav=broken.wav", "--out=x"), "broken.wav: cannot be decoded as sound"),
         ("evaluate", (), "--model is missing"),
+        ("evaluate", ("--model=bundle", "--out=in.wav"), "--out=in.wav is a file; name a folder"),
+        ("export", ("--workdir=bundle", "--out=x", "--stored_as=bfloat16"), "--stored_as is of --format=hf"),
         ("evaluate", ("--model=bundle",), "--sessions is missing"),
         ("evaluate", ("--model=bundle", "--sessions=nowhere"), "nowhere"),
     ],

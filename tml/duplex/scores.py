@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tml.duplex.judge import Outcome, judge
+from tml.duplex.judge import MAX_GAP_S, Outcome, judge
 from tml.duplex.rates import Rate
 from tml.duplex.trace import Trace
 from tml.session import Behaviour, Expectation, ExpectationKind, Session
@@ -31,7 +31,7 @@ HEADLINES: dict[Behaviour, tuple[str, ...]] = {
     Behaviour.PROACTIVE: ("on_time", "false_alarm", "alarmed"),
     Behaviour.SIMULTANEOUS: ("on_time",),
     Behaviour.TONE: ("correct",),
-    Behaviour.DELEGATION: ("on_time", "right_call", "went_on"),
+    Behaviour.DELEGATION: ("used", "on_time", "right_call", "went_on"),
     Behaviour.TOOLS: ("right_call", "wrong_call", "went_on"),
 }
 """The metrics that a behaviour is about, the most telling first: that one is averaged over sessions and behaviours."""
@@ -39,22 +39,41 @@ HEADLINES: dict[Behaviour, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """A value that a metric should reach: at least, or at most if low is good."""
+    """A value that a metric should reach: at least, or at most if low is good.
+
+    Attributes:
+        metric: which.
+        value: the value.
+        shown_by: the metric whose interval must lie clear of its controls. Who does nothing raises no false alarm and
+            takes over in no pause: there it is the metric of doing the right thing; else the same one.
+    """
 
     metric: str
     value: float
+    shown_by: str = ""
+
+    @property
+    def compared(self) -> str:
+        """The metric that is held against its controls."""
+        return self.shown_by or self.metric
 
 
 BARS: dict[Behaviour, tuple[Bar, ...]] = {
-    Behaviour.TURN_TAKING: (Bar(metric="responded", value=0.9), Bar(metric="latency_s", value=0.4)),
-    Behaviour.PAUSE_HANDLING: (Bar(metric="pause_takeover", value=0.1),),
+    Behaviour.TURN_TAKING: (
+        Bar(metric="responded", value=0.9),
+        Bar(metric="latency_s", value=0.4, shown_by="responded"),
+    ),
+    Behaviour.PAUSE_HANDLING: (Bar(metric="pause_takeover", value=0.1, shown_by="waited"),),
     Behaviour.INTERRUPTION: (Bar(metric="stopped", value=0.85),),
     Behaviour.TIMED: (Bar(metric="on_time", value=0.65),),
     Behaviour.CUED: (Bar(metric="on_time", value=0.8),),
     Behaviour.COUNTING: (Bar(metric="within_one", value=0.6),),
-    Behaviour.PROACTIVE: (Bar(metric="on_time", value=0.6), Bar(metric="false_alarm", value=0.1)),
+    Behaviour.PROACTIVE: (
+        Bar(metric="on_time", value=0.6),
+        Bar(metric="false_alarm", value=0.1, shown_by="on_time"),
+    ),
     Behaviour.TONE: (Bar(metric="correct", value=0.8),),
-    Behaviour.DELEGATION: (Bar(metric="on_time", value=0.8), Bar(metric="went_on", value=0.8)),
+    Behaviour.DELEGATION: (Bar(metric="used", value=0.8),),
 }
 """The bars of the reference run (issue 4); `latency_s` is the median of responses."""
 
@@ -88,19 +107,22 @@ class BehaviourScores:
         latencies_s = self.latencies_s.get(metric, ())
         return statistics.median(latencies_s) if latencies_s else math.nan
 
+    def found(self, bar: Bar) -> float:
+        """The value that a bar asks for; not a number without cases."""
+        return self.median_latency_s("responded") if bar.metric == "latency_s" else self.rate(bar.metric).value
+
     def reaches(self, bar: Bar) -> bool:
         """Whether a bar is reached; not without cases."""
         if bar.metric == "latency_s":
-            return self.median_latency_s("responded") <= bar.value + 1e-9
-        value = self.rate(bar.metric).value
-        return value <= bar.value if bar.metric in LOW_IS_GOOD else value >= bar.value
+            return self.found(bar) <= bar.value + 1e-9
+        return self.found(bar) <= bar.value if bar.metric in LOW_IS_GOOD else self.found(bar) >= bar.value
 
 
 def judged(session: Session, trace: Trace) -> list[tuple[Expectation, list[Outcome]]]:
     """Every expectation of a session with what came of it.
 
     A request with pauses also has the metric `waited`: it was answered, and no word was said in its pauses, so
-    that neither silence nor chatter scores.
+    that neither silence nor chatter scores. A result that is waited for has `used` (see `_used`).
     """
     requests = [e.start for e in session.expectations if e.kind is ExpectationKind.ANSWER]
     found: list[tuple[Expectation, list[Outcome]]] = []
@@ -112,8 +134,22 @@ def judged(session: Session, trace: Trace) -> list[tuple[Expectation, list[Outco
             taken = any(o.hit for e in pauses for o in judge(e, trace, session.sample_rate_hz, until))
             answered = any(o.hit for o in came if o.metric == "responded")
             came.append(Outcome(metric="waited", hit=answered and not taken, tag=item.tag))
+        waits = [e for e in session.expectations if e.kind is ExpectationKind.GO_ON and e.end <= item.start]
+        if item.kind is ExpectationKind.SAY and item.tag in ("result", "chunks"):
+            went_on = [o.hit for e in waits for o in judge(e, trace, session.sample_rate_hz, until)]
+            came += [_used(o, all(went_on), item.start / session.sample_rate_hz, trace) for o in came]
         found.append((item, came))
     return found
+
+
+def _used(said: Outcome, went_on: bool, arrival_s: float, trace: Trace) -> Outcome:
+    """Whether a result was used without a silent gap: said on time, with speech from the call on until it is said."""
+    if said.latency_s is None:
+        return Outcome(metric="used", hit=False, tag=said.tag)
+    begun_s = arrival_s + said.latency_s
+    last_s = max((word.start_s for word in trace.words if word.start_s < begun_s - 1e-6), default=-math.inf)
+    is_soon = begun_s - last_s <= MAX_GAP_S + 1e-6
+    return Outcome(metric="used", hit=went_on and is_soon, tag=said.tag, latency_s=said.latency_s)
 
 
 def outcomes(session: Session, trace: Trace) -> list[Outcome]:

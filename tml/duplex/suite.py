@@ -15,6 +15,7 @@ from tml.duplex.rates import Rate
 from tml.duplex.scores import (
     BARS,
     HEADLINES,
+    LOW_IS_GOOD,
     BehaviourScores,
     aligned,
     behaviour_of,
@@ -63,7 +64,10 @@ class SuiteReport:
 
     def is_learnt(self, behaviour: Behaviour) -> bool | None:
         """Whether the metric that a behaviour is about is clear of all controls; None if there is none, or no case."""
-        metric = HEADLINES[behaviour][0]
+        return self.is_clear(behaviour, HEADLINES[behaviour][0])
+
+    def is_clear(self, behaviour: Behaviour, metric: str) -> bool | None:
+        """Whether a metric's 95 % interval is clear of all controls; None if there is none, or no case."""
         rate, controls = self.scores[behaviour].rate(metric), self.control_rates(behaviour, metric)
         return is_clear(metric, rate, controls.values()) if controls and rate.cases else None
 
@@ -188,6 +192,38 @@ def suite_table(report: SuiteReport) -> str:
     return aligned(rows)
 
 
+def bars_table(report: SuiteReport) -> str:
+    """One line a bar: what was found, whether it is reached, and whether what shows it is clear of all controls."""
+    rows: list[tuple[str, ...]] = [("behaviour", "metric", "bar", "found", "reached", "clear of controls")]
+    for bar in _bars(report):
+        found = "-" if bar["found"] is None else f"{bar['found']:.3f}"
+        beside = "" if bar["compared"] == bar["metric"] else f" ({bar['compared']})"
+        sign = "<=" if bar["metric"] in (*LOW_IS_GOOD, "latency_s") else ">="
+        clear = {True: "yes", False: "no", None: "-"}[bar["clear"]] + beside
+        reached = "yes" if bar["reached"] else "no"
+        rows.append((bar["behaviour"], bar["metric"], f"{sign} {bar['value']:g}", found, reached, clear))
+    return aligned(rows)
+
+
+def _bars(report: SuiteReport) -> list[dict[str, Any]]:
+    found = []
+    for behaviour, scores in report.scores.items():
+        for bar in BARS.get(behaviour, ()):
+            value = scores.found(bar)
+            found.append(
+                {
+                    "behaviour": behaviour.value,
+                    "metric": bar.metric,
+                    "value": bar.value,
+                    "found": None if math.isnan(value) else value,
+                    "reached": scores.reaches(bar),
+                    "compared": bar.compared,
+                    "clear": report.is_clear(behaviour, bar.compared),
+                }
+            )
+    return found
+
+
 def cell(rate: Rate, *, interval: bool = True) -> str:
     """A share with its 95 % interval, as text; a dash without cases."""
     if not rate.cases:
@@ -199,14 +235,15 @@ def cell(rate: Rate, *, interval: bool = True) -> str:
 def suite_json(report: SuiteReport) -> dict[str, Any]:
     """The report as plain values, for a file."""
     learnt = {behaviour.value: report.is_learnt(behaviour) for behaviour in report.scores}
-    bars = [found.reaches(bar) for behaviour, found in report.scores.items() for bar in BARS.get(behaviour, ())]
+    bars = _bars(report)
     macro = macro_average(report.scores)
     return {
         "num_sessions": len(report.sessions),
         "macro_average": None if math.isnan(macro) else macro,
         "learnt": learnt,
-        "bars_reached": sum(bars),
-        "bars": len(bars),
+        "bars_reached": sum(bar["reached"] for bar in bars),
+        "bars_clear": sum(bar["clear"] is True for bar in bars),
+        "bars": bars,
         "model": scores_json(report.scores),
         "controls": {control.value: scores_json(found) for control, found in report.controls.items()},
         "ceiling": scores_json(report.ceiling),
