@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from made_up import made_up_batches, made_up_experiment
+from tiny import VOICE
 
 from tml.checkpoint import CheckpointError, Checkpoints, state_hash
 from tml.config import Experiment, MeshConfig, MtpConfig
@@ -48,9 +49,12 @@ def beginning(origin: Path, **changes) -> Experiment:
     return replace(experiment, train=replace(experiment.train, init_from=str(origin)))
 
 
-def test_parameters_are_taken_over_and_all_else_is_new(imported: Path, tmp_path: Path) -> None:
+def test_parameters_are_taken_over_and_all_else_is_new(
+    imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mesh = MeshConfig(fsdp=8)
     step, state = begun(beginning(imported, mesh=mesh), tmp_path / "run")
+    assert "another model" not in capsys.readouterr().out
     _, drawn = begun(made_up_experiment(mesh=mesh), tmp_path / "drawn")
     with Checkpoints(imported, is_read_only=True) as checkpoints:
         _, params = checkpoints.restore_params()
@@ -59,6 +63,15 @@ def test_parameters_are_taken_over_and_all_else_is_new(imported: Path, tmp_path:
     assert state_hash(state.opt_state) == state_hash(drawn.opt_state)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(drawn), strict=True):
         assert ours.sharding == theirs.sharding
+
+
+def test_what_of_the_network_is_another_here_is_said(
+    imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moe = replace(MODEL.moe, route_scale=7.0, capacity_factor=3.0)
+    begun(beginning(imported, model=replace(MODEL, moe=moe)), tmp_path / "run")
+    said = f"which were of another model than this one: model.moe.route_scale was {MODEL.moe.route_scale}, is 7.0\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 @pytest.mark.slow
@@ -81,9 +94,27 @@ def test_another_shape_is_refused_with_both(imported: Path, tmp_path: Path) -> N
     deeper = beginning(imported, model=replace(MODEL, num_layers=2, global_layers=(1,)))
     with pytest.raises(CheckpointError, match=r"stages/.* has shape none there and \(.*\) here; model.global_layers"):
         begun(deeper, tmp_path)
-    blocks = beginning(imported, model=replace(MODEL, mtp=MtpConfig(num_blocks=1)))
-    with pytest.raises(CheckpointError, match=r"mtp/.* has shape none there and .*mtp.num_blocks was 0, is 1"):
-        begun(blocks, tmp_path / "run")
+
+
+def test_a_voice_and_blocks_ahead_may_be_added_to_imported_weights(imported: Path, tmp_path: Path) -> None:
+    model = replace(MODEL, audio_out=VOICE, mtp=MtpConfig(num_blocks=1))
+    mesh = MeshConfig(fsdp=8)
+    _, state = begun(beginning(imported, model=model, mesh=mesh), tmp_path / "run")
+    _, drawn = begun(made_up_experiment(model=model, mesh=mesh), tmp_path / "drawn")
+    with Checkpoints(imported, is_read_only=True) as checkpoints:
+        _, params = checkpoints.restore_params()
+    found, fresh, theirs = (dict(jax.tree_util.tree_leaves_with_path(t)) for t in (state.params, drawn.params, params))
+    added = found.keys() - theirs.keys()
+    assert {jax.tree_util.keystr(path[:1], simple=True) for path in added} == {"audio_out", "mtp", "embed"}
+    for path, leaf in found.items():
+        np.testing.assert_array_equal(leaf, fresh[path] if path in added else theirs[path])
+        assert leaf.sharding == fresh[path].sharding
+    # What the run cannot hold is refused, not dropped.
+    export = tmp_path / "voiced"
+    with Checkpoints(export) as checkpoints:
+        checkpoints.save(state, beginning(imported, model=model, mesh=mesh))
+    with pytest.raises(CheckpointError, match=r"audio_out/.* has shape \(.*\) there and none here; model.audio_out"):
+        begun(beginning(export), tmp_path / "silent")
 
 
 def test_where_there_is_nothing_is_said(tmp_path: Path) -> None:

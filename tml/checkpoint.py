@@ -11,7 +11,7 @@ The position in the data is the step itself: batch k is read by step k.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,8 @@ CHUNK_BYTES = 64 * 2**20
 """Arrays above this are stored in chunks of about this."""
 SUM_WORDS = 2**22
 """Words of an array that are summed at a time."""
+ADDED = re.compile(r"(audio_out|embed/own_audio|embed/video|mtp)/")
+"""Parts that a run may add to the network that it begins with: a voice, eyes, blocks ahead."""
 
 
 class CheckpointError(ValueError):
@@ -175,13 +177,14 @@ class Checkpoints:
         )
         return experiment, self._read_params(step, manifest, abstract)
 
-    def first_params(self, experiment: Experiment, mesh: Mesh) -> tuple[int, PyTree]:
+    def first_params(self, experiment: Experiment, mesh: Mesh) -> tuple[int, PyTree, list[tuple[str, Any, Any]]]:
         """Reads the newest checkpoint's parameters onto the shardings of `mesh`, for another run to begin with.
 
-        Its config may differ from that of the run in all but the parameters' shapes.
+        Its config may differ from the run's in all but the parameters' shapes; whole parts may be missing (ADDED).
 
         Returns:
-            The step they were trained to, and the parameters.
+            The step they were trained to, the parameters (those of missing parts as shapes), and what of the model is
+            another here (`difference`).
 
         Raises:
             CheckpointError: there is none, it is damaged, or a parameter has another shape.
@@ -191,21 +194,26 @@ class Checkpoints:
         theirs = self.experiment(step, manifest)
         found = {path: spec.shape for path, spec in spec_leaves(transformer.specs(theirs.model))}
         wanted = {path: spec.shape for path, spec in spec_leaves(transformer.specs(experiment.model))}
-        wrong = next((path for path in {**wanted, **found} if found.get(path) != wanted.get(path)), None)
+        odd = [path for path in {**wanted, **found} if found.get(path) != wanted.get(path)]
+        wrong = next((path for path in odd if path in found or not ADDED.match(path)), None)
+        changed = difference({"model": to_mapping(theirs.model)}, {"model": to_mapping(experiment.model)})
         if wrong is not None:
-            changed = difference(to_mapping(theirs.model), to_mapping(experiment.model))
             raise CheckpointError(
                 f"checkpoint {self._folder / str(step)} cannot begin this run: {wrong} has shape "
-                f"{found.get(wrong, 'none')} there and {wanted.get(wrong, 'none')} here; model.{describe(changed)}; "
+                f"{found.get(wrong, 'none')} there and {wanted.get(wrong, 'none')} here; {describe(changed)}; "
                 "change config.model, or name another config.train.init_from"
             )
-        return step, self._read_params(step, manifest, abstract_state(experiment, mesh).params)
+        changed = [change for change in changed if not FREE_MODEL_KEYS.fullmatch(change[0])]
+        return step, self._read_params(step, manifest, abstract_state(experiment, mesh).params, odd), changed
 
-    def _read_params(self, step: int, manifest: Mapping[str, Any], abstract: PyTree) -> PyTree:
-        """The parameters, placed as `abstract` says."""
+    def _read_params(
+        self, step: int, manifest: Mapping[str, Any], abstract: PyTree, but: Collection[str] = ()
+    ) -> PyTree:
+        """The parameters, placed as `abstract` says; those at the paths `but` stay shapes."""
         flat = {f"params.{path}": leaf for path, leaf in _named_leaves(abstract)}
-        restored = self._read(step, manifest, {"params": flat})["params"]
-        return jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in flat])
+        there = {path: leaf for path, leaf in flat.items() if path[7:].replace(".", "/") not in but}
+        restored = self._read(step, manifest, {"params": there})["params"]
+        return jax.tree.unflatten(jax.tree.structure(abstract), list((flat | restored).values()))
 
     def chosen(self, step: int | None) -> int:
         """The given step, or the newest if None.

@@ -146,11 +146,23 @@ def init_params(specs: PyTree, key: jax.Array, shardings: PyTree | None = None) 
     """
     leaves = spec_leaves(specs)
     placed = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
-    drawn = [
-        _draw(jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF), spec, sharding)
-        for (path, spec), sharding in zip(leaves, placed, strict=True)
-    ]
+    drawn = [_draw(_key_of(key, path), spec, sharding) for (path, spec), sharding in zip(leaves, placed, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(map_specs(lambda spec: 0, specs)), drawn)
+
+
+def fill_params(params: PyTree, specs: PyTree, key: jax.Array) -> tuple[PyTree, list[str]]:
+    """Draws the parameters that are only shapes as `init_params` would; returns all of them, and the paths of these."""
+    leaves, structure = jax.tree.flatten(params)
+    drawn: list[str] = []
+    for place, (path, spec) in enumerate(spec_leaves(specs)):
+        if isinstance(leaves[place], jax.ShapeDtypeStruct):
+            leaves[place] = _draw(_key_of(key, path), spec, leaves[place].sharding)
+            drawn.append(path)
+    return jax.tree.unflatten(structure, leaves), drawn
+
+
+def _key_of(key: jax.Array, path: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 
 def _draw(key: jax.Array, spec: ParamSpec, sharding: jax.sharding.Sharding | None) -> jax.Array:

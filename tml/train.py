@@ -16,13 +16,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tml.batch import Batch
-from tml.checkpoint import Checkpoints, opened, state_hash
+from tml.checkpoint import Checkpoints, describe, opened, state_hash
 from tml.config import Experiment, SourceConfig, config_hash
 from tml.flops import measure_matmul_rate, param_table, param_table_text, row_flops, token_flops
 from tml.mesh import make_mesh
 from tml.metrics import Sink, Window, duration, format_scalars, open_sinks, short_number
 from tml.model import transformer
-from tml.params import PyTree
+from tml.params import PyTree, fill_params
 from tml.train_step import (
     EvalStep,
     Metrics,
@@ -127,8 +127,13 @@ def start(experiment: Experiment, mesh: Mesh, checkpoints: Checkpoints) -> tuple
     if not origin:
         return 0, init_state(jax.random.key(experiment.seed), experiment, mesh)
     with opened(Path(origin)) as others:
-        trained, params = others.first_params(experiment, mesh)
+        trained, params, changed = others.first_params(experiment, mesh)
     print(f"beginning with the parameters of {origin} at step {trained}", flush=True)
+    if changed:
+        print(f"which were of another model than this one: {describe(changed, most=30)}", flush=True)
+    params, drawn = fill_params(params, transformer.specs(experiment.model), jax.random.key(experiment.seed))
+    if drawn:
+        print(f"which lack {len(drawn)} arrays of this model, drawn anew: {', '.join(drawn[:3])}, ...", flush=True)
     return 0, first_state(params, experiment, mesh)
 
 
