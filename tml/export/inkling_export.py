@@ -1,6 +1,7 @@
 """Writes a checkpoint of ours in Inkling's published layout, one shard at a time, for transformers, SGLang and vLLM."""
 
 import enum
+import filecmp
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 from tml.checkpoint_pieces import ParamsReader
 from tml.export import inkling_config, inkling_layout, interaction_head
 from tml.export.inkling_import import (
+    ABOUT_TOKENIZERS,
     CONFIG,
     KEEPSAKE,
     SIDE_FILES,
@@ -83,12 +85,20 @@ def export_folder(
         for name in SIDE_FILES:
             if (keepsake / name).is_file():
                 shutil.copyfile(keepsake / name, staging / name)
-        for name in TOKENIZERS:
-            trained = workdir / "tokenizer" / name
-            if trained.is_file() and not (staging / name).is_file():
-                shutil.copyfile(trained, staging / name)
+        _copy_tokenizer(workdir / "tokenizer", staging)
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return reader
+
+
+def _copy_tokenizer(trained: Path, folder: Path) -> None:
+    """Puts the run's own tokenizer in place of the one that came with what it began with, where they differ."""
+    files = [trained / name for name in TOKENIZERS if (trained / name).is_file()]
+    if not files or all((folder / f.name).is_file() and filecmp.cmp(f, folder / f.name, False) for f in files):
+        return
+    for name in (*TOKENIZERS, *ABOUT_TOKENIZERS):
+        (folder / name).unlink(missing_ok=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
 
 
 def dtype_of(name: str, stored_as: StoredAs, before: Mapping[str, str]) -> np.dtype:

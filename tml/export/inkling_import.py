@@ -36,10 +36,10 @@ KEEPSAKE = "inkling"
 """Folder of a run folder with what the network does not need and an export gives back."""
 CONFIG, STORED = "config.json", "stored.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.tiktoken")
+ABOUT_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json")
 SIDE_FILES = (
     *TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    *ABOUT_TOKENIZERS,
     "processor_config.json",
     "preprocessor_config.json",
     "generation_config.json",
