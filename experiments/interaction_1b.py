@@ -30,5 +30,6 @@ def get_config() -> ConfigDict:
     config.data.rows_per_batch = 128
     config.optim.peak_lr, config.optim.warmup_steps = 1e-3, 1_000
     config.mesh.fsdp, config.mesh.expert = 8, 1
+    config.stream.tensor = 2
     config.train.num_steps = 100_000
     return config

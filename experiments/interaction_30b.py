@@ -30,5 +30,6 @@ def get_config() -> ConfigDict:
     config.data.rows_per_batch = 512
     config.optim.peak_lr = 4e-4
     config.mesh.fsdp, config.mesh.expert = 16, 4
+    config.stream.tensor = 4
     config.train.num_steps = 250_000
     return config

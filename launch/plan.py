@@ -82,6 +82,9 @@ def _refuse_flags() -> None:
         ("step", "--search, which plans train steps", bool(_SEARCH.value)),
         ("hlo", "--search", bool(_SEARCH.value)),
         ("tokens", "--step=decode", _STEP.value == "decode"),
+        ("sessions", "a train step", _STEP.value != "decode"),
+        ("output_positions", "a train step", _STEP.value != "decode"),
+        ("search_limit", "a plan without --search", not _SEARCH.value),
     ):
         if goes and flags.FLAGS[name].present:
             raise app.UsageError(f"--{name} does not go with {other}; leave it out")
@@ -93,9 +96,20 @@ def _search(experiment: "Experiment", topology: "Topology") -> int:
 
     plans = []
     variants = candidates(experiment, topology, _SEARCH.value)
-    for plan in search(variants, topology, _SEARCH_LIMIT.value):
+    failures = 0
+
+    def failed(variant: "Experiment", error: Exception) -> None:
+        nonlocal failures
+        failures += 1
+        mesh, why = "x".join(map(str, variant.mesh.shape)), str(error).strip().splitlines()[0]
+        print(f"mesh {mesh}, {variant.model.remat}, {variant.data.rows_per_batch} rows: FAILED, {why}", flush=True)
+
+    for plan in search(variants, topology, _SEARCH_LIMIT.value, failed):
         print(search_line(plan.numbers(_TOKENS.value or plan.tokens_of_config)), flush=True)
         plans.append(plan)
+        _write_json([one.numbers(_TOKENS.value or one.tokens_of_config) for one in rank(plans)])
+    if failures and not plans:
+        raise ValueError(f"none of the {failures} variants of {experiment.name} that were tried compiles")
     if not plans:
         raise ValueError(f"no variant of {experiment.name} holds its state on {topology.name}; name a larger topology")
     ranked = [plan.numbers(_TOKENS.value or plan.tokens_of_config) for plan in rank(plans)]

@@ -21,7 +21,7 @@ from launch import pod_jobset, pod_skypilot, pod_slurm
 from launch.app import define_config, read_experiment, run_app
 from launch.pod_job import PodJob, check_mesh, job_name, settings_for, train_command
 from launch.pod_topology import parse_topology
-from tml.config import config_hash
+from tml.config import check_platform, config_hash
 from tml.xla_flags import xla_flags
 
 
@@ -104,6 +104,7 @@ def read_job(target: Target) -> PodJob:
     experiment = read_experiment(_CONFIG)
     topology = parse_topology(_TOPOLOGY.value, _NUM_SLICES.value)
     check_mesh(experiment, topology)
+    check_platform(experiment.model, topology.chip.platform)
     shared, code = PurePosixPath(_SHARED.value), PurePosixPath(_CODE.value)
     python = _PYTHON.value or ("python" if target is Target.GKE else str(code / ".venv/bin/python"))
     workdir = _WORKDIR.value or f"runs/{experiment.name}"

@@ -102,4 +102,6 @@ def parse_topology(text: str, num_slices: int) -> Topology:
             f"--topology={text} has {math.prod(shape)} chips, which hosts of {per_host} do not fill; "
             f"the smallest slice is {chip.name}:{'2x2x1' if len(shape) == 3 else '2x2'}"
         )
+    if shape[0] % 2 or shape[1] % 2:
+        raise ValueError(f"--topology={text}: chips stand in squares of 2 x 2, so the first two sizes must be even")
     return Topology(chip=chip, shape=shape, num_slices=num_slices)

@@ -143,3 +143,13 @@ def test_every_pod_trains_the_same_model_on_whole_parts(pod: str):
 def test_a_pod_without_settings_is_an_error_that_names_those_with():
     with pytest.raises(ValueError, match="v5p, v5p_long, v5p_slices, v6e, tpu7x, h100"):
         interaction_276b.get_config("v4")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_devices_that_serve_a_preset_can_share_it(name: str) -> None:
+    experiment = experiment_of(name)
+    model, tensor = experiment.model, experiment.stream.tensor
+    sizes = (model.attention.num_kv_heads, model.attention.num_heads, model.moe.expert_dim, model.dense_dim)
+    assert [size % tensor for size in (*sizes, model.vocab_size)] == [0] * 5
+    # One key head a device.
+    assert tensor == model.attention.num_kv_heads

@@ -259,6 +259,8 @@ def test_a_task_of_skypilot_is_one_of_its_schema(app, tmp_path: Path, flags, acc
         ((*GKE, "--topology=v5p:8x8"), 1, r"must give 3 sizes, chips along the axes of a slice, as in v5p:8x8x8"),
         ((*GKE, "--topology=v6:8x8"), 1, r"unknown chip 'v6'; did you mean v6e"),
         ((*GKE, "--topology=v5p:1x1x1"), 1, r"has 1 chips, which hosts of 4 do not fill; .* v5p:2x2x1"),
+        ((*GKE, "--topology=v6e:1x4", *mesh(1, 4)), 1, r"so the first two sizes must be even"),
+        ((*SLURM, *mesh(1, 16), "--config.model.moe.backend=tpu"), 1, r"runs on tpu, but the devices are gpu"),
         ((*GKE, "--topology=h100:1x2x8", *mesh(1, 16)), 1, r"gke is for TPU slices; use --target=slurm"),
         ((*GKE[:-1],), 2, r"--claim is missing"),
         ((*GKE, "--bucket=gs://b"), 2, r"--bucket is for --target=skypilot, not gke"),

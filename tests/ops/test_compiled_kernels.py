@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import pytest
-from absent_targets import h100, tpu
+from absent_targets import gpu, tpu
 
 from tml.config import AttentionBackend, MatmulBackend
 from tml.ops.attention import attend
@@ -15,8 +15,10 @@ from tml.ops.grouped_matmul import LAYER_KERNELS, grouped_matmul
 SLOTS, HEADS, KV_HEADS, HEAD_DIM, RANK = 1_024, 4, 2, 128, 16
 TARGETS = {
     "v5p": (lambda: tpu("v5p:2x2x1"), "tpu", None),
+    "v5e": (lambda: tpu("v5e:2x2"), "tpu", None),
     "v6e": (lambda: tpu("v6e:2x2"), "tpu", None),
-    "h100": (h100, "gpu", {"xla_gpu_autotune_level": 0}),
+    "h100": (lambda: gpu("h100"), "gpu", {"xla_gpu_autotune_level": 0}),
+    "b200": (lambda: gpu("b200"), "gpu", {"xla_gpu_autotune_level": 0}),
 }
 
 

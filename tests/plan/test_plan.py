@@ -18,7 +18,7 @@ from tml.plan.estimate import estimate
 from tml.plan.hlo import parse
 from tml.plan.program import Compiled, hbm_of_report, refused_memory
 from tml.plan.report import decode_table, search_line, train_table
-from tml.plan.search import all_meshes, candidates, rank
+from tml.plan.search import all_meshes, candidates, rank, search
 from tml.plan.topology import Topology, open_topology
 from tml.plan.train import TrainPlan, plan_train_step
 
@@ -163,8 +163,22 @@ def test_a_search_proposes_only_what_divides(topology: Topology):
     assert min(len({each(variant) for variant in first}) for each in (
         lambda variant: variant.mesh, lambda variant: variant.model.remat, lambda variant: variant.data.rows_per_batch,
     )) > 1  # fmt: skip
+    # Rows that do not fall into as many parts are no variant, and end no search.
+    halved = made_up_experiment(model=replace(made_up_experiment().model, row_parts=2))
+    alone = replace(topology, devices=jax.devices()[:1])
+    assert {variant.data.rows_per_batch for variant in candidates(halved, alone, ["rows"])} == {2, 4, 8}
     with pytest.raises(ValueError, match="cannot vary 'width'"):
         next(candidates(made_up_experiment(), topology, ["width"]))
+
+
+def test_a_search_goes_on_behind_what_does_not_compile(topology: Topology):
+    good, failed = made_up_experiment(mesh=MeshConfig(fsdp=8)), []
+    bad = replace(good, mesh=MeshConfig(fsdp=4))
+    found = list(search(iter([bad, good]), topology, 2, lambda variant, error: failed.append((variant, str(error)))))
+    assert [plan.experiment for plan in found] == [good]
+    [(variant, why)] = failed
+    assert variant is bad
+    assert "needs 4 devices, but there are 8" in why
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ class DecodePlan:
 
     @property
     def most_sessions(self) -> int:
-        """Sessions that fit, if all but the parameters grows with their number."""
+        """Sessions that fit, if all but the parameters grows with their number; 0 if not even those fit."""
+        if self.memory.is_refused or self.param_bytes >= self.topology.chip.hbm_bytes:
+            return 0
         each = (self.memory.total_bytes - self.param_bytes) / self.num_sessions
         return int((self.topology.chip.hbm_bytes - self.param_bytes) / each)
 

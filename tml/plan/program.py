@@ -174,7 +174,8 @@ def hbm_of_report(report: str) -> float | None:
 def refused_memory(message: str, topology: Topology) -> Memory | None:
     """The memory that the compiler asked for in vain, where that is why it failed; libtpu says so in two ways."""
     found = _OVER.search(message)
-    if "RESOURCE_EXHAUSTED" not in message or found is None:
+    is_hbm = "hbm" in message.lower() or "HLO temporaries" in message
+    if "RESOURCE_EXHAUSTED" not in message or found is None or not is_hbm:
         return None
     wanted = float(found.group(1)) * _UNITS[found.group(2)] * topology.chip.devices_per_chip
     return Memory(argument_bytes=0.0, output_bytes=0.0, temporary_bytes=wanted, is_refused=True)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
 
 from tml.config import Experiment, MeshConfig, Remat
 from tml.config.mesh import fits, meshes_of
@@ -42,10 +44,14 @@ def candidates(experiment: Experiment, topology: Topology, varied: Sequence[str]
         mesh, remat, num_rows = meshes[at[0]], remats[at[1]], rows[at[2]]
         varied_model = dataclasses.replace(experiment.model, remat=remat)
         varied_data = dataclasses.replace(experiment.data, rows_per_batch=num_rows)
-        plain = dataclasses.replace(experiment, mesh=MeshConfig(), model=varied_model, data=varied_data)
-        if not fits(mesh, plain.splits):
+        try:
+            plain = dataclasses.replace(experiment, mesh=MeshConfig(), model=varied_model, data=varied_data)
+            if not fits(mesh, plain.splits):
+                continue
+            variant = dataclasses.replace(plain, mesh=mesh)
+        except ValueError:
+            # Rows that its parts do not divide, or a mesh on which it cannot do what it is asked to.
             continue
-        variant = dataclasses.replace(plain, mesh=mesh)
         held, _ = bytes_of_state(variant, make_mesh(mesh, topology.devices))
         if held * topology.chip.devices_per_chip <= topology.chip.hbm_bytes:
             yield variant
@@ -57,10 +63,20 @@ def all_meshes(num_devices: int, num_slices: int) -> list[MeshConfig]:
     return sorted(meshes, key=lambda mesh: (mesh.tensor, mesh.context, mesh.expert))
 
 
-def search(experiments: Iterator[Experiment], topology: Topology, limit: int) -> Iterator[TrainPlan]:
-    """Compiles and estimates the first `limit` variants, one after another."""
+def search(
+    experiments: Iterator[Experiment],
+    topology: Topology,
+    limit: int,
+    failed: Callable[[Experiment, Exception], None] = lambda variant, error: None,
+) -> Iterator[TrainPlan]:
+    """Compiles and estimates the first `limit` variants, one after another; `failed` gets those that do not compile."""
     for variant in itertools.islice(experiments, limit):
-        yield plan_train_step(variant, topology)
+        try:
+            plan = plan_train_step(variant, topology)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            failed(variant, error)
+        else:
+            yield plan
 
 
 def rank(plans: Sequence[TrainPlan]) -> list[TrainPlan]:

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 
 from tml.plan.chips import GPUS, Chip, read_topology
 from tml.plan.links import Fabric
-from tml.xla_flags import Platform, flags_environment
+from tml.xla_flags import Platform, flags_environment, xla_flags
 
 CUBE = 4
 """A torus axis of v5p and tpu7x closes to a ring when it is made of whole cubes of this side (scaling book)."""
@@ -58,8 +58,14 @@ class Topology:
 
     @property
     def compiler_options(self) -> dict[str, str | bool]:
-        """What the compiler must be told."""
-        return {} if self.chip.is_tpu else dict(GPU_COMPILER_OPTIONS)
+        """What the compiler must be told: for GPUs the flags of a launch too, which for TPUs are in the environment."""
+        if self.chip.is_tpu:
+            return {}
+        num_slices = read_topology(self.name)[1][0]
+        flags = xla_flags(Platform.CUDA, num_slices, self.chip.name)
+        # A flag that is a bool takes one, and no word for it.
+        words = {"true": True, "false": False}
+        return {**GPU_COMPILER_OPTIONS, **{flag.name: words.get(flag.value, flag.value) for flag in flags}}
 
     def fabric(self, devices: Sequence[jax.Device]) -> Fabric:
         """Where the devices of a mesh, in its order, stand."""
@@ -99,7 +105,10 @@ def _open_tpu(name: str, chip: Chip, sizes: tuple[int, ...], num_slices: int) ->
     # The compiler wants three axes always.
     padded = [*wraps, False][:3] if chip.torus_axes == 2 else list(wraps)
     options = {"num_slices": num_slices} if num_slices > 1 else {}
-    devices = topologies.get_topology_desc(name, "tpu", wrap=padded, **options).devices
+    try:
+        devices = topologies.get_topology_desc(name, "tpu", wrap=padded, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"libtpu knows no topology {name!r}: {error}") from error
     expected = math.prod(sizes) * chip.devices_per_chip * num_slices
     assert len(devices) == expected, (name, len(devices), expected)
     return Topology(name=name, num_slices=num_slices, chip=chip, devices=devices, wraps=wraps)

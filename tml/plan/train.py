@@ -146,7 +146,7 @@ def plan_train_step(
     Raises:
         ValueError: the mesh of the experiment does not fit the pod.
     """
-    mesh = make_mesh(experiment.mesh, topology.devices)
+    mesh = make_mesh(experiment.mesh, topology.devices, experiment.splits)
     compiled = compile_train_step(experiment, mesh, topology)
     keep(compiled, mesh)
     fabric = topology.fabric(list(mesh.devices.flat))
