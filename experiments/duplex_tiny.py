@@ -3,12 +3,14 @@
 Question: does one tiny model learn to take turns, wait, stop, keep time, count what it sees, watch for a change,
 hear tone, delegate and act, and to speak with its own voice meanwhile, from synthetic sessions alone?
 
-Cost: at most 75 minutes of training on two cores, and about fifteen to make and encode the data.
+Cost: at most 75 minutes of training on two cores, and about fifteen to make and encode the data. What is learnt soon
+(turns, pauses, nods, repeating) gives its share of the training sessions to what is learnt late (watching, cues).
 Expected: see experiments/README.md.
 
 Commands:
 
-    python -m launch.synthesize --task=duplex --num_sessions=16000 --out=data/duplex_tiny/train
+    python -m launch.synthesize --task=duplex --num_sessions=24000 --out=data/duplex_tiny/train \
+        --shares=turn_taking:1,pause_handling:1,backchannel:0.6,simultaneous:0.6,counting:1.5,cued:2.5,proactive:4.5,tone:1.8
     python -m launch.synthesize --task=duplex --split=heldout --seed=1 --num_sessions=300 --out=data/duplex_tiny/heldout
     python -m launch.encode --config=experiments/duplex_tiny.py
     python -m launch.train --config=experiments/duplex_tiny.py --workdir=runs/duplex_tiny
@@ -80,6 +82,6 @@ def get_config() -> ConfigDict:
             ),
             loss=LossConfig(speak_weight=5.0, heard_weight=3.0),
             optim=OptimConfig(peak_lr=6e-3, muon_momentum=0.8, warmup_steps=50, decay_fraction=0.5),
-            train=TrainConfig(num_steps=5_500, log_every=100, eval_every=1_100, eval_batches=16, checkpoint_every=500),
+            train=TrainConfig(num_steps=6_000, log_every=100, eval_every=1_200, eval_batches=16, checkpoint_every=500),
         )
     )

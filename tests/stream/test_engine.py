@@ -162,22 +162,37 @@ def test_a_session_is_the_same_in_any_slot_whatever_the_others_do(knobs: dict) -
         np.testing.assert_array_equal(getattr(alone, name)[:, 1], 0)
 
 
-@pytest.mark.parametrize("turn", [0, 4, 9])
-@pytest.mark.parametrize("knobs", [{}, *FIXED], ids=str)
-def test_nothing_that_comes_in_after_a_turn_moves_its_output(knobs: dict, turn: int) -> None:
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        *FIXED,
+        {"turn_ms": 50},
+        pytest.param({"turn_ms": 1000}, marks=pytest.mark.slow),
+        pytest.param(
+            {"boundary": Boundary.NONE, "order": (Modality.VIDEO, Modality.TEXT, Modality.AUDIO)},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_nothing_that_comes_in_after_a_turn_moves_its_output(knobs: dict) -> None:
     model, layout, params, _, state, run = built(**knobs)
-    session = tiny_session(model, NUM_TURNS)
-    after = (turn + 1) * layout.clock.frames_per_turn
-    changed = dataclasses.replace(
-        session,
-        levels_TM=np.concatenate([session.levels_TM[:after], (session.levels_TM[after:] + 1) % 4]),
-        texts=tuple(e for e in session.texts if e.start < (turn + 1) * layout.clock.turn_samples),
-        tiles_P=np.where((session.tile_samples_P < (turn + 1) * 3200)[:, None, None, None, None], session.tiles_P, 9),
-    )
-    _, before = run(params, state, inputs_of(model, layout, session))
-    _, moved = run(params, state, inputs_of(model, layout, changed))
-    np.testing.assert_array_equal(before.log_probs_BO[: turn + 1], moved.log_probs_BO[: turn + 1])
-    assert np.any(before.log_probs_BO[turn + 1 :] != moved.log_probs_BO[turn + 1 :])
+    turn_samples = layout.clock.turn_samples
+    session = tiny_session(model, min(NUM_TURNS * turn_samples // 3_200, 2 * NUM_TURNS))
+    turns = session.num_samples // turn_samples
+    _, before = run(params, state, join_sessions([session_inputs(layout, session, model)], turns))
+    for turn in (0, turns // 3, turns - 3):
+        heard, end = (turn + 1) * layout.clock.frames_per_turn, (turn + 1) * turn_samples
+        changed = dataclasses.replace(
+            session,
+            levels_TM=np.concatenate([session.levels_TM[:heard], (session.levels_TM[heard:] + 1) % 4]),
+            texts=tuple(event for event in session.texts if event.start < end),
+            tiles_P=np.where((session.tile_samples_P < end)[:, None, None, None, None], session.tiles_P, 9),
+        )
+        _, moved = run(params, state, join_sessions([session_inputs(layout, changed, model)], turns))
+        np.testing.assert_array_equal(before.log_probs_BO[: turn + 1], moved.log_probs_BO[: turn + 1])
+        assert np.any(before.log_probs_BO[turn + 1 :] != moved.log_probs_BO[turn + 1 :])
 
 
 def test_outputs_follow_the_grammar_also_when_sampled() -> None:

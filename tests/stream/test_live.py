@@ -151,6 +151,20 @@ def test_text_that_is_taken_back_does_not_go_in_and_is_not_in_the_record(
     assert said == [turn.said for turn in before + after]
 
 
+def test_a_record_of_text_that_is_cut_inside_a_character_holds_no_more_than_went_in(
+    model: Model, sound: np.ndarray
+) -> None:
+    text = "é°é°é°é°"
+    tokens = model.tokenizer.encode(text)
+    assert len(tokens) == 2 * len(text), "the tokenizer knows only bytes of these"
+    live = live_session(model)
+    live.type_text(text)
+    live.push(sound[:TURN_SAMPLES])
+    live.drop_waiting(Stream.USER_TEXT)
+    (read,) = live.record("cut").texts_of(Stream.USER_TEXT)
+    assert model.tokenizer.encode(read.text) == tokens[:2]
+
+
 def test_text_for_which_there_are_no_turns_is_not_in_the_record(model: Model, sound: np.ndarray) -> None:
     live = live_session(model)
     live.type_text(TYPED)

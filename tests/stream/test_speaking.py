@@ -139,7 +139,9 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     np.testing.assert_allclose(np.asarray(again, np.float32), mels.astype(np.float32), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("knobs", [{}, pytest.param(FIXED, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{}, {"feedback": Feedback.NONE}, pytest.param(FIXED, marks=pytest.mark.slow)], ids=str
+)
 def test_a_session_sounds_the_same_in_any_of_eight_slots_whatever_the_others_do(knobs: dict) -> None:
     session = tiny_session(MODEL, NUM_TURNS)
     layout, run_first, _, _ = runner(NUM_SLOTS, [MINE, *range(10, 17)], **knobs)

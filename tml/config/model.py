@@ -291,6 +291,8 @@ class ModelConfig:
             check_multiple("model.audio.hop_samples", self.audio.hop_samples, *parts)
             hop = self.audio.hop_samples // self.audio_out.frames_per_position
             check_multiple("model.audio_out.window_samples", self.audio_out.window_samples, "a frame's hop", hop)
+            # Windows are zero at their start: where one ends, the next must have begun.
+            check_at_most("2 frames' hops", 2 * hop, "model.audio_out.window_samples", self.audio_out.window_samples)
 
     @property
     def has_voice(self) -> bool:

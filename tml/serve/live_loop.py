@@ -30,7 +30,8 @@ class Tick:
         result: what the turn put out.
         due_s: when its last sample was there.
         done_s: when its output was out.
-        came_back: what the background said that went in with it or, where it is more, with the turns after it.
+        came_back: what the background said that went in with it or, where it is more, with the turns after it, unless
+            the model cancelled before.
         num_in_flight: tasks of the background once its own calls were made.
     """
 

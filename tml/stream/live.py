@@ -243,7 +243,8 @@ class LiveSession:
             if left := waiting.get(event.stream):
                 tokens = self._tokenizer.encode(event.text)
                 waiting[event.stream] = max(0, left - len(tokens))
-                text = self._tokenizer.decode(tokens[: max(0, len(tokens) - left)])
+                # A character that is not there whole is left out: what stands for its bytes would be more of them.
+                text = self._tokenizer.decode(tokens[: max(0, len(tokens) - left)]).rstrip("\ufffd")
                 read += [replace(event, text=text)] if text else []
             else:
                 read.append(event)

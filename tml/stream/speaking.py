@@ -1,4 +1,4 @@
-"""The own audio of a micro-turn: sampled position by position, and fed back as the model heard it in training."""
+"""The own audio of a micro-turn: sampled, and fed back as the model heard it in training, if it did."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
