@@ -1,13 +1,13 @@
 """Streaming is training: the same numbers turn by turn, in any slot, with nothing seen too early."""
 
 import dataclasses
-import os
 from functools import cache as once
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact import EXACT
 from tiny import randomised, rows_of, tiny_layout, tiny_model, tiny_session
 
 from tml.config import Boundary, Control, Modality, SlotScheme, StreamConfig
@@ -19,9 +19,6 @@ from tml.stream import engine
 from tml.stream.inputs import TurnInputs, join_sessions, session_inputs
 
 NUM_TURNS = 12
-EXACT = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
-"""With the usual emitters: the tests' fast way rounds a loop's body otherwise than the same step alone. The command
-that compiles everything as in use stands in the README."""
 KNOBS = [
     {},
     pytest.param({"boundary": Boundary.NONE}, marks=pytest.mark.slow),
@@ -179,8 +176,8 @@ def test_a_session_is_the_same_in_any_slot_whatever_the_others_do(knobs: dict) -
 def test_nothing_that_comes_in_after_a_turn_moves_its_output(knobs: dict) -> None:
     model, layout, params, _, state, run = built(**knobs)
     turn_samples = layout.clock.turn_samples
-    session = tiny_session(model, min(NUM_TURNS * turn_samples // 3_200, 2 * NUM_TURNS))
-    turns = session.num_samples // turn_samples
+    session = tiny_session(model, min(max(NUM_TURNS * turn_samples // 3_200, 4), 2 * NUM_TURNS))
+    turns = layout.clock.num_turns(session.num_samples)
     _, before = run(params, state, join_sessions([session_inputs(layout, session, model)], turns))
     for turn in (0, turns // 3, turns - 3):
         heard, end = (turn + 1) * layout.clock.frames_per_turn, (turn + 1) * turn_samples

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from exact import EXACT
 from small_model import small_model, small_sound
 
 from tml.codec.encode import encode_session as encode
@@ -13,11 +14,21 @@ from tml.mesh import make_mesh
 from tml.session import Session, Stream, decode_session, encode_session
 from tml.stream import engine
 from tml.stream.inputs import TurnInputs, session_inputs
-from tml.stream.live import LiveSession, SessionFullError, TurnResult
+from tml.stream.live import LiveSession, SessionFullError, TurnResult, _compiled_step
 from tml.stream.outputs import Said, read_session
 
 NUM_TURNS, TURN_SAMPLES = 8, 3_200
 TYPED = "seven, then eight or nine"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def live_steps_are_exact():
+    """What a live session remembers is held against the same turns in one program."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "jit_step", lambda step: jax.jit(step, donate_argnums=1, compiler_options=EXACT))
+        _compiled_step.cache_clear()
+        yield
+    _compiled_step.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +64,7 @@ def scanned(model: Model):
     config = model.experiment
     step = engine.make_step(config.model, model.layout, config.stream)
     state = engine.init_state(config.model, model.layout, config.stream, 1)
-    run = jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs))
+    run = jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs), compiler_options=EXACT)
     return lambda inputs: run(model.params, state, inputs)
 
 

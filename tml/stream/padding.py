@@ -26,8 +26,11 @@ def padding_counts(
 def padding_slots(counts_B: Int32[Array, "B"], layout: Layout, model: ModelConfig) -> Slots:
     """So many [pad] tokens for each session, as slots to feed: W = `max_padding_out`."""
     num_rows, width, video = counts_B.shape[0], layout.max_padding_out, model.video
+    # Were all tokens the same, the compiler would embed them once before a loop over turns, and round otherwise than
+    # in a single turn: slots that are not valid, which nothing reads, hold another one.
+    special, valid_BW = layout.special, jnp.arange(width)[None] < counts_B[:, None]
     return Slots(
-        tokens_BW=jnp.full((num_rows, width), layout.special.pad, jnp.int32),
+        tokens_BW=jnp.where(valid_BW, special.pad, special.end_of_text).astype(jnp.int32),
         kinds_BW=jnp.full((num_rows, width), Kind.TOKEN, jnp.uint8),
         levels_BWM=jnp.zeros((num_rows, width, model.audio.num_mels), jnp.uint8),
         tiles_BP=jnp.zeros((num_rows, 0, video.frames_per_tile, video.tile_px, video.tile_px, 3), jnp.int16),
