@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from jaxtyping import Float32
+from jaxtyping import Float32, Int16
 
 from tml.session import AudioClip, AudioEncoding, SessionError
 
@@ -48,10 +48,15 @@ def encode_clip(samples: Float32[np.ndarray, " n"], sample_rate_hz: int) -> Audi
         raise ValueError("a clip needs at least one sample")
     if not np.isfinite(samples).all():
         raise ValueError("the sound holds samples that are NaN or infinite")
-    steps = np.clip(np.rint(samples * np.float32(PCM16_SCALE)), -PCM16_SCALE, PCM16_SCALE - 1).astype(np.int16)
+    steps = steps_of(samples)
     file = io.BytesIO()
     soundfile.write(file, steps, sample_rate_hz, format="FLAC", subtype="PCM_16")
     return AudioClip(encoding=AudioEncoding.FILE, data=file.getvalue(), num_samples=len(samples))
+
+
+def steps_of(samples: Float32[np.ndarray, " n"]) -> Int16[np.ndarray, " n"]:
+    """The samples in steps of 16 bits, as a clip holds them; divided by 32768 they make the same clip."""
+    return np.clip(np.rint(samples * np.float32(PCM16_SCALE)), -PCM16_SCALE, PCM16_SCALE - 1).astype(np.int16)
 
 
 def read_audio(path: str | Path, sample_rate_hz: int) -> Float32[np.ndarray, "channels n"]:

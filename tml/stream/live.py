@@ -10,6 +10,7 @@ import numpy as np
 
 from tml.codec import audio
 from tml.codec.text import Tokenizer
+from tml.codec.waveform import steps_of
 from tml.config import ModelConfig, StreamConfig
 from tml.microturn import Clock, Layout, TurnContents
 from tml.params import PyTree
@@ -194,7 +195,7 @@ class LiveSession:
             sound = self._voice.say(mels)
         compute_s = time.perf_counter() - begun
         self._num_positions = int(np.asarray(self._state.decode.num_positions_B)[0])
-        self._heard.append(heard)
+        self._heard.append(steps_of(heard))
         self._remember(said)
         return TurnResult(said=said, compute_s=compute_s, sound=sound, mels=mels)
 

@@ -31,6 +31,7 @@ class OwnVoice:
         self._silence = np.tile(silent_position(model.audio_out), (positions_per_turn, 1))
         self._state = self._vocoder.init_state()
         self._said: list[np.ndarray] = []
+        self._no_sound = np.zeros(self._turn_samples, np.float32)
 
     @property
     def delay_samples(self) -> int:
@@ -44,7 +45,8 @@ class OwnVoice:
     def say(self, mels: np.ndarray | None) -> np.ndarray:
         """The sound of the next turn, from its own audio (float16 [T, Y]); None where it listens."""
         self._state, sound = self._vocoder.step(self._state, self._silence if mels is None else mels)
-        self._said.append(sound)
+        # Most turns are silent: all of these are one array, so that a session that listens remembers next to nothing.
+        self._said.append(sound if sound.any() else self._no_sound)
         return sound
 
     def so_far(self) -> "OwnVoice":

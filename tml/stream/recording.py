@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tml.codec.waveform import encode_clip
+from tml.codec.waveform import PCM16_SCALE, encode_clip
 from tml.microturn import Clock
 from tml.session import Session, Stream, TextEvent, VideoFrame
 from tml.stream.own_voice import OwnVoice
@@ -20,7 +20,7 @@ class Recording:
 
     Attributes:
         clock: of the session.
-        heard: the user's sound, piece by piece.
+        heard: the user's sound, piece by piece, in steps of 16 bits.
         texts: text events.
         frames: pictures shown, ordered by sample.
         voice: what was said aloud; None without a voice.
@@ -39,7 +39,8 @@ class Recording:
         """
         rate_hz = self.clock.sample_rate_hz
         silence = np.zeros(SILENT_TURNS * self.clock.turn_samples, np.float32)
-        samples = np.concatenate([*self.heard, silence])
+        samples = np.concatenate([*self.heard, np.zeros(0, np.int16)]).astype(np.float32) / np.float32(PCM16_SCALE)
+        samples = np.concatenate([samples, silence])
         texts = tuple(sorted(self.texts, key=lambda event: event.start))
         sounds = {Stream.USER_AUDIO: encode_clip(samples, rate_hz)}
         if self.voice is not None:
