@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import msgpack
 
 SCHEMA_VERSION = 2
-Part = TypeVar("Part", "AudioClip", "TextEvent", "Word", "VideoFrame", "Expectation")
 
 
 class Stream(enum.StrEnum):
@@ -274,6 +273,9 @@ def decode_session(data: bytes) -> Session:
 _FIELD_TYPES: dict[type, dict[str, Any]] = {
     kind: {f.name: f.type for f in fields(kind)} for kind in (AudioClip, TextEvent, Word, VideoFrame, Expectation)
 }
+
+
+Part = TypeVar("Part", AudioClip, TextEvent, Word, VideoFrame, Expectation)
 
 
 def _build(kind: type[Part], values: Mapping[str, Any]) -> Part:
