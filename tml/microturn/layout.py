@@ -347,9 +347,9 @@ class Layout:
 
     def lay_out_document(self, tokens: Sequence[int], num_tiles: int = 0) -> Segment:
         """One piece of a plain text: [document] tiles text [end of text], with loss on all of the text."""
-        row = [self.special.document, *[self.special.tile] * num_tiles, *tokens, self.special.end_of_text]
-        last, missing = len(row) - 1, num_tiles + self.slots_beside_tiles(num_tiles) - len(row)
-        row = np.array(row + [self.special.pad] * missing, np.int32)
+        shown = [self.special.document, *[self.special.tile] * num_tiles, *tokens, self.special.end_of_text]
+        last, missing = len(shown) - 1, num_tiles + self.slots_beside_tiles(num_tiles) - len(shown)
+        row = np.array(shown + [self.special.pad] * missing, np.int32)
         targets, target_kinds = np.zeros(len(row), np.int32), np.full(len(row), Target.NONE, np.int32)
         targets[num_tiles:last], target_kinds[num_tiles:last] = row[num_tiles + 1 : last + 1], Target.DOCUMENT
         kinds, source = np.full(len(row), Kind.TOKEN, np.int32), np.zeros(len(row), np.int32)
