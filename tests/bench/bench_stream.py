@@ -95,7 +95,8 @@ def stream(model: Model, chunks: Iterator[tuple[np.ndarray, list[bytes]]]) -> tu
         for picture in pictures:
             live.show(picture)
         found = live.push(sound)
-        turns += found
+        # Without their sound: what is kept here would be taken for what the session remembers.
+        turns += [dataclasses.replace(turn, sound=None) for turn in found]
         memory_mb += [resident_mb()] * len(found)
     return turns, memory_mb, live.num_compilations
 
