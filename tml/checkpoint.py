@@ -210,10 +210,11 @@ class Checkpoints:
         self, step: int, manifest: Mapping[str, Any], abstract: PyTree, but: Collection[str] = ()
     ) -> PyTree:
         """The parameters, placed as `abstract` says; those at the paths `but` stay shapes."""
-        flat = {f"params.{path}": leaf for path, leaf in _named_leaves(abstract)}
-        there = {path: leaf for path, leaf in flat.items() if path[7:].replace(".", "/") not in but}
+        named = _named_leaves(abstract)
+        there = {f"params.{path}": leaf for path, leaf in named if path.replace(".", "/") not in but}
         restored = self._read(step, manifest, {"params": there})["params"]
-        return jax.tree.unflatten(jax.tree.structure(abstract), list((flat | restored).values()))
+        leaves = [restored.get(f"params.{path}", leaf) for path, leaf in named]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
     def chosen(self, step: int | None) -> int:
         """The given step, or the newest if None.
