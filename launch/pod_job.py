@@ -11,7 +11,7 @@ import yaml
 
 from launch.pod_topology import Topology
 from tml.config import Experiment
-from tml.config.mesh import describe_nearest
+from tml.config.mesh import check_slices, describe_nearest
 from tml.xla_flags import FLAGS_VARIABLE, Platform, flags_environment
 
 COORDINATOR_PORT = 8476
@@ -90,11 +90,7 @@ def check_mesh(experiment: Experiment, topology: Topology) -> None:
             f"{topology.chip.name}:{'x'.join(map(str, topology.shape))} have {devices}; "
             f"{describe_nearest(experiment.mesh, wanted, experiment.splits)} (--config.mesh.fsdp=N and the like)"
         )
-    if shape["replica"] % topology.num_slices:
-        raise ValueError(
-            f"config.mesh.replica = {shape['replica']} is not a multiple of the {topology.num_slices} slices, so "
-            f"another axis would cross the slow network between them; set --config.mesh.replica={topology.num_slices}"
-        )
+    check_slices(experiment.mesh, topology.num_slices)
 
 
 def settings_for(topology: Topology, shared: PurePosixPath, code: PurePosixPath, config: str) -> tuple[Setting, ...]:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tml.batch import Batch, OwnAudio
 from tml.config import DATA_AXES, ROW_AXES, SHARD_AXES, MeshConfig, Split
-from tml.config.mesh import describe_nearest
+from tml.config.mesh import check_slices, describe_nearest
 from tml.params import ParamSpec, PyTree, map_specs
 
 PARAM_AXES: dict[str, tuple[str, ...]] = {
@@ -76,11 +76,7 @@ def _ordered(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     is_gpu = devices[0].platform in ("gpu", "cuda", "rocm")
     num_slices = 1 if is_gpu else len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices > 1:
-        if config.replica % num_slices:
-            raise ValueError(
-                f"mesh.replica = {config.replica} is not a multiple of the {num_slices} slices, which it must span; "
-                f"the nearest valid mesh.replica is {max(num_slices, config.replica // num_slices * num_slices)}"
-            )
+        check_slices(config, num_slices)
         within, across = (config.replica // num_slices, *sizes[1:]), (num_slices, *(1 for _ in sizes[1:]))
         return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=is_tpu)
     if is_tpu:

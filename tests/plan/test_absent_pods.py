@@ -60,6 +60,12 @@ def test_two_slices_are_joined_by_the_network():
     assert sorted(set(coords[:, 0].tolist())) == [0, 1]
 
 
+def test_slices_of_gpus_are_in_the_name():
+    pytest.importorskip("jax_cuda12_plugin")
+    topology = open_topology("h100:2x1x4")
+    assert (topology.num_slices, topology.num_chips) == (2, 8)
+
+
 @pytest.mark.parametrize(
     ("name", "chips", "wraps"),
     [

@@ -76,6 +76,11 @@ def test_the_table_says_what_matters(plan: TrainPlan):
         assert words in text
 
 
+def test_a_mesh_that_crosses_slices_by_another_axis_is_refused(topology: Topology):
+    with pytest.raises(ValueError, match=r"replica = 1 is not a multiple of the 2 slices.*nearest.*replica is 2"):
+        plan_train_step(made_up_experiment(mesh=MeshConfig(fsdp=8)), replace(topology, num_slices=2))
+
+
 def test_what_the_compiler_refuses_does_not_fit(plan: TrainPlan):
     memory = replace(plan.memory, is_refused=True, temporary_bytes=2 * V5P.hbm_bytes)
     refused = replace(plan, memory=memory, estimated=None)
@@ -193,5 +198,5 @@ def test_a_search_goes_on_behind_what_does_not_compile(topology: Topology):
 def test_a_wrong_topology_names_the_way_out(name: str, message: str):
     with pytest.raises(ValueError, match=message):
         open_topology(name)
-    with pytest.raises(ValueError, match="slices are of TPUs"):
+    with pytest.raises(ValueError, match="the flag is for TPUs"):
         open_topology("h100:1x2x8", num_slices=2)

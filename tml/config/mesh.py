@@ -96,6 +96,20 @@ def check_splits(mesh: MeshConfig, splits: Sequence[Split]) -> None:
             )
 
 
+def check_slices(mesh: MeshConfig, num_slices: int) -> None:
+    """Checks that `replica` alone crosses the slow network between slices.
+
+    Raises:
+        ValueError: with both numbers and the nearest `replica` that does.
+    """
+    if mesh.replica % num_slices:
+        raise ValueError(
+            f"mesh.replica = {mesh.replica} is not a multiple of the {num_slices} slices, so another axis would cross "
+            f"the slow network between them; the nearest valid mesh.replica is "
+            f"{max(num_slices, mesh.replica // num_slices * num_slices)}"
+        )
+
+
 def describe_nearest(mesh: MeshConfig, num_devices: int, splits: Sequence[Split]) -> str:
     """The way out of a mesh that does not fit, as the end of an error."""
     nearest = nearest_mesh(mesh, num_devices, splits)

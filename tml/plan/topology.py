@@ -61,8 +61,7 @@ class Topology:
         """What the compiler must be told: for GPUs the flags of a launch too, which for TPUs are in the environment."""
         if self.chip.is_tpu:
             return {}
-        num_slices = read_topology(self.name)[1][0]
-        flags = xla_flags(Platform.CUDA, num_slices, self.chip.name)
+        flags = xla_flags(Platform.CUDA, self.num_slices, self.chip.name)
         # A flag that is a bool takes one, and no word for it.
         words = {"true": True, "false": False}
         return {**GPU_COMPILER_OPTIONS, **{flag.name: words.get(flag.value, flag.value) for flag in flags}}
@@ -88,7 +87,7 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     chip, sizes = read_topology(name)
     if num_slices < 1 or (num_slices > 1 and not chip.is_tpu):
         raise ValueError(
-            f"slices = {num_slices} with topology {name!r}: slices are of TPUs; GPUs have hosts in the name"
+            f"slices = {num_slices} with topology {name!r}: the flag is for TPUs; GPUs have their slices in the name"
         )
     jax.config.update("jax_platforms", "cpu")
     return _open_tpu(name, chip, sizes, num_slices) if chip.is_tpu else _open_gpu(name, chip, sizes)
@@ -120,7 +119,7 @@ def _open_gpu(name: str, chip: Chip, sizes: tuple[int, ...]) -> Topology:
         os.environ.setdefault(variable, value)
     target, shape = GPUS[chip.name].target_config(), "x".join(str(size) for size in sizes)
     devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape).devices
-    return Topology(name=name, num_slices=1, chip=chip, devices=devices, wraps=())
+    return Topology(name=name, num_slices=sizes[0], chip=chip, devices=devices, wraps=())
 
 
 def _needs(module: str, name: str) -> None:

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from tml.config import Experiment
+from tml.config.mesh import check_slices
 from tml.flops import param_table, row_flops
 from tml.mesh import make_mesh
 from tml.model import transformer
@@ -147,6 +148,7 @@ def plan_train_step(
         ValueError: the mesh of the experiment does not fit the pod.
     """
     mesh = make_mesh(experiment.mesh, topology.devices, experiment.splits)
+    check_slices(experiment.mesh, topology.num_slices)
     compiled = compile_train_step(experiment, mesh, topology)
     keep(compiled, mesh)
     fabric = topology.fabric(list(mesh.devices.flat))
