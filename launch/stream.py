@@ -61,6 +61,9 @@ _PACE = flags.DEFINE_enum(
 _WORKER = flags.DEFINE_string("worker", "", "Base address of an OpenAI-compatible endpoint, as in http://host/v1.")
 _WORKER_MODEL = flags.DEFINE_string("worker_model", "", "Name of the model there.")
 _WORKER_SENDS = flags.DEFINE_list("worker_sends", "sound,frames", "What it gets beside the transcript: sound, frames.")
+_WORKER_FRAMES = flags.DEFINE_integer(
+    "worker_frames", 32, "Pictures at most that it gets with a request, spread evenly over the session.", lower_bound=1
+)
 _TOOLS = flags.DEFINE_multi_string("tools", [], "Command or http address of an MCP server; may be given repeatedly.")
 _TIMEOUT_S = flags.DEFINE_float(
     "background_timeout_s",
@@ -82,8 +85,9 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(f"{_WAV.value}: there is no such file")
     if Path(_OUT.value).exists() and not Path(_OUT.value).is_dir():
         raise app.UsageError(f"--out={_OUT.value} is a file; name a folder")
-    if not _WORKER.value and (_WORKER_MODEL.value or FLAGS["worker_sends"].present):
-        raise app.UsageError("--worker_model and --worker_sends are of a worker; name one by --worker")
+    of_worker = [name for name in ("worker_model", "worker_sends", "worker_frames") if FLAGS[name].present]
+    if of_worker and not _WORKER.value:
+        raise app.UsageError(f"--{of_worker[0]} is of a worker; name one by --worker")
     signal.signal(signal.SIGTERM, _terminate)
     prepare_jax()
 
@@ -187,7 +191,9 @@ def _open_background(clock: "Clock", stack: contextlib.ExitStack) -> "Background
             raise app.UsageError(f"--worker_sends = {sorted(unknown)} is not of {', '.join(Media)}")
         media = tuple(Media(name) for name in _WORKER_SENDS.value)
         try:
-            endpoint = Endpoint(url=_WORKER.value, model=_WORKER_MODEL.value, media=media)
+            endpoint = Endpoint(
+                url=_WORKER.value, model=_WORKER_MODEL.value, media=media, max_frames=_WORKER_FRAMES.value
+            )
         except ValueError as error:
             raise app.UsageError(f"--worker, --worker_model: {error}") from error
         open_worker = functools.partial(open_endpoint, endpoint, clock)
@@ -203,7 +209,7 @@ def _stream(
     pace: "Pace",
     ticks: "list[Tick]",
 ) -> None:
-    """Adds every turn, printed as it comes if anything went in from the background or was put out in it."""
+    """Runs the session: adds every turn to `ticks`, and prints those in which something was said or came back."""
     from tml.serve.live_loop import run_session
 
     def show(sample: int) -> None:

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +45,9 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
             process.kill()
 
 
-def stream(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def stream(folder: Path, *flags: str, app: Sequence[str] = ("-m", "launch.stream")) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "launch.stream", "--model=bundle", "--wav=in.wav", *flags]
+    command = [sys.executable, *app, "--model=bundle", "--wav=in.wav", *flags]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -69,10 +69,27 @@ def test_a_session_with_a_background_keeps_time_and_shows_what_came_back(folder:
     came_back = [text for tick in ticks for text in tick["came_back"]]
     assert came_back
     assert all(text.startswith("failed: ") for text in came_back)
-    assert "  <- failed: " in done.stdout
+    assert " <- failed: " in done.stdout
     assert "\nnotice: refused " in done.stdout
     assert (folder / "canvas.svg").read_text().startswith("<svg")
     assert transcript["programs_compiled"] == 1
+
+
+def test_what_is_delegated_reaches_the_endpoint_and_its_answer_comes_back(
+    folder: Path, endpoint: str, tmp_path: Path
+) -> None:
+    flags = (f"--worker={endpoint}", "--worker_model=fast", "--pictures=pictures", "--worker_frames=1", "--tail_s=4")
+    done = stream(folder, "--out=asked", *flags, app=[str(ROOT / "tests" / "launch" / "delegating_program.py")])
+    assert done.returncode == 0, done.stderr
+    request = json.loads((tmp_path / "request-0.json").read_text())
+    assert request["model"] == "fast"
+    parts = request["messages"][1]["content"]
+    assert [part["type"] for part in parts if part["type"] != "text"] == ["input_audio", "image_url"]
+    transcript = json.loads((folder / "asked" / "transcript.json").read_text())
+    assert next(tick["tick"] for tick in transcript["ticks"] if tick["in_flight"]) == 3
+    came_back = "".join(text for tick in transcript["ticks"] for text in tick["came_back"])
+    assert came_back == "result it is seven"
+    assert transcript["notices"][0].startswith("task 1: 1 of ")
 
 
 def test_without_a_background_calls_are_only_shown(folder: Path) -> None:

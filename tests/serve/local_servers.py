@@ -89,7 +89,7 @@ def all_said(background: Background) -> list[str]:
     said: list[str] = []
 
     def ended() -> bool:
-        said.extend(background.poll())
+        said.extend(background.take_all())
         return background.num_in_flight == 0
 
     wait_until(ended)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,11 @@ def conversation() -> Session:
     Image.fromarray(np.full((4, 3, 3), 200, np.uint8)).save(file, format="PNG")
     return dataclasses.replace(
         small_session(3),
-        streams=(Stream.USER_AUDIO, Stream.VIDEO, Stream.OWN_TEXT),
+        streams=(Stream.USER_AUDIO, Stream.OWN_AUDIO, Stream.VIDEO, Stream.OWN_TEXT),
+        audio={
+            Stream.USER_AUDIO: small_session(3).audio[Stream.USER_AUDIO],
+            Stream.OWN_AUDIO: small_session(4).audio[Stream.USER_AUDIO],
+        },
         texts=(TextEvent(stream=Stream.OWN_TEXT, start=16_000, end=19_200, text="one moment"),),
         frames=tuple(VideoFrame(sample=sample, data=file.getvalue()) for sample in (0, 8_000, 16_000)),
     )
@@ -69,11 +74,12 @@ def test_the_worker_gets_the_whole_session_and_its_words_come_back(chat_server: 
     texts = [part["text"] for part in user["content"] if part["type"] == "text"]
     assert "tick    5    1.0 s  video: frame | own text: one moment" in texts[0]
     assert "expected" not in texts[0]
-    assert texts[2:] == [f"What was seen at {seconds} s:" for seconds in (0.0, 0.5, 1.0)]
-    [sound] = [part["input_audio"] for part in user["content"] if part["type"] == "input_audio"]
-    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(sound["data"])), dtype="float32")
-    assert (sound["format"], rate) == ("wav", 16_000)
-    np.testing.assert_array_equal(samples, decode_clip(conversation().audio[Stream.USER_AUDIO], 16_000))
+    assert texts[3:] == [f"What was seen at {seconds} s:" for seconds in (0.0, 0.5, 1.0)]
+    sounds = [part["input_audio"] for part in user["content"] if part["type"] == "input_audio"]
+    for sound, stream in zip(sounds, (Stream.USER_AUDIO, Stream.OWN_AUDIO), strict=True):
+        samples, rate = soundfile.read(io.BytesIO(base64.b64decode(sound["data"])), dtype="float32")
+        assert (sound["format"], rate) == ("wav", 16_000)
+        np.testing.assert_array_equal(samples, decode_clip(conversation().audio[stream], 16_000))
     pictures = [part["image_url"]["url"] for part in user["content"] if part["type"] == "image_url"]
     seen = [base64.b64decode(url.removeprefix("data:image/png;base64,")) for url in pictures]
     assert seen == [frame.data for frame in conversation().frames]
@@ -89,16 +95,18 @@ def test_an_endpoint_gets_only_what_it_can_take(chat_server: ChatServer) -> None
         with Background(open_worker=functools.partial(open_endpoint, endpoint, CLOCK)) as behind:
             behind.act(DELEGATE, conversation)
             all_said(behind)
+            assert behind.notices == ([], ["task 1: 2 of 3 pictures are sent"])[number]
         content = json.loads(chat_server.requests()[number])["messages"][1]["content"]
         texts = [part["text"] for part in content if part["type"] == "text"]
-        assert texts[1:] == ([], ["What was seen at 0.0 s:", "What was seen at 1.0 s:"])[number]
+        left_out = "Of 3 pictures these are 2, spread evenly."
+        assert texts[1:] == ([], [left_out, "What was seen at 0.0 s:", "What was seen at 1.0 s:"])[number]
 
 
 def test_a_slow_worker_leaves_the_stream_alone_until_it_knows(chat_server: ChatServer) -> None:
     with background(chat_server, "slow") as behind:
         begun = time.perf_counter()
         behind.act(DELEGATE, conversation)
-        assert behind.poll() == []
+        assert behind.take_all() == []
         assert all_said(behind) == ["result seven"]
         assert time.perf_counter() - begun > 1.5
 
@@ -114,6 +122,7 @@ def test_the_worker_uses_tools_and_sees_what_they_say(chat_server: ChatServer) -
     with background(chat_server, "calculates", (tool_server(),)) as behind:
         behind.act(DELEGATE, conversation)
         said = all_said(behind)
+        assert behind.notices == ["task 1: uses calculator"]
     assert said[0] == "searching"
     assert "".join(said[1:]) == "result it is 42"
     asked, again = map(json.loads, chat_server.requests())
@@ -161,7 +170,8 @@ def test_what_goes_wrong_there_comes_back_as_a_failure(chat_server: ChatServer, 
             said = all_said(behind)
             assert said[-1].startswith(reason), said
             assert len(said[-1]) <= 130
-        assert [notice.split(":")[0] for notice in behind.notices] == ["task 1 failed", "task 2 failed"]
+        failed = [notice.split(":")[0] for notice in behind.notices if ": uses " not in notice]
+        assert failed == ["task 1 failed", "task 2 failed"]
 
 
 def test_an_endpoint_that_is_not_there_is_a_failure(chat_server: ChatServer) -> None:
@@ -197,7 +207,7 @@ def test_a_result_that_has_come_but_was_not_read_is_dropped_with_a_notice(chat_s
         behind.act(DELEGATE, conversation)
         wait_until(lambda: behind._news.qsize() >= 3)
         behind.act(CANCEL, conversation)
-        assert behind.poll() == []
+        assert behind.take_all() == []
         cancelled, *dropped = behind.notices
         assert cancelled == "task 1: cancelled by the model"
         assert dropped
@@ -248,7 +258,7 @@ def test_several_delegations_say_which_they_are_and_can_be_cancelled_one_by_one(
     with background(chat_server, "gated", max_delegations=2) as behind:
         for _ in range(3):
             behind.act(DELEGATE, conversation)
-        assert behind.poll() == ["failed: 2 in flight already"]
+        assert behind.take_all() == ["failed: 2 in flight already"]
         behind.act(Call(name="cancel", arguments={"task": 1}).spelt(), conversation)
         assert behind.num_in_flight == 1
         chat_server.release()
@@ -276,7 +286,7 @@ def test_a_call_that_cannot_be_carried_out_comes_back_as_a_failure(
     tools_alone: Background, payload: str, reason: str
 ) -> None:
     tools_alone.act(payload, conversation)
-    [said] = tools_alone.poll()
+    [said] = tools_alone.take_all()
     assert said.startswith(reason)
     assert tools_alone.num_in_flight == 0
     assert tools_alone.notices[-1].startswith("refused ")
@@ -329,7 +339,7 @@ def test_a_tool_server_that_dies_or_hangs_harms_nobody_else() -> None:
         for name, reason in (("hang", "hang failed: no result in 5 s"), ("die", "die failed: ")):
             behind.act(Call(name=name).spelt(), conversation)
             behind.act(Call(name="die").spelt(), conversation)
-            assert behind.poll() == ["failed: die: 1 calls in flight already"]
+            assert behind.take_all() == ["failed: die: 1 calls in flight already"]
             [said] = all_said(behind)
             assert said.startswith(reason)
         behind.act(Call(name="die").spelt(), conversation)
@@ -371,13 +381,31 @@ def test_an_endpoint_needs_an_address_and_a_model() -> None:
         Endpoint(url="http://localhost", model="")
 
 
-def test_acting_and_polling_wait_for_nothing(chat_server: ChatServer) -> None:
-    with background(chat_server, "gated") as behind:
-        fastest_s = []
-        for _ in range(20):
-            begun = time.perf_counter()
-            behind.act(DELEGATE, conversation)
-            behind.poll()
-            fastest_s.append(time.perf_counter() - begun)
-        assert sorted(fastest_s)[10] < 0.02
+def test_acting_and_taking_wait_for_nothing(chat_server: ChatServer) -> None:
+    """The Session can be made only after both have returned."""
+    may_be_made = threading.Event()
+
+    def late() -> Session:
+        assert may_be_made.wait(WAIT_S)
+        return conversation()
+
+    with background(chat_server) as behind:
+        behind.act(DELEGATE, late)
+        assert behind.take() is None
         assert behind.num_in_flight == 1
+        may_be_made.set()
+        assert "".join(all_said(behind)) == "result it is seven"
+
+
+def test_a_cancel_of_one_task_ends_what_of_it_was_not_taken_or_is_going_in(chat_server: ChatServer) -> None:
+    with background(chat_server, max_delegations=2) as behind:
+        for _ in range(2):
+            behind.act(DELEGATE, conversation)
+        wait_until(lambda: behind._news.qsize() >= 8)
+        first = behind.take()
+        assert first is not None
+        going, other = (1, 2) if first.startswith("task 1 ") else (2, 1)
+        assert not behind.act(Call(name="cancel", arguments={"task": other}).spelt(), conversation)
+        assert all(f"before it went in: 'task {other} " in notice for notice in behind.notices[-1:])
+        assert behind.act(Call(name="cancel", arguments={"task": going}).spelt(), conversation)
+        assert behind.take() is None

@@ -12,6 +12,7 @@ from small_model import small_model, small_sound
 
 from tml.calls import Call
 from tml.codec.encode import encode_session
+from tml.codec.waveform import decode_clip
 from tml.export.bundle import Model
 from tml.microturn import Kind
 from tml.serve.background import Background, Limits
@@ -70,8 +71,11 @@ def test_ticks_go_on_while_the_worker_works_and_its_words_go_in_later(model: Mod
     assert [tick.num_in_flight for tick in ticks] == [0] * 2 + [1] * 11 + [0] * 7
     assert [tick.result.said.turn for tick in ticks if tick.came_back] == [13]
     assert ticks[13].came_back == ("result it is late now",)
-    [event] = live.record("late").texts_of(Stream.BACKGROUND)
+    record = live.record("late")
+    [event] = record.texts_of(Stream.BACKGROUND)
     assert (event.text, event.start) == ("result it is late now", 13 * TURN_SAMPLES)
+    heard = decode_clip(record.audio[Stream.USER_AUDIO], 16_000)[: 20 * TURN_SAMPLES]
+    np.testing.assert_array_equal(heard, small_sound(20 * TURN_SAMPLES))
 
 
 def test_in_real_time_ticks_stay_on_the_clock_of_the_sound(model: Model, chat_server: ChatServer) -> None:
@@ -82,6 +86,22 @@ def test_in_real_time_ticks_stay_on_the_clock_of_the_sound(model: Model, chat_se
     assert [tick.due_s for tick in ticks] == pytest.approx([0.2 * (turn + 1) for turn in range(10)])
     assert [tick.num_in_flight for tick in ticks] == [0] * 2 + [1] * 8
     assert all(0 <= tick.behind_s < WAIT_S / 2 for tick in ticks), [tick.behind_s for tick in ticks]
+
+
+def test_what_comes_back_together_goes_in_one_message_after_another(model: Model) -> None:
+    """As in training: each begins behind a marker of its own, in the turn after the last token of the one before."""
+    live, call = session_of(model), Call(name="light", arguments={"colour": "red"}).spelt()
+    with Background() as behind:
+        for _ in range(2):
+            behind.act(call, lambda: live.record("x"))
+        ticks = list(run_session(live, small_sound(24 * TURN_SAMPLES), CHUNK, behind))
+    first, second = live.record("both").texts_of(Stream.BACKGROUND)[:2]
+    assert first.text == second.text == "failed: there is no tool light"
+    room = model.layout.turn.max_text_in_per_turn - 1
+    turns = -(-len(model.tokenizer.encode(first.text)) // room)
+    assert turns > 1
+    assert (first.start, second.start) == (0, turns * TURN_SAMPLES)
+    assert [tick.result.said.turn for tick in ticks if first.text in tick.came_back] == [0, turns]
 
 
 def test_after_a_cancel_nothing_comes_back(model: Model, chat_server: ChatServer) -> None:

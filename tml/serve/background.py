@@ -1,9 +1,10 @@
 """The background of a live session: carries out its calls, and says by and by what came of them.
 
     act(payload, recording)     the model called something; returns at once
-    poll()                      what has come back since the last time, as text for the stream `background`
+    take()                      the next message of what has come back, as text for the stream `background`
 
-Both are called between two micro-turns and wait for nothing. The work is done in a thread of its own, with an event
+Both are called between two micro-turns and wait for nothing. One message is taken when the one before has gone in, so
+that each begins with its marker, as in training. The work is done in a thread of its own, with an event
 loop. What is in flight is known to the calling side alone: once a task is cancelled or timed out, nothing more of it
 comes back, and what comes too late is dropped with a notice. What has come back goes in over as many turns as it takes.
 
@@ -69,6 +70,14 @@ class _Task:
     characters: int = 0
 
 
+@dataclass
+class _Message:
+    """Text that has come back and was not taken yet; of a task, or of a call that was refused."""
+
+    number: int | None
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class _News:
     """What a job says: a chunk, or how it ended; `failure` is None if it ended well."""
@@ -82,7 +91,7 @@ class Background:
     """The background of one session.
 
     Attributes:
-        notices: what was cancelled, dropped, cut or refused, in order, for people.
+        notices: what was done, cancelled, dropped, cut or refused, in order, for people.
     """
 
     def __init__(
@@ -103,9 +112,9 @@ class Background:
         self._limits = limits or Limits()
         self._news: queue.SimpleQueue[_News] = queue.SimpleQueue()
         self._tasks: dict[int, _Task] = {}
-        self._said: list[str] = []
+        self._said: list[_Message] = []
+        self._taken_from: int | None = None
         self._last_number = 0
-        self._speaker: int | None = None
         self._toolbox = Toolbox({}, {})
         self._worker: Worker | None = None
         self._loop = asyncio.new_event_loop()
@@ -129,7 +138,7 @@ class Background:
             record: makes the Session so far; called in another thread, and for delegations only.
 
         Returns:
-            Whether everything was cancelled: then nothing that has come back should go in any more.
+            Whether the message that was taken last is cancelled too: then nothing more of it should go in.
         """
         try:
             call = read_call(payload)
@@ -138,8 +147,7 @@ class Background:
             else:
                 self._toolbox.check(call)
             if call.name == CANCEL:
-                self._cancel(call.arguments.get("task"))
-                return "task" not in call.arguments
+                return self._cancel(call.arguments.get("task"))
             if call.name == DELEGATE:
                 self._delegate(record)
             else:
@@ -149,16 +157,23 @@ class Background:
             self._add(self._failed(str(error)))
         return False
 
-    def poll(self) -> list[str]:
-        """What has come back since the last time, in order; takes no time."""
+    def take(self) -> str | None:
+        """The next message of what has come back, None if there is none; takes no time."""
         while not self._news.empty():
-            self._take(self._news.get())
-        said, self._said, self._speaker = self._said, [], None
-        return said
+            self._hear(self._news.get())
+        if not self._said:
+            return None
+        message = self._said.pop(0)
+        self._taken_from = message.number
+        return message.text
+
+    def take_all(self) -> list[str]:
+        """All messages that have come back and were not taken, in order."""
+        return list(iter(self.take, None))
 
     def close(self) -> None:
         """Ends everything; what is still in flight or comes now is dropped with a notice."""
-        for text in self.poll():
+        for text in self.take_all():
             self.notices.append(f"dropped, since the session is over: {text[:_SHOWN]!r}")
         for task in self._tasks.values():
             self.notices.append(f"task {task.number} was still in flight when the session ended, and is cancelled")
@@ -166,7 +181,7 @@ class Background:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join(_CLOSE_TIMEOUT_S)
-        self.poll()
+        self.take_all()
 
     def __enter__(self) -> "Background":
         return self
@@ -207,19 +222,24 @@ class Background:
         job = asyncio.run_coroutine_threadsafe(self._work(number, chunks), self._loop)
         self._tasks[number] = _Task(number=number, tool=tool, job=job)
 
-    def _cancel(self, number: int | None) -> None:
+    def _cancel(self, number: int | None) -> bool:
         chosen = [task for task in self._tasks.values() if number in (None, task.number)]
         if not chosen:
             self.notices.append("there was nothing in flight to cancel")
         for task in chosen:
             self._drop(task, "cancelled by the model")
+        unwanted = [message for message in self._said if number in (None, message.number)]
+        for message in unwanted:
+            self._said.remove(message)
+            self.notices.append(f"dropped, as the model cancelled before it went in: {message.text[:_SHOWN]!r}")
+        return number in (None, self._taken_from)
 
     def _drop(self, task: _Task, why: str) -> None:
         del self._tasks[task.number]
         task.job.cancel()
         self.notices.append(f"task {task.number}: {why}")
 
-    def _take(self, news: _News) -> None:
+    def _hear(self, news: _News) -> None:
         """Puts what a job says into words, unless nobody waits for it any more."""
         task = self._tasks.get(news.number)
         if task is None:
@@ -229,18 +249,20 @@ class Background:
             del self._tasks[news.number]
             if news.failure is not None:
                 self.notices.append(f"task {news.number} failed: {news.failure}")
-                self._add(self._failed(news.failure, task))
+                self._add(self._failed(news.failure, task), task)
         elif news.chunk.kind is ChunkKind.RESULT:
             self._say(task, news.chunk.text)
-        elif not task.announced and not task.begun:
-            task.announced = True
-            self._add(f"{self._whose(task)}{SEARCHING}")
+        else:
+            self.notices.append(f"task {task.number}: {news.chunk.text}")
+            if news.chunk.kind is ChunkKind.PROGRESS and not task.announced and not task.begun:
+                task.announced = True
+                self._add(f"{self._whose(task)}{SEARCHING}", task)
 
     def _say(self, task: _Task, text: str) -> None:
         words = " ".join(_encodable(text).split())
         room = self._limits.max_characters - task.characters
-        if words and task.begun and self._speaker == task.number:
-            self._said[-1] += f" {words[:room]}"
+        if words and task.begun and self._said and self._said[-1].number == task.number:
+            self._said[-1].text += f" {words[:room]}"
         elif words:
             begins = " " if task.begun else f"{RESULT} "
             self._add(f"{self._whose(task)}{begins}{words[:room]}", task)
@@ -250,9 +272,8 @@ class Background:
         if len(words) > room:
             self._drop(task, f"cut off after {self._limits.max_characters} characters")
 
-    def _add(self, text: str, speaker: _Task | None = None) -> None:
-        self._said.append(text)
-        self._speaker = None if speaker is None else speaker.number
+    def _add(self, text: str, task: _Task | None = None) -> None:
+        self._said.append(_Message(number=None if task is None else task.number, text=text))
 
     def _failed(self, reason: str, task: _Task | None = None) -> str:
         short = " ".join(_encodable(reason).split())[: self._limits.max_failure_characters]

@@ -50,6 +50,8 @@ def content_of(session: Session, clock: Clock, media: Sequence[Media], max_frame
         for stream, clip in session.audio.items():
             parts += [_text(_SPEAKERS[stream]), _sound(clip, session.sample_rate_hz)]
     if Media.FRAMES in media:
+        if len(session.frames) > max_frames:
+            parts.append(_text(f"Of {len(session.frames)} pictures these are {max_frames}, spread evenly."))
         for frame in _spread(session.frames, max_frames):
             parts += [_text(f"What was seen at {frame.sample / session.sample_rate_hz:.1f} s:"), _picture(frame)]
     return parts

@@ -36,7 +36,7 @@ class Endpoint:
         url: its base, as in http://127.0.0.1:8000/v1.
         model: the name of the model there.
         media: what it takes beside text.
-        max_frames: pictures at most in one request.
+        max_frames: pictures at most in one request, spread evenly; a notice says when there are more.
         max_rounds: answers at most, each of which may call tools.
         max_tries: requests at most for one answer; those that the endpoint was too busy for are sent again.
     """
@@ -108,6 +108,9 @@ class _EndpointWorker:
             {"role": "system", "content": INSTRUCTIONS},
             {"role": "user", "content": content},
         ]
+        if Media.FRAMES in endpoint.media and len(session.frames) > endpoint.max_frames:
+            left = f"{endpoint.max_frames} of {len(session.frames)} pictures are sent"
+            yield Chunk(kind=ChunkKind.NOTICE, text=left)
         for _ in range(endpoint.max_rounds):
             answer, text = _Answer(), ""
             async for piece in self._streamed(messages, answer):
@@ -123,7 +126,7 @@ class _EndpointWorker:
             ]
             messages.append({"role": "assistant", "content": text or None, "tool_calls": calls})
             for call in calls:
-                yield Chunk(kind=ChunkKind.PROGRESS, text=str(call["function"]["name"]))
+                yield Chunk(kind=ChunkKind.PROGRESS, text=f"uses {call['function']['name']}")
                 messages.append({"role": "tool", "tool_call_id": call["id"], "content": await self._call(call)})
         raise WorkerError(f"no answer in {endpoint.max_rounds} rounds of calls")
 

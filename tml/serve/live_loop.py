@@ -24,12 +24,12 @@ class Pace(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Tick:
-    """One micro-turn as the loop saw it; times are of the wall clock, from the session's start.
+    """One micro-turn as the loop saw it; times are from the session's start.
 
     Attributes:
         result: what the turn put out.
-        due_s: when its last sample was there.
-        done_s: when its output was out.
+        due_s: when its last sample is there, on the session's clock; that of the wall too in real time.
+        done_s: when its output was out, on the clock of the wall.
         came_back: what the background said that went in with it or, where it is more, with the turns after it, unless
             the model cancelled before.
         num_in_flight: tasks of the background once its own calls were made.
@@ -43,7 +43,7 @@ class Tick:
 
     @property
     def behind_s(self) -> float:
-        """How long after its last sample the output was out."""
+        """How long after its last sample the output was out; of sound in real time alone."""
         return self.done_s - self.due_s
 
 
@@ -79,7 +79,8 @@ def run_session(
             ahead_s = begun + (first + len(piece)) / clock.sample_rate_hz - time.perf_counter()
             time.sleep(max(0.0, ahead_s))
         before(first)
-        for text in background.poll() if background is not None else ():
+        # A message waits until the one before has gone in, and so begins with a marker of its own.
+        if background is not None and not live.waits(Stream.BACKGROUND) and (text := background.take()) is not None:
             live.type_text(text, Stream.BACKGROUND)
             came_back.append(text)
         for result in live.push(piece):

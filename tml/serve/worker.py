@@ -14,7 +14,9 @@ class ChunkKind(enum.StrEnum):
     """What a chunk says."""
 
     PROGRESS = "progress"
-    """That something is being done; its text says what, for the trace."""
+    """That something is being done: the model learns that it is, people read what."""
+    NOTICE = "notice"
+    """What people should know, and the model need not."""
     RESULT = "result"
     """The next words of the result."""
 

@@ -30,7 +30,7 @@ class TurnResult:
 
     Attributes:
         said: what went out.
-        compute_s: time from the turn's last sample to its output: features, network, decoding, vocoding.
+        compute_s: what the turn took: decoding what was shown in it, features, network, reading, vocoding.
         sound: own sound of one turn's length, to be heard from the emission on; None without a voice.
         mels: the own audio that it was made from, a row a position (float16); None without a voice, or if it listens.
     """
@@ -97,7 +97,7 @@ class LiveSession:
         self._state = self._first_state()
         self._voice = OwnVoice(model, layout.own_positions_per_turn) if model.has_voice else None
         self._audio_state = audio.init_state(model.audio)
-        self._sight = Sight(model.video, layout.clock)
+        self._sight, self._sight_s = Sight(model.video, layout.clock), 0.0
         self._reader = OutputReader(layout, tokenizer)
         self._waiting: dict[Stream, list[int]] = {}
         self._buffer = np.zeros(0, np.float32)
@@ -136,6 +136,10 @@ class LiveSession:
         start = len(self._heard) * self._layout.clock.turn_samples
         self._events.append(TextEvent(stream=stream, start=start, end=start, text=text))
 
+    def waits(self, stream: Stream) -> bool:
+        """Whether text on an input stream is still to go in."""
+        return bool(self._waiting.get(stream))
+
     def drop_waiting(self, stream: Stream) -> str:
         """Takes back what waits to go in on an input stream, as if it had not been typed; returns its text."""
         waiting = self._waiting.pop(stream, [])
@@ -149,7 +153,9 @@ class LiveSession:
             ValueError: it cannot be decoded, or is more than a turn can hold (`Sight.show`).
         """
         heard = len(self._heard) * self._layout.clock.turn_samples + len(self._buffer)
+        begun = time.perf_counter()
         self._sight.show(VideoFrame(sample=heard, data=picture))
+        self._sight_s += time.perf_counter() - begun
 
     def push(self, samples: np.ndarray) -> list[TurnResult]:
         """Takes sound (float32 [n], at the model's rate) and runs every turn that it completes.
@@ -193,7 +199,7 @@ class LiveSession:
             if outputs.own.speaks_B[0]:
                 mels = np.asarray(outputs.own.mels_BTY)[0]
             sound = self._voice.say(mels)
-        compute_s = time.perf_counter() - begun
+        compute_s, self._sight_s = time.perf_counter() - begun + self._sight_s, 0.0
         self._num_positions = int(np.asarray(self._state.decode.num_positions_B)[0])
         self._heard.append(steps_of(heard))
         self._remember(said)
