@@ -2,10 +2,12 @@
 
 import dataclasses
 import io
+import shutil
 from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from inkling_oracle import inkling_model
@@ -16,7 +18,18 @@ from transformers import InklingForConditionalGeneration
 
 from tml import checkpoint
 from tml.checkpoint_pieces import Piece, PiecewiseArray, write_params
-from tml.config import AudioConfig, Control, Experiment, MicroTurnConfig, VideoConfig
+from tml.codec.own_sound import frame_config
+from tml.codec.vocoder_program import save_program
+from tml.config import (
+    AudioConfig,
+    Control,
+    Experiment,
+    MicroTurnConfig,
+    ModelConfig,
+    VideoConfig,
+    VocoderConfig,
+    VocoderKind,
+)
 from tml.export.bundle import Model, open_model
 from tml.export.inkling_export import export_folder
 from tml.export.inkling_import import TOKENIZERS, import_folder
@@ -80,24 +93,47 @@ def test_a_tower_that_inkling_cannot_name_stands_beside_and_comes_back_with_the_
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-def test_an_export_streams_as_the_run_does_though_it_hears_and_sees_unlike_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", VocoderKind)
+def test_an_export_alone_streams_as_the_run_did_though_it_hears_and_sees_unlike_others(
+    kind: VocoderKind, tmp_path: Path
+) -> None:
     audio = AudioConfig(num_mels=8, num_levels=4, hop_samples=640, window_samples=1_280, level_low=-6.0)
     video = VideoConfig(tile_px=4, fold_px=(2, 2), fold_dims=(64, 64), max_tiles_per_turn=3)
     voice = dataclasses.replace(VOICE, window_samples=640)
     model = small_model(tmp_path, VOICE, video)
-    experiment = dataclasses.replace(
-        model.experiment, model=dataclasses.replace(model.experiment.model, audio=audio, audio_out=voice)
-    )
+    network = dataclasses.replace(model.experiment.model, audio=audio, audio_out=voice)
+    if kind is VocoderKind.PROGRAM:
+        vocoder = VocoderConfig(kind=kind, program=str(tmp_path / "program"))
+        save_means(tmp_path / "program", network, model.layout.clock.turn_samples)
+        network = dataclasses.replace(network, audio_out=dataclasses.replace(voice, vocoder=vocoder))
+    experiment = dataclasses.replace(model.experiment, model=network)
     write_run(tmp_path / "run", experiment)
     model.tokenizer.save(tmp_path / "run" / "tokenizer")
     export_folder(tmp_path / "run", tmp_path / "out")
+    before = _streamed(open_model(tmp_path / "run"))
+    for name in ("run", "program"):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
     found = import_folder(tmp_path / "out", tmp_path / "again")
+    assert import_folder(tmp_path / "out", tmp_path / "again") == found
+    shutil.rmtree(tmp_path / "out")
     assert (found.stream, found.model.video) == (experiment.stream, video)
-    before, after = (_streamed(open_model(tmp_path / name)) for name in ("run", "again"))
+    after = _streamed(open_model(tmp_path / "again"))
     assert [turn.said for turn in before] == [turn.said for turn in after]
     np.testing.assert_array_equal([turn.sound for turn in before], [turn.sound for turn in after])
     assert len({token for turn in before for token in turn.said.tokens}) > 3
     assert any(turn.mels is not None for turn in before)
+    assert any(np.any(turn.sound) for turn in before)
+
+
+def save_means(folder: Path, model: ModelConfig, turn_samples: int) -> None:
+    """A vocoder that repeats the mean of each frame for its hop."""
+
+    hop_samples = frame_config(model).hop_samples
+
+    def step(state: list[jax.Array], logs: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        return state, jnp.repeat(jnp.mean(logs, axis=1), hop_samples)
+
+    save_program(folder, lambda: [jnp.int32(0)], step, turn_samples // hop_samples, delay_samples=0, model=model)
 
 
 def _streamed(model: Model) -> list[TurnResult]:

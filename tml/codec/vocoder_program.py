@@ -77,17 +77,19 @@ def carry(own: AudioOutConfig, model_folder: Path) -> AudioOutConfig:
     missing = [name for name in (MARKER, INIT, STEP) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"model.audio_out.vocoder.program = {str(folder)!r} is no vocoder: it has no {missing[0]}")
-    (model_folder / FOLDER).mkdir()
+    (model_folder / FOLDER).mkdir(exist_ok=True)
     for name in (MARKER, INIT, STEP):
         shutil.copyfile(folder / name, model_folder / FOLDER / name)
-    return replace(own, vocoder=replace(own.vocoder, program=FOLDER))
+    return _placed(own, FOLDER)
 
 
 def carried(own: AudioOutConfig, model_folder: Path) -> AudioOutConfig:
-    """The voice of an exported model, with the place of the program that `carry` copied, if it did."""
-    if own.vocoder.kind is not VocoderKind.PROGRAM:
-        return own
-    return replace(own, vocoder=replace(own.vocoder, program=str(model_folder / own.vocoder.program)))
+    """The voice of a model, with the place in its folder to which `carry` copies the program, if it names one."""
+    return _placed(own, str(model_folder / FOLDER)) if own.vocoder.kind is VocoderKind.PROGRAM else own
+
+
+def _placed(own: AudioOutConfig, program: str) -> AudioOutConfig:
+    return replace(own, vocoder=replace(own.vocoder, program=program))
 
 
 def described(model: ModelConfig) -> dict[str, int | float]:

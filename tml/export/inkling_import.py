@@ -1,7 +1,8 @@
 """Brings a folder of Inkling's published layout in as a checkpoint of ours, a few rows of a tensor at a time.
 
-The run folder gets, in this order: what is needed for the way back (`inkling/`), the tokenizer if there is one, the
-resolved config, and last the checkpoint, whose being there says that the import is whole.
+The run folder gets, in this order: what is needed for the way back (`inkling/`), the vocoder's program and the
+tokenizer if there are any, the resolved config, and last the checkpoint, whose being there says that the import is
+whole.
 """
 
 import json
@@ -18,6 +19,7 @@ import numpy as np
 
 from tml.checkpoint import CheckpointError, describe
 from tml.checkpoint_pieces import STEP, ParamsReader, Piece, PiecewiseArray, committed_steps, write_params
+from tml.codec.vocoder_program import carried, carry
 from tml.config import Experiment, ModelConfig, TextConfig, difference, to_json, to_mapping
 from tml.export import inkling_config, inkling_layout, interaction_head
 from tml.export.inkling_layout import Part, Tensor
@@ -79,10 +81,13 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int | None = 
         video = replace(experiment.model.video, max_tiles_per_turn=max_tiles_per_turn or 1)
         if max_tiles_per_turn and experiment.model.video.max_tiles_per_turn:
             experiment = replace(experiment, model=replace(experiment.model, video=video))
+    voice = experiment.model.audio_out
+    experiment = replace(experiment, model=replace(experiment.model, audio_out=carried(voice, workdir)))
     if committed_steps(workdir):
         _refuse_another(source, workdir, experiment)
         return experiment
     _keep(source, workdir / KEEPSAKE)
+    carry(voice, workdir)
     if tokenizer:
         (workdir / "tokenizer").mkdir(exist_ok=True)
         shutil.copyfile(folder / tokenizer, workdir / "tokenizer" / tokenizer)
