@@ -141,7 +141,6 @@ def _write(report: "Report", sessions: list["Session"], model: "Model", out: Pat
 
 def _duplex(model: "Model", directory: str, controls: "tuple[Control, ...]") -> None:
     """The behaviours of duplex speech: `tml.duplex.suite`."""
-    from tml.duplex.scores import scores_table
     from tml.duplex.suite import bars_table, run_suite, suite_table
 
     config = model.experiment
@@ -151,7 +150,6 @@ def _duplex(model: "Model", directory: str, controls: "tuple[Control, ...]") -> 
     most = _MAX_CONTROLS.value or config.evaluation.max_control_sessions
     report = run_suite(player, sessions, controls, most, Progress("duplex", "micro-turns"))
     print(suite_table(report))
-    print(f"\nall headlines and bars\n{scores_table(report.scores)}")
     print(f"\nbars beside controls\n{bars_table(report)}")
     learnt = [behaviour.value for behaviour in report.scores if report.is_learnt(behaviour)]
     print(f"learnt: {len(learnt)} of {len(report.scores)} behaviours{': ' if learnt else ''}{', '.join(learnt)}")
@@ -198,7 +196,8 @@ def _write_duplex(report: "SuiteReport", player: "Player", out: Path, directory:
             lines.write(json.dumps(line) + "\n")
     page = html_report(report, player, facts, _PICTURES.value)
     (out / "report.html").write_text(page, encoding="utf-8")
-    sampled = [number for number, session in enumerate(report.sessions) if any(samples_of(session))]
+    held = [len(list(samples_of(session))) for session in report.sessions]
+    sampled = [number for number, count in enumerate(held) if count]
     counts = write_samples(
         out / "full_duplex_bench",
         [report.sessions[number] for number in sampled],
@@ -206,6 +205,8 @@ def _write_duplex(report: "SuiteReport", player: "Player", out: Path, directory:
         [player.own_sound(report.sessions[number], report.played[number]) for number in sampled],
     )
     samples = ", ".join(f"{task} {count}" for task, count in counts.items()) or "no sample of its four tasks"
+    if left_out := sum(held) - sum(counts.values()):
+        samples += f", {left_out} left out, which its scorer does not know"
     print(f"report: {out / 'report.html'}, {out / 'report.json'}; Full-Duplex-Bench: {samples}")
 
 

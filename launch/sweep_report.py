@@ -126,7 +126,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _figure(measure: str, curves: Mapping[str, Sequence[list[dict[str, float]]]], final: Mapping[str, Estimate]) -> str:
-    """Curves with the seeds as bands on the left, final values with intervals on the right, as SVG."""
+    """What `draw` draws, as SVG."""
+    return _svg(draw(measure, curves, final))
+
+
+def draw(
+    measure: str, curves: Mapping[str, Sequence[list[dict[str, float]]]], final: Mapping[str, Estimate]
+) -> "Figure":
+    """Curves with the seeds as bands on the left, final values with intervals on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -146,7 +153,7 @@ def _figure(measure: str, curves: Mapping[str, Sequence[list[dict[str, float]]]]
     if curve_axes.lines:
         curve_axes.legend(fontsize="small")
     bar_axes.set_xticks(range(len(curves)), list(curves), rotation=20)
-    return _svg(figure)
+    return figure
 
 
 def _svg(figure: "Figure") -> str:

@@ -98,6 +98,10 @@ def test_other_behaviours_hold_no_sample_and_stories_do(tmp_path):
     nod = (ExpectationKind.NOD, 1.0, 2.0, "okay", "story")
     assert written(tmp_path / "a", session("backchannel", nod), trace())[0] == {"backchannel": 1}
     assert written(tmp_path / "b", session("cued"), trace())[0] == {}
+    # The scorer knows no more than 55.
+    many, own = [session("backchannel", nod)] * 57, np.zeros(SECONDS * RATE, np.float32)
+    assert write_samples(tmp_path / "c", many, [trace()] * 57, [own] * 57) == {"backchannel": 55}
+    assert {folder.name for folder in (tmp_path / "c/backchannel").iterdir()} == {str(number) for number in range(55)}
 
 
 def test_a_sound_of_another_length_is_refused(tmp_path):

@@ -93,15 +93,20 @@ def test_progress_ends_when_everything_is_done(progress, report):
     assert progress[-1] == (total, total)
 
 
-def test_the_table_has_a_line_a_behaviour_and_a_column_a_control(report):
-    header, *lines = suite_table(report).splitlines()
+def test_the_table_has_a_line_a_headline_and_a_column_a_control(report):
+    header, *lines, mean = suite_table(report).splitlines()
     names = ["behaviour", "sessions", "metric", "model", *(control.value for control in Control)]
     assert header.split() == [*names, "ceiling", "latency", "learnt"]
-    assert [line.split()[:3] for line in lines] == [
+    first = [line for line in lines if not line.startswith(" ")]
+    assert [line.split()[:3] for line in first] == [
         ["counting", "2", "within_one"], ["tone", "2", "correct"], ["delegation", "1", "used"],
     ]  # fmt: skip
-    assert cell(report.scores[Behaviour.TONE].rate("correct")) in lines[1]
-    assert all(line.split()[-1] in ("yes", "no") for line in lines)
+    assert [line.split()[0] for line in lines if line not in first] == ["on_time", "on_time", "right_call", "went_on"]
+    tone = first[1]
+    of_tone = [report.scores, *(report.controls[control] for control in (Control.SILENCE, Control.SWAP))]
+    assert all(cell(scores[Behaviour.TONE].rate("correct")) in tone for scores in of_tone)
+    assert all(line.split()[-1] in ("yes", "no") for line in first)
+    assert mean.startswith("macro average 0.")
     assert cell(Rate(hits=0, cases=0)) == "-"
 
 

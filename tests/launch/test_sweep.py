@@ -5,16 +5,20 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from absl import app
 from scipy import stats
 
-from launch.sweep_report import estimate, write_report
+from launch.app import EXIT_INTERRUPTED
+from launch.sweep_report import draw, estimate, write_report
 from launch.sweep_runs import experiment_of, load, missing, runs_of, train
+from tml.checkpoint_pieces import committed_steps
 from tml.config import Grid, to_json
 
 ROOT = Path(__file__).parents[2]
@@ -52,13 +56,17 @@ def get_grid():
 """
 
 
+def environment() -> dict[str, str]:
+    """That of these tests, on one device."""
+    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+    return {**os.environ, "XLA_FLAGS": flags}
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag),
-    }
     command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 @pytest.mark.slow
@@ -91,6 +99,31 @@ def test_a_sweep_trains_goes_on_and_reports_what_failed(tmp_path: Path) -> None:
     assert longer.returncode == 1
     assert "(train.num_steps was 2 and is 4); delete it, or name another --workdir" in longer.stdout
     assert (workdir / "tick/seed-0/log.txt").read_text() == log
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_goes_on_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    made = run("launch.synthesize", "--task=requests", f"--out={tmp_path}/data", "--num_sessions=12", "--num_workers=1")
+    assert made.returncode == 0, made.stderr
+    grid, workdir = tmp_path / "grid.py", tmp_path / "runs"
+    grid.write_text(re.sub(r'\n *"absent".*', "", GRID.format(steps=40, folder=tmp_path)))
+    log = workdir / "tick/seed-0/log.txt"
+    command = [sys.executable, "-m", "launch.sweep", f"--grid={grid}", f"--workdir={workdir}"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True) as process:
+        while not (log.exists() and "step 4/40" in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(600) == EXIT_INTERRUPTED
+    stopped_at = max(committed_steps(workdir / "tick/seed-0"))
+    assert 4 <= stopped_at < 40
+    again = run("launch.sweep", f"--grid={grid}", f"--workdir={workdir}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "1 of 1 runs are done" in again.stdout
+    first, second = re.findall(r"(\d+) of 40 steps to go", log.read_text())
+    assert (int(first), int(second)) == (40, 40 - stopped_at)
+    [run_of_grid] = runs_of(load(str(grid), "get_grid"), workdir)
+    assert run_of_grid.is_done
 
 
 def test_a_grid_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -144,12 +177,32 @@ def test_a_report_holds_finished_runs_of_this_grid_alone(tmp_path: Path) -> None
     assert missing(runs[0], misspelt) == "measures names 'eval/los', which it did not measure; it has eval/loss"
     unfinished = next(run for run in runs if run.name == "a/seed-2")
     assert "has it data.eval_sources?" in missing(unfinished, grid)
-    write_report(grid, runs, {}, tmp_path)
+    page = write_report(grid, runs, {"a/seed-2": "it <broke>"}, tmp_path).read_text()
+    differs, _, failed = (re.findall(r"<t[hd]>(.*?)</t[hd]>", table) for table in page.split("<table>")[1:])
+    assert differs == ["", "a", "b", "optim.peak_lr", "0.006", "0.001"]
+    assert failed == ["run", "why", "a/seed-2", "it &lt;broke&gt;"]
     final = json.loads((tmp_path / "report.json").read_text())["final"]["eval/loss"]
     assert {name: (found["mean"], found["num_seeds"]) for name, found in final.items()} == {
         "a": (3.5, 2),
         "b": (4.5, 2),
     }
+
+
+def test_a_figure_has_the_seeds_as_bands_and_finals_with_their_intervals() -> None:
+    curves = {
+        "a": [[{"step": 1, "eval/loss": 3.0}, {"step": 2, "eval/loss": 1.0}], [{"step": 1, "eval/loss": 5.0}]],
+        "b": [[{"step": 1, "eval/loss": 4.0}]],
+    }
+    final = {"a": estimate([1.0, 2.0]), "b": estimate([4.0])}
+    curve_axes, bar_axes = draw("eval/loss", curves, final).axes
+    # Of step 2 one seed alone is known.
+    assert [line.get_xydata().tolist() for line in curve_axes.lines] == [[[1.0, 4.0]], [[1.0, 4.0]]]
+    spans = [band.get_paths()[0].get_extents() for band in curve_axes.collections]
+    assert [(span.y0, span.y1) for span in spans] == [(3.0, 5.0), (4.0, 4.0)]
+    assert [bar.get_height() for bar in bar_axes.patches] == [1.5, 4.0]
+    [whole] = [container for container in bar_axes.containers if getattr(container, "errorbar", None)]
+    [[low, high]] = [segment[:, 1].tolist() for segment in whole.errorbar.lines[2][0].get_segments()]
+    assert (high - low) / 2 == pytest.approx(final["a"].half_width)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments/ablations").glob("[a-z]*.py")))

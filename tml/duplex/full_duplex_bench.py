@@ -9,8 +9,9 @@
     backchannel/0/
 
 Sessions become samples: one a request, one a paused request, one an interruption, one a story. Names of
-samples are numbers, because the scorer of backchannels skips all others. In place of transcripts of the
-sound, `output.json` holds the emitted words. The layout is that of v1_v1.5/ in
+samples are numbers, because the scorer of backchannels skips all others; it knows 55 of them, by when people nodded
+in its own recordings, so that more stories are left out, and its divergence from people says nothing about ours. In
+place of transcripts of the sound, `output.json` holds the emitted words. The layout is that of v1_v1.5/ in
 github.com/DanielLin94144/Full-Duplex-Bench (commit d7336bd), whose scorers read exactly these files.
 """
 
@@ -36,6 +37,8 @@ TURN_TAKING, PAUSES, INTERRUPTIONS, BACKCHANNELS = (
     "user_interruption",
     "backchannel",
 )
+MAX_BACKCHANNELS = 55
+"""Samples of which the public scorer knows when people nodded; it breaks at the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Sample:
 def write_samples(
     root: Path | str, sessions: Sequence[Session], traces: Sequence[Trace], own_sounds: Sequence[np.ndarray]
 ) -> dict[str, int]:
-    """Writes every sample that the sessions hold in place of earlier ones; returns how many there are of each task.
+    """Writes the samples that the sessions hold in place of earlier ones; returns how many there are of each task.
 
     Args:
         root: the folder in which the tasks' folders are made.
@@ -81,6 +84,8 @@ def write_samples(
                 f"session {session.session_id} has {session.num_samples} samples, the model's sound {len(own)}"
             )
         for sample in samples_of(session):
+            if sample.task == BACKCHANNELS and counts[BACKCHANNELS] == MAX_BACKCHANNELS:
+                continue
             folder = Path(root) / sample.task / str(counts[sample.task])
             _write(folder, session, trace, own, sample)
             counts[sample.task] += 1

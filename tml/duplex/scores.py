@@ -232,27 +232,6 @@ def is_clear(metric: str, rate: Rate, controls: Iterable[Rate]) -> bool:
     return all(control.is_above(rate) if metric in LOW_IS_GOOD else rate.is_above(control) for control in controls)
 
 
-def scores_table(scores: Mapping[Behaviour, BehaviourScores]) -> str:
-    """The headlines as text, a row each: metric, share with its interval, median latency, bar."""
-    rows: list[tuple[str, ...]] = [("behaviour", "sessions", "metric", "share", "latency", "bar")]
-    for name, found in scores.items():
-        for i, metric in enumerate(HEADLINES[name]):
-            rate, median_s = found.rate(metric), found.median_latency_s(metric)
-            low, high = rate.interval
-            bars = [bar for bar in BARS.get(name, ()) if bar.metric == metric or (not i and bar.metric == "latency_s")]
-            rows.append(
-                (
-                    name.value if not i else "",
-                    str(found.num_sessions) if not i else "",
-                    metric + (" (low)" if metric in LOW_IS_GOOD else ""),
-                    f"{rate.value:.3f} [{low:.3f}, {high:.3f}]" if rate.cases else "-",
-                    "-" if math.isnan(median_s) else f"{median_s:.2f} s",
-                    ", ".join(f"{bar.value:g} {'reached' if found.reaches(bar) else 'missed'}" for bar in bars),
-                )
-            )
-    return "\n".join([aligned(rows), f"macro average {macro_average(scores):.3f}"])
-
-
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines of text, each column as wide as its longest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

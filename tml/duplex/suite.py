@@ -170,26 +170,30 @@ def _computed(
 
 
 def suite_table(report: SuiteReport) -> str:
-    """One line a behaviour: the metric that it is about with its 95 % interval, its controls and its ceiling."""
+    """One line a headline: the shares of the model and of its controls with 95 % intervals, its ceiling; then a mean.
+
+    Whether a behaviour is learnt stands behind the first of its headlines, which it is about.
+    """
     controls = list(report.controls)
     header = ("behaviour", "sessions", "metric", "model", *(c.value for c in controls), "ceiling", "latency", "learnt")
     rows: list[tuple[str, ...]] = [header]
+    learnt = {True: "yes", False: "no", None: "-"}
     for behaviour, found in report.scores.items():
-        metric = HEADLINES[behaviour][0]
-        rates, median_s = report.control_rates(behaviour, metric), found.median_latency_s(metric)
-        rows.append(
-            (
-                behaviour.value,
-                str(found.num_sessions),
-                metric,
-                cell(found.rate(metric)),
-                *(f"{rates[control].value:.3f}" if control in rates else "-" for control in controls),
-                cell(report.ceiling[behaviour].rate(metric), interval=False),
-                "-" if math.isnan(median_s) else f"{median_s:.2f} s",
-                {True: "yes", False: "no", None: "-"}[report.is_learnt(behaviour)],
+        for place, metric in enumerate(HEADLINES[behaviour]):
+            rates, median_s = report.control_rates(behaviour, metric), found.median_latency_s(metric)
+            rows.append(
+                (
+                    "" if place else behaviour.value,
+                    "" if place else str(found.num_sessions),
+                    metric + (" (low)" if metric in LOW_IS_GOOD else ""),
+                    cell(found.rate(metric)),
+                    *(cell(rates[control]) if control in rates else "-" for control in controls),
+                    cell(report.ceiling[behaviour].rate(metric), interval=False),
+                    "-" if math.isnan(median_s) else f"{median_s:.2f} s",
+                    "" if place else learnt[report.is_learnt(behaviour)],
+                )
             )
-        )
-    return aligned(rows)
+    return f"{aligned(rows)}\nmacro average {macro_average(report.scores):.3f}"
 
 
 def bars_table(report: SuiteReport) -> str:
