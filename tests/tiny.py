@@ -50,7 +50,8 @@ def tiny_model(**changes) -> ModelConfig:
 
 
 def tiny_layout(model: ModelConfig, **turn) -> Layout:
-    turn_config = MicroTurnConfig(max_text_in_per_turn=4, max_text_out_per_turn=3, max_action_per_turn=4, **turn)
+    limits = {"max_text_in_per_turn": 4, "max_text_out_per_turn": 3, "max_action_per_turn": 4}
+    turn_config = MicroTurnConfig(**{**limits, **turn})
     names = [f.name for f in dataclasses.fields(SpecialTokens)]
     clock = Clock.of(turn_config, model.audio)
     return Layout(
@@ -79,7 +80,8 @@ def tiny_session(model: ModelConfig, num_turns: int, seed: int = 0) -> EncodedSe
         text(Stream.BACKGROUND, num_turns // 2 + 1, 3),
     ]
     video = model.video
-    tile_turns = np.array([1, 1, num_turns // 2]) if video.max_tiles_per_turn else np.array([], int)
+    at_once = min(2, video.max_tiles_per_turn)
+    tile_turns = np.array([*[1] * at_once, *[num_turns // 2] * (at_once > 0)], int)
     shape = (len(tile_turns), video.frames_per_tile, video.tile_px, video.tile_px, 3)
     own_mels_TY, own_audible_T = None, None
     if model.has_voice:
@@ -99,7 +101,8 @@ def tiny_session(model: ModelConfig, num_turns: int, seed: int = 0) -> EncodedSe
 
 def rows_of(model: ModelConfig, layout: Layout, rows: list[list[EncodedSession]], row_slots: int) -> Batch:
     """Packs sessions into rows by hand, so that the loader is not part of what these tests trust."""
-    batch = empty_rows(len(rows), row_slots, 9, model, row_slots // 2 if model.has_voice else 0)
+    num_tiles = 9 if model.video.max_tiles_per_turn else 0
+    batch = empty_rows(len(rows), row_slots, num_tiles, model, row_slots // 2 if model.has_voice else 0)
     for row, sessions in enumerate(rows):
         first, tile, own_first = 0, 0, 0
         for index, encoded in enumerate(sessions):

@@ -192,7 +192,11 @@ def test_a_batch_without_the_stream_that_the_model_expects_is_an_error() -> None
         rows_of(tiny_model(), tiny_layout(tiny_model()), [[tiny_session(tiny_model(), 4)]], 80),
     )
     batch = rows_of(MODEL, tiny_layout(MODEL), [[tiny_session(MODEL, 4)]], 120)
+    blind = tiny_model(video=VideoConfig())
+    blind_batch = rows_of(blind, tiny_layout(blind), [[tiny_session(blind, 4)]], 80)
     for model, rows, message in (
+        (plain, blind_batch, r"has eyes, but the batch holds no image tiles \(model.video.max_tiles_per_turn = 2\)"),
+        (blind, plain_batch, "has no eyes, but the batch holds image tiles"),
         (MODEL, plain_batch, "has a voice, but the batch holds no own audio"),
         (plain, batch, "has no voice, but the batch holds own audio"),
     ):

@@ -24,6 +24,8 @@ KNOBS = [
     pytest.param({"boundary": Boundary.NONE}, marks=pytest.mark.slow),
     {"control": Control.IMPLICIT, "order": (Modality.TEXT, Modality.VIDEO, Modality.AUDIO)},
     {"turn_ms": 400},
+    pytest.param({"turn_ms": 50}, marks=pytest.mark.slow),
+    pytest.param({"turn_ms": 1000, "max_text_in_per_turn": 16}, marks=pytest.mark.slow),
 ]
 FIXED = [
     {"slots": SlotScheme.FIXED, "control": Control.EXPLICIT},
@@ -45,7 +47,8 @@ def built(seed: int = 0, temperature: float = 0.0, num_slots: int = 1, **turn):
 
 
 def inputs_of(model, layout, *sessions) -> TurnInputs:
-    return join_sessions([session_inputs(layout, session, model) for session in sessions], NUM_TURNS)
+    found = [session_inputs(layout, session, model) for session in sessions]
+    return join_sessions(found, max(len(inputs.counts_B) for inputs in found))
 
 
 def with_outputs(session, outputs, layout):

@@ -10,7 +10,7 @@ import pytest
 from test_engine import with_outputs
 from tiny import VOICE, randomised, rows_of, tiny_layout, tiny_model, tiny_session
 
-from tml.config import Control, Feedback, MeshConfig, SlotScheme, StreamConfig
+from tml.config import Boundary, Control, Feedback, MeshConfig, SlotScheme, StreamConfig
 from tml.microturn import EncodedSession, Layout, Target
 from tml.model import flow_head, head, transformer
 from tml.params import init_params
@@ -25,10 +25,11 @@ KNOBS = [
     {},
     {"control": Control.IMPLICIT},
     FIXED,
-    {"feedback": Feedback.NONE},
+    {"boundary": Boundary.NONE, "feedback": Feedback.NONE},  # as in experiments/duplex_tiny.py
     # Those without a voice are in test_engine.
     pytest.param({"slots": SlotScheme.FIXED, "control": Control.EXPLICIT}, marks=pytest.mark.slow),
     pytest.param({"turn_ms": 400}, marks=pytest.mark.slow),
+    pytest.param({"turn_ms": 50}, marks=pytest.mark.slow),
 ]
 SEED, MINE = 3, 5
 
@@ -52,7 +53,7 @@ def hidden(feedback: Feedback):
 def program(temperature: float, feedback: Feedback, **turn):
     """The layout, the engine's configuration, the step, and one program that runs turns."""
     model, layout = with_feedback(feedback), tiny_layout(MODEL, **turn)
-    stream = StreamConfig(max_positions=320, temperature=temperature)
+    stream = StreamConfig(max_positions=640, temperature=temperature)
     step = engine.make_step(model, layout, stream)
     return layout, stream, step, jax.jit(lambda params, state, inputs: engine.scan_turns(step, params, state, inputs))
 
@@ -116,7 +117,7 @@ def test_speech_streamed_equals_separate_steps_bitwise_and_the_training_forward_
     speaks_U = outputs.own.speaks_B[:, 0]
     assert 1 < speaks_U.sum() < turns
     assert not outputs.own.mels_BTY[~speaks_U, 0].any()
-    batch = rows_of(MODEL, layout, [[said_aloud(session, outputs, layout)]], 320)
+    batch = rows_of(MODEL, layout, [[said_aloud(session, outputs, layout)]], 640)
     count = int(speaks_U.sum()) * layout.own_positions_per_turn
     mels = outputs.own.mels_BTY[speaks_U, 0].reshape(count, -1)
     np.testing.assert_array_equal(batch.own.mels_BPY[0, :count], mels)

@@ -102,6 +102,19 @@ def specs(cfg: ModelConfig) -> dict[str, PyTree]:
     return tree
 
 
+def _check_streams(batch: Batch, cfg: ModelConfig) -> None:
+    """Raises ValueError unless a voice has own audio to learn from, eyes have places for tiles, and nothing is over."""
+    frames, tiles = cfg.audio_out.frames_per_position, cfg.video.max_tiles_per_turn
+    for sense, stream, value, expected, held in (
+        ("a voice", "own audio", f"audio_out.frames_per_position = {frames}", cfg.has_voice, batch.own is not None),
+        ("eyes", "image tiles", f"video.max_tiles_per_turn = {tiles}", tiles > 0, batch.tiles_BP.shape[1] > 0),
+    ):
+        if expected != held:
+            has = sense if expected else f"no {sense.removeprefix('a ')}"
+            holds = f"holds {'' if held else 'no '}{stream}"
+            raise ValueError(f"the model has {has}, but the batch {holds} (model.{value}); make it with this config")
+
+
 def hidden(
     params: Mapping[str, PyTree],
     batch: Batch,
@@ -121,14 +134,9 @@ def hidden(
         heard_BPY: what is fed back of own audio; `batch.own.mels_BPY` by default.
 
     Raises:
-        ValueError: the batch lacks own audio that the model's voice needs, or holds some for a model without one.
+        ValueError: the batch lacks a stream that the model expects, or holds one that the model cannot take.
     """
-    if (batch.own is not None) != cfg.has_voice:
-        found = "has a voice, but the batch holds no" if cfg.has_voice else "has no voice, but the batch holds"
-        raise ValueError(
-            f"the model {found} own audio (model.audio_out.frames_per_position = {cfg.audio_out.frames_per_position}); "
-            f"make the batch with this model's config"
-        )
+    _check_streams(batch, cfg)
     with jax.named_scope("embed"):
         dtype = embed.compute_dtype(cfg)
         tokens = params["embed"]["tokens"]
