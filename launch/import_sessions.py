@@ -136,6 +136,8 @@ def _describe(summary: ImportSummary, unlisted: int) -> str:
     if summary.alignments:
         forced, spread = summary.alignments["forced"], summary.alignments["spread"]
         lines.append(f"word times: forced alignment in {forced} sessions, evenly spread in {spread}")
+    if summary.user_words:
+        lines.append("the user's words are learnt, where they end, if loss.heard_weight is above 0 (its default)")
     if unlisted:
         lines.append(f"{unlisted} files are not in {FLAGS.transcripts} and were left alone")
     lines.append(f"{len(summary.failures)} files failed")

@@ -59,7 +59,7 @@ flags.DEFINE_integer(
     "turn_ms",
     200,
     "The micro-turn (turn.turn_ms of the model) at whose borders answers begin: with a longer one in training they "
-    "would be due before what they answer.",
+    "would be due before what they answer. At most 200 for behaviours.",
     lower_bound=50,
     upper_bound=1000,
 )

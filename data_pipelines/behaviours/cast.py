@@ -22,6 +22,10 @@ PROMPT_LANGUAGES = ("fr", "it", "ru")
 
 _MAX_PROMPT_S = 3.0
 
+MAX_TURN_MS = 200
+"""In longer micro-turns what is due at a border comes so late that windows (1.2 s, half a second around a time) and
+the longest silence of who goes on would miss it."""
+
 
 class Axis(enum.StrEnum):
     """What can be held out: none of it is said or asked for in training sessions."""
@@ -41,7 +45,7 @@ class BehaviourConfig:
     """The shape of the sessions.
 
     Attributes:
-        turn_ms: the micro-turn at whose borders the model begins to speak.
+        turn_ms: the micro-turn at whose borders the model begins to speak; at most 200, see `MAX_TURN_MS`.
         delay_s: the model answers at the first border that lies so long behind what it answers, or later.
         window_s: how long after a cue, an event or a word its reply counts.
         time_tolerance_s: how much earlier or later than its time a timed word counts.
@@ -73,6 +77,11 @@ class BehaviourConfig:
     held_out: tuple[Axis, ...] = tuple(Axis)
 
     def __post_init__(self) -> None:
+        if self.turn_ms > MAX_TURN_MS:
+            raise ValueError(
+                f"turn_ms = {self.turn_ms} must be at most {MAX_TURN_MS} for behaviours, whose windows would miss what "
+                f"is said in longer micro-turns; of requests they may be longer"
+            )
         for name in ("negative_fraction", "human_fraction"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:

@@ -10,9 +10,11 @@ import pytest
 import soundfile
 
 from data_pipelines import prompts
+from data_pipelines.behaviours.cast import PROMPT_LANGUAGES, BehaviourConfig
+from data_pipelines.behaviours.task import BehaviourTask
 from data_pipelines.request_vocabulary import DIGITS
 from data_pipelines.speech import audible_span
-from tml.session import ExpectationKind, Session, Stream, encode_session
+from tml.session import Behaviour, ExpectationKind, Session, Stream, encode_session
 
 RATE = 16_000
 
@@ -39,7 +41,7 @@ def cache(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("cache")
     clips = {f"digits/{i}": (word, 0.3 + 0.03 * i) for i, word in enumerate(DIGITS)}
     sentences = {f"say-{i}": ("this is clip number " + DIGITS[i % 10], 1.0) for i in range(40)}
-    for language in ("en", "fr"):
+    for language in ("en", *PROMPT_LANGUAGES):
         words, sounds = prompts.packages(language)
         table = {**clips, **sentences, "beep": ("[a tone]", 0.2), "lost": ("there is no file", 0.0)}
         doc = root / "packages" / words / "usr/share/doc" / words
@@ -98,6 +100,22 @@ def test_digit_sessions_hold_one_digit_and_its_answer(cache):
             assert abs(start - item.start) <= 160
             assert abs(end - item.end) <= 160
     assert 2 < quiet < 18
+
+
+def test_prompts_distract_in_behaviours_and_each_split_has_its_own(cache):
+    config = BehaviourConfig(negative_fraction=1.0, human_fraction=1.0)
+    task = BehaviourTask(seed=0, shares={Behaviour.TURN_TAKING: 1.0}, config=config, cache=cache)
+    used = {}
+    for split in ("train", "heldout"):
+        sessions = [task.session(split, index) for index in range(12)]
+        spoken = [session for session in sessions if session.meta["recordings"]]
+        assert len(spoken) > 6
+        for session in spoken:
+            assert {item.tag for item in session.expectations} == {"human"}
+            assert all(item.kind is ExpectationKind.SILENCE for item in session.expectations)
+        used[split] = {key for session in spoken for key in session.meta["recordings"].split()}
+        assert {key.split("/")[0] for key in used[split]} == {*PROMPT_LANGUAGES}
+    assert not used["train"] & used["heldout"]
 
 
 def test_the_test_speaker_never_trains(cache):

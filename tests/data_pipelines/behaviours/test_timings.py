@@ -222,19 +222,43 @@ def test_held_out_wordings_use_words_that_train_in_ways_that_do_not():
     assert {word for pair in NEW_AFFIXES for part in pair for word in part.split()} <= words
 
 
-def test_held_out_pairs_never_occur_in_training_sessions():
-    pairs = {split: set() for split in ("train", "heldout")}
-    for split, found in pairs.items():
-        for session in [
-            s for b in (Behaviour.PROACTIVE, Behaviour.TIMED, Behaviour.TOOLS) for s in sessions_of(b, split)
-        ]:
-            found |= {*re.findall(r"the (\w+) turns (\w+)", said(session))}
-            found |= {*re.findall(r"please (make it|paint it|draw a|erase the|volume|channel) (\w+)", said(session))}
-            found |= {*re.findall(r"(?:in|every) (\w+) seconds say (\w+)", said(session))}
-    for what in ("circle", "red", "five", "two"):
-        assert any(what in pair for pair in pairs["train"]), what
-    assert len(pairs["heldout"]) > 8
-    assert not pairs["train"] & pairs["heldout"]
+PAIRS = {
+    Behaviour.PROACTIVE: r"the (\w+) turns (\w+)",
+    Behaviour.TIMED: r"(?:in|every) (\w+) seconds say (\w+)",
+    Behaviour.CUED: r"when I say (\w+) say (\w+)",
+    Behaviour.TONE: r"I want (\w+) (\w+)",
+    Behaviour.DELEGATION: r"find the (\w+) of (\w+)",
+    Behaviour.TOOLS: r"please (make it|paint it|draw a|erase the|volume|channel) (\w+)",
+}
+"""How what a request pairs is said."""
+
+
+@pytest.mark.parametrize("behaviour", PAIRS)
+def test_held_out_pairs_never_occur_in_training_sessions(behaviour):
+    train, heldout = (
+        {pair for session in sessions_of(behaviour, split) for pair in re.findall(PAIRS[behaviour], said(session))}
+        for split in ("train", "heldout")
+    )
+    assert len(train) > 2
+    assert len(heldout) > 1
+    assert not train & heldout
+
+
+def test_held_out_requests_have_held_out_wordings_alone():
+    """What stands around `when I say X say Y`, in both splits."""
+    around = {
+        split: {
+            match.groups()
+            for session in sessions_of(Behaviour.CUED, split)
+            if (match := re.match(r"(.*?) ?when I say \w+ say \w+(?: (please))?", said(session)))
+        }
+        for split in ("train", "heldout")
+    }
+    known, new = ({(before, behind or None) for before, behind in pairs} for pairs in (AFFIXES, NEW_AFFIXES))
+    assert len(around["train"]) > 2
+    assert around["train"] <= known
+    assert len(around["heldout"]) > 1
+    assert around["heldout"] <= new
 
 
 def test_every_tool_and_every_value_of_its_argument_trains_and_a_pair_of_each_kind_is_held_out():
