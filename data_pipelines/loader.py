@@ -282,25 +282,6 @@ def process_batches(
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
-def train_batches(
-    experiment: Experiment,
-    tokenizer: Tokenizer,
-    *,
-    start_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
-    """The training batches of one process: one a step, `rows_per_batch / process_count` rows of numpy arrays.
-
-    Example:
-        for batch in train_batches(experiment, tokenizer, start_step=state.step): ...
-    """
-    loader = RowLoader(experiment.data.sources, experiment, tokenizer)
-    return process_batches(
-        loader, experiment, start_step=start_step, process_index=process_index, process_count=process_count
-    )
-
-
 def eval_batches(
     experiment: Experiment,
     tokenizer: Tokenizer,

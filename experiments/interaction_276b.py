@@ -79,7 +79,7 @@ PODS = {
     "v5p_long": Pod(mesh=MeshConfig(fsdp=8, expert=8, context=8), peak_flops_per_s=459e12, rows=256, row_slots=32_768),
     # --topology=v5p:8x8x8 --slices=2
     "v5p_slices": Pod(mesh=MeshConfig(replica=2, fsdp=64, expert=8), peak_flops_per_s=459e12, rows=4_096),
-    # --topology=v6e:16x16; 32 GB a chip hold two rows, recomputed whole, and the logits of a quarter of one.
+    # --topology=v6e:16x16; 32 GB a chip hold two rows, recomputed whole.
     "v6e": Pod(
         mesh=MeshConfig(fsdp=16, expert=16),
         peak_flops_per_s=918e12,
@@ -150,7 +150,7 @@ def get_config(pod: str = "v5p") -> ConfigDict:
                 row_slots=on.row_slots,
                 rows_per_batch=on.rows,
             ),
-            # All logits of a chip's 16,384 positions would be 13 GB in float32; 25 blocks waste 2 % of the last.
+            # All logits of a chip's 16,384 positions would be 13 GB in float32; 25 blocks hold 2 % more than there is.
             loss=LossConfig(vocab_block=8_192),
             optim=OptimConfig(optimizer=Optimizer.ADAMW, peak_lr=2e-4, warmup_steps=2_000, weight_decay=0.1),
             mesh=on.mesh,

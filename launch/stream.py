@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _MODEL = flags.DEFINE_string("model", "", "Run folder or bundle.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run folder; the newest by default.")
 _WAV = flags.DEFINE_string("wav", "", "Sound file: wav, flac, ogg, mp3; any rate, first channel.")
+_SYSTEM = flags.DEFINE_string("system", "", "Text of the stream `system` at the start.")
 _TEXT = flags.DEFINE_string("type_text", "", "Text typed by the user at the start.")
 _PICTURES = flags.DEFINE_string(
     "pictures", "", "Folder of pictures (png, jpg), shown in the order of their names, video.frames_per_second of them."
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> int:
 
     from tml.export import bundle
     from tml.serve.live_loop import Pace
+    from tml.session import Stream
     from tml.stream.live import LiveSession
 
     model = bundle.open_model(Path(_MODEL.value), _STEP.value)
@@ -104,8 +106,9 @@ def main(argv: list[str]) -> int:
     stream = replace(config.stream, max_positions=most)
     live = LiveSession(model.params, config.model, model.layout, stream, model.tokenizer)
     pictures = _pictures(model)
-    if _TEXT.value:
-        live.type_text(_TEXT.value)
+    for text, stream_in in ((_SYSTEM.value, Stream.SYSTEM), (_TEXT.value, Stream.USER_TEXT)):
+        if text:
+            live.type_text(text, stream_in)
     pace = Pace(_PACE.value or (Pace.REAL_TIME if _WORKER.value or _TOOLS.value else Pace.AT_ONCE))
     ticks: list[Tick] = []
     background = None
@@ -145,7 +148,7 @@ def _left_over(live: "LiveSession", num_unseen: int) -> list[str]:
     from tml.session import Stream
 
     found = [f"{num_unseen} pictures were due after the end of the sound; give it a longer --tail_s"] * (num_unseen > 0)
-    for stream in (Stream.USER_TEXT, Stream.BACKGROUND):
+    for stream in (Stream.SYSTEM, Stream.USER_TEXT, Stream.BACKGROUND):
         if text := live.drop_waiting(stream):
             found.append(f"the session ended before all of its {stream} went in; what is missing: {text!r}")
     return found

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from tml.config import AttentionConfig, AudioConfig, ModelConfig, MoEConfig, MtpConfig, VideoConfig
-from tml.flops import attention_span, measure_matmul_rate, param_table, param_table_text, row_flops, tile_flops
+from tml.config import AttentionConfig, AudioConfig, ModelConfig, MoEConfig, MtpConfig
+from tml.flops import attention_span, measure_matmul_rate, param_table, param_table_text, row_flops
 from tml.model import transformer
 from tml.params import count_params
 
@@ -99,17 +99,6 @@ def test_span_counts_pairs():
     # The formula is the continuous limit: half a pair a query off on the diagonal.
     assert abs(attention_span(slots, window) - pairs) <= slots / 2 + window
     assert attention_span(slots, 64) == attention_span(slots, None) == slots**2 / 2
-
-
-def test_image_tiles_are_counted_per_tile():
-    video = VideoConfig(tile_px=4, fold_px=(2, 2), fold_dims=(6, 10), max_tiles_per_turn=1)
-    cfg = ModelConfig(**{**vars(SMALL), "video": video})
-    specs = transformer.specs(cfg)
-    # 2 frames x 4 places fold 12 -> 6; 2 frames x 1 place fold 24 -> 10; time folds 20 -> 32.
-    expected = 6 * (8 * 12 * 6 + 2 * 24 * 10 + 20 * 32)
-    assert tile_flops(specs, cfg) == expected
-    plain = row_flops(transformer.specs(SMALL), SMALL, 64)
-    assert row_flops(specs, cfg, 64, tiles_per_row=3.0) == pytest.approx(plain + 3 * expected)
 
 
 def test_table_has_a_line_a_place_and_their_sum():

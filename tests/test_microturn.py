@@ -179,7 +179,7 @@ def test_nothing_before_the_end_of_a_turn_depends_on_what_comes_in_after_it(
 def test_one_session_by_hand():
     encoded = encoded_session([(Stream.USER_TEXT, 13, 2), (Stream.OWN_TEXT, 26, 1), (Stream.ACTION, 30, 1)], [12])
     encoded = dataclasses.replace(encoded, num_samples=30)
-    segment = LAYOUTS[0].lay_out(LAYOUTS[0].contents(encoded), first_frame=50)
+    segment = LAYOUTS[0].lay_out(LAYOUTS[0].contents(encoded))
     s, audio = SPECIAL, [SPECIAL.audio] * 3
     first = [s.tick, *audio, s.listen]
     second = [s.tick, *audio, s.tile, s.user_text, 1_000, 1_001]
@@ -194,7 +194,7 @@ def test_one_session_by_hand():
     token, sound = [Kind.TOKEN], [Kind.AUDIO] * 3
     assert segment.kinds.tolist() == [*token, *sound, *token, *token, *sound, *tile, *token * 9, *token, *sound, *token]
     frames = segment.source[segment.kinds == Kind.AUDIO]
-    assert frames.tolist() == list(range(50, 59))
+    assert frames.tolist() == list(range(9))
 
 
 def test_fixed_slots_by_hand():
@@ -202,7 +202,7 @@ def test_fixed_slots_by_hand():
     encoded = dataclasses.replace(encoded_session(texts, [12]), num_samples=30, own_audible_T=np.zeros(25, bool))
     explicit, implicit = (dataclasses.replace(FIXED[number], own_positions_per_turn=3) for number in (0, 2))
     s, pad, audio = explicit.special, [99], [SPECIAL.audio] * 3
-    segment = explicit.lay_out(explicit.contents(encoded), first_frame=50)
+    segment = explicit.lay_out(explicit.contents(encoded))
     silence = [s.tick, *audio, *pad * 5, s.listen, *pad * 6]
     typed = [s.tick, *audio, s.tile, s.user_text, 1_000, 1_001, *pad * 2]
     answer = [s.speak, 2_000, s.end_of_text, *pad, *audio]
@@ -212,7 +212,7 @@ def test_fixed_slots_by_hand():
     assert np.flatnonzero(segment.targets).tolist() == [8, last, last + 1, last + 2, 33 + 8]
     assert segment.targets[[8, last, last + 1, last + 2]].tolist() == [s.listen, *answer[:3]]
     assert np.flatnonzero(segment.target_kinds == Target.AUDIO).tolist() == [last + 4, last + 5, last + 6]
-    assert segment.source[segment.kinds == Kind.OWN_AUDIO].tolist() == [56, 57, 58]
+    assert segment.source[segment.kinds == Kind.OWN_AUDIO].tolist() == [6, 7, 8]
     segment = implicit.lay_out(implicit.contents(dataclasses.replace(encoded, texts=encoded.texts[1:])))
     silence = [s.tick, *pad * 2, *audio, s.end_of_text, *pad * 6]
     assert segment.tokens.tolist() == [

@@ -1,7 +1,6 @@
 """The batch: rows of interleaved micro-turns, every field aligned to positions so that it shards like them."""
 
 import flax.struct
-import jax
 import numpy as np
 
 from tml.config import ModelConfig
@@ -95,8 +94,3 @@ def empty_rows(num_rows: int, row_slots: int, num_tiles: int, model: ModelConfig
         loss_weights_BS=np.zeros(shape, np.float32),
         own=own,
     )
-
-
-def concatenate_rows(rows: list[Batch]) -> Batch:
-    """Stacks rows (each a Batch of numpy arrays) into one Batch along B."""
-    return jax.tree.map(lambda *columns: np.concatenate(columns), *rows)

@@ -103,18 +103,8 @@ def attention_span(num_slots: int, window: int | None) -> float:
     return num_slots * window - window**2 / 2
 
 
-def row_flops(
-    specs: PyTree, model: ModelConfig, row_slots: int, tiles_per_row: float = 0.0, own_per_row: float = 0.0
-) -> float:
-    """Model FLOPs of training on one row, by the convention above.
-
-    Args:
-        specs: the parameters.
-        model: the model.
-        row_slots: S, positions of the row.
-        tiles_per_row: image tiles of the row, each through the image tower.
-        own_per_row: own audio positions of the row, each through the flow head for every draw.
-    """
+def row_flops(specs: PyTree, model: ModelConfig, row_slots: int) -> float:
+    """Model FLOPs of training on one row of positions, by the convention above: no image tower, no flow head."""
     multiplied = param_table(specs, model)[-1].multiplied
     multiplied += model.mtp.num_blocks * model.d_model * model.vocab_size
     num_global = len(set(model.global_layers)) + len(set(model.mtp.global_blocks))
@@ -122,21 +112,7 @@ def row_flops(
     attention = model.attention
     span = num_global * attention_span(row_slots, None)
     span += num_sliding * attention_span(row_slots, attention.window)
-    flops = 6.0 * multiplied * row_slots + 12.0 * attention.num_heads * attention.head_dim * span
-    head = sum(spec.size for path, spec in spec_leaves(specs) if is_per_own(path))
-    flops += 6.0 * head * model.audio_out.flow.num_draws * own_per_row
-    return flops + tiles_per_row * tile_flops(specs, model)
-
-
-def tile_flops(specs: PyTree, model: ModelConfig) -> float:
-    """Model FLOPs of training on one image tile: every fold works on fewer and fewer places."""
-    folds = [spec for path, spec in spec_leaves(specs) if is_per_tile(path) and "I" in spec.axes]
-    places, flops = model.video.frames_per_tile * model.video.tile_px**2, 0.0
-    for spec, fold in zip(folds, model.video.fold_px, strict=False):
-        places //= fold**2
-        flops += 6.0 * spec.size * places
-    # The last fold is that of time, at the one place that is left.
-    return flops + sum(6.0 * spec.size for spec in folds[-1:])
+    return 6.0 * multiplied * row_slots + 12.0 * attention.num_heads * attention.head_dim * span
 
 
 def token_flops(specs: PyTree, model: ModelConfig, row_slots: int) -> float:

@@ -128,12 +128,13 @@ def start(experiment: Experiment, mesh: Mesh, checkpoints: Checkpoints) -> tuple
         return 0, init_state(jax.random.key(experiment.seed), experiment, mesh)
     with opened(Path(origin)) as others:
         trained, params, changed = others.first_params(experiment, mesh)
-    print(f"beginning with the parameters of {origin} at step {trained}", flush=True)
+    show(f"beginning with the parameters of {origin} at step {trained}")
     if changed:
-        print(f"which were of another model than this one: {describe(changed, most=30)}", flush=True)
+        show(f"which were of another model than this one: {describe(changed, most=30)}")
     params, drawn = fill_params(params, transformer.specs(experiment.model), jax.random.key(experiment.seed))
     if drawn:
-        print(f"which lack {len(drawn)} arrays of this model, drawn anew: {', '.join(drawn[:3])}, ...", flush=True)
+        names = ", ".join(drawn[:3]) + (", …" if len(drawn) > 3 else "")
+        show(f"which lack {len(drawn)} arrays of this model, drawn anew: {names}")
     return 0, first_state(params, experiment, mesh)
 
 

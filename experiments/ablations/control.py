@@ -1,6 +1,6 @@
 """Control: whether a tick token helps, and a [listen]/[speak] token.
 
-Cost: eight runs of 300 steps of the quickstart's model, a minute and a half each on two cores.
+Cost: eight runs of 300 steps of the quickstart's model, two minutes each on two cores.
 
     python -m launch.sweep --grid=experiments/ablations/control.py
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipelines.records import iter_sessions
 from launch.app import prepare_jax
-from launch.referee import RATE_HZ, Referee, error_rate
+from tests.bench.referee import RATE_HZ, Referee, error_rate
 from tml.codec.encode import encode_session
 from tml.codec.waveform import resample
 from tml.duplex.player import Player

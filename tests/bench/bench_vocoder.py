@@ -12,7 +12,7 @@ import librosa
 import numpy as np
 
 from data_pipelines.espeak import draw_voice
-from launch.referee import Referee, error_rate
+from tests.bench.referee import Referee, error_rate
 from tml.codec import audio, own_sound
 from tml.codec.griffin_lim import GriffinLim
 from tml.codec.vocoder import vocode

@@ -19,7 +19,6 @@ from tml.codec.audio import (
     push,
     session_frames,
     silence_frame,
-    silence_level,
 )
 from tml.config import AudioConfig
 
@@ -113,14 +112,7 @@ def test_mel_basis_equals_librosa(cfg):
 
 def test_digital_silence():
     np.testing.assert_allclose(log_mels(np.zeros(4_000, np.float32), INKLING), -6.0, atol=0.006)
-    assert silence_level(INKLING) == 2
     np.testing.assert_array_equal(silence_frame(INKLING), np.full(80, 2))
-
-
-def test_a_silence_of_several_levels_is_refused():
-    cfg = AudioConfig(num_levels=256, level_low=-6.1, level_high=-5.9)
-    with pytest.raises(ValueError, match="silence_frame"):
-        silence_level(cfg)
 
 
 def test_full_scale_and_beyond_stay_in_range():

@@ -17,7 +17,6 @@ from data_pipelines.loader import (
     RowLoader,
     eval_batches,
     process_batches,
-    train_batches,
 )
 from data_pipelines.records import RecordKind, SessionWriter, read_manifest
 from data_pipelines.rows import loss_weight_table
@@ -54,6 +53,10 @@ def test_row_is_a_function_of_its_position(mixture, tokenizer, loader):
     assert not same(loader.row(3), loader.row(77))
     other = RowLoader(mixture.data.sources, replace(mixture, seed=1), tokenizer)
     assert not same(other.row(3), loader.row(3))
+
+
+def train_batches(experiment, tokenizer, **steps):
+    return process_batches(RowLoader(experiment.data.sources, experiment, tokenizer), experiment, **steps)
 
 
 def test_any_number_of_processes_reads_the_same_global_batches(mixture, tokenizer):

@@ -108,6 +108,14 @@ def test_stream_writes_transcript_and_picture(folder: Path) -> None:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
+def test_text_of_the_system_goes_in_as_such(folder: Path) -> None:
+    text = "seven, then eight or nine, then one or two or three or four"
+    flags = ("--model=bundle", "--wav=in.wav", "--tail_s=0", f"--system={text * 20}")
+    done = run("stream", *flags, "--out=told", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "notice: the session ended before all of its system went in; what is missing: " in done.stdout
+
+
 def test_a_sound_longer_than_a_session_may_usually_grow_is_streamed_whole(folder: Path) -> None:
     soundfile.write(folder / "long.wav", np.zeros(RATE_HZ * 30, np.float32), RATE_HZ)
     done = run("stream", "--model=bundle", "--wav=long.wav", "--out=long", "--tail_s=0", folder=folder)

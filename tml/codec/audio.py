@@ -87,21 +87,6 @@ def silence_frame(cfg: AudioConfig) -> UInt8[np.ndarray, " M"]:
     return frame
 
 
-def silence_level(cfg: AudioConfig) -> int:
-    """The level of digital silence in every channel; 2 with the defaults (log10 -6.00).
-
-    Raises:
-        ValueError: the channels differ, which they may at short windows; use `silence_frame`.
-    """
-    frame = silence_frame(cfg)
-    if frame.min() != frame.max():
-        raise ValueError(
-            f"audio: digital silence has levels {frame.min()} to {frame.max()}, not one; use silence_frame, "
-            f"or move audio.level_low = {cfg.level_low} or audio.level_high = {cfg.level_high}"
-        )
-    return int(frame[0])
-
-
 def session_frames(samples: Float32[np.ndarray, " n"], cfg: AudioConfig) -> UInt8[np.ndarray, "T M"]:
     """The levels of a whole session: ceil(n / hop) frames, then those that still hear its end.
 

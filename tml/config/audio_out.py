@@ -128,8 +128,8 @@ class AudioOutConfig:
     feedback: Feedback = Feedback.SOUND
     """How own sound comes back in."""
     feedback_sampled: float = 0.0
-    """Share of own audio positions at which training feeds back what the model itself says there, after a forward pass
-    over the true sound: live it hears nothing else (Mihaylova & Martins 2019). 0 makes one forward pass."""
+    """Scheduled sampling: share of own audio positions at which training feeds back what the model itself says there,
+    after a forward pass over the true sound: live it hears nothing else (Mihaylova & Martins 2019). 0: one pass."""
     feedback_levels: int = 16
     """Levels of the own sound that is fed back, evenly from `log_floor` to `feedback_high`; its frames are averaged."""
     feedback_high: float = 1.0

@@ -1,4 +1,4 @@
-"""Configuration of the objective, the optimizer and the loop."""
+"""Configuration of the objective, the optimizer, the loop, streaming and evaluation."""
 
 import enum
 from dataclasses import dataclass
@@ -125,7 +125,8 @@ class StreamConfig:
     tensor: int = 1
     """Devices that share one model: heads, hidden units and vocabulary are split over them, caches by heads."""
     backend: MatmulBackend = MatmulBackend.BLOCKED
-    """TPU and GPU: a kernel that reads every chosen expert once. Else XLA fetches each choice's, or all of them."""
+    """TPU, GPU: kernels that read every chosen expert once. BLOCKED: XLA, one chosen expert after another, and a cache
+    for every layer apart. DENSE: all experts."""
 
     def __post_init__(self) -> None:
         check_positive("stream", max_positions=self.max_positions, tensor=self.tensor)
@@ -142,6 +143,7 @@ class EvaluationConfig:
     max_control_sessions: int = 100
     """Sessions streamed under each control: blanked, swapped, and as noise."""
     num_slots: int = 32
+    """Sessions streamed side by side."""
     answer_window_s: float = 2.0
 
     def __post_init__(self) -> None:

@@ -123,7 +123,7 @@ class Layout:
 
     @property
     def max_padding_out(self) -> int:
-        """[pad] tokens that the output half of one turn can hold: one token of it is none."""
+        """[pad] tokens that the output half of one turn can hold: one of its fixed positions is never [pad]."""
         return self.min_slots_out - 1
 
     @property
@@ -275,12 +275,8 @@ class Layout:
             )
         return turns, tokens
 
-    def lay_out(self, contents: TurnContents, first_frame: int = 0) -> Segment:
-        """Interleaves the turns into positions.
-
-        Args:
-            contents: the turns; `first_frame` is the row of `levels_TM`, and of `own_mels_TY`, at which turn 0 begins.
-        """
+    def lay_out(self, contents: TurnContents) -> Segment:
+        """Interleaves the turns into positions."""
         num_turns, frames = contents.num_turns, self.clock.frames_per_turn
         tile_turns, text_turns, out_turns = contents.tile_turns, contents.text_in[:, 0], contents.out[:, 0]
         # What a turn holds, in row order: [tick], what came in, output.
@@ -309,7 +305,7 @@ class Layout:
             tokens[start_UF[:, 0]] = self.special.tick
         audio = (start_UF[:, audio_field, None] + np.arange(frames)).reshape(-1)
         tokens[audio], kinds[audio] = self.special.audio, Kind.AUDIO.value
-        source[audio] = np.arange(first_frame, first_frame + len(audio))
+        source[audio] = np.arange(len(audio))
         tile, out = places(tile_field, tile_turns), places(4, out_turns)
         tokens[tile], kinds[tile], source[tile] = self.special.tile, Kind.TILE.value, np.arange(len(tile))
         tokens[places(text_field, text_turns)] = contents.text_in[:, 1]
@@ -321,7 +317,7 @@ class Layout:
         if len(own):
             targets[out[own] - 1], kinds[out[own]] = 0, Kind.OWN_AUDIO.value
             place_in_turn = np.arange(len(own)) % self.own_positions_per_turn
-            source[out[own]] = first_frame + (out_turns[own] + 1) * frames + place_in_turn
+            source[out[own]] = (out_turns[own] + 1) * frames + place_in_turn
         turn_starts = np.append(start_UF[:, 0], size).astype(np.int32)
         return Segment(
             tokens=tokens,

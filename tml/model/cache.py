@@ -145,7 +145,7 @@ def feed(
         slots: what comes in.
         cfg: the model.
         mesh: sizes of the axes, of which `tensor` alone may be more than 1.
-        backend: who multiplies experts.
+        backend: who multiplies experts, and how caches are read.
     """
     num_slots = slots.tokens_BW.shape[1]
     valid_BW = jnp.arange(num_slots)[None] < slots.counts_B[:, None]

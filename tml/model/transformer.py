@@ -182,7 +182,7 @@ def _places(own: OwnAudio) -> Int32[Array, "B P"]:
 
 
 def apply(params: Mapping[str, PyTree], batch: Batch, cfg: ModelConfig) -> Outputs:
-    """The forward pass on one device, with the logits of every position."""
+    """The forward pass on one device, with the logits of every position: the definition, for tests and small uses."""
     found = hidden(params, batch, cfg, MeshConfig())
     with jax.named_scope("head"):
         return Outputs(logits_BSV=head.unembed(params["unembed"], found.h_BSD, cfg), expert_load_LE=found.load.copies_E)

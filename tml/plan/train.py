@@ -63,7 +63,7 @@ class TrainPlan:
 
     @property
     def model_flops_per_step(self) -> float:
-        """By the convention of `tml.flops`; the image tower does not count."""
+        """By the convention of `tml.flops`; image tower and flow head do not count."""
         model = self.experiment.model
         flops = row_flops(transformer.specs(model), model, self.experiment.data.row_slots)
         return flops * self.experiment.data.rows_per_batch
@@ -133,7 +133,7 @@ class TrainPlan:
 MFU_CONVENTION = (
     "model FLOPs a row = 6 N S + 12 heads head_dim span a layer; N = parameters that a position multiplies; span = "
     "S^2/2 on global layers, S w - w^2/2 on sliding ones; blocks of multi-token prediction are layers, each with the "
-    "unembedding once more; no recomputation, no image tower"
+    "unembedding once more; no recomputation, no image tower, no flow head"
 )
 
 

@@ -57,7 +57,7 @@ class TurnOutputs:
     Attributes:
         tokens_BO: output tokens, in order (control tokens included); 0 after the last.
         counts_B: number of output tokens.
-        log_probs_BO: log-probability that the model gave each of them.
+        log_probs_BO: log-probability that the model gave each of them, for who learns from what was sampled.
         own: own audio; None without a voice.
     """
 

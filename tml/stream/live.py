@@ -237,7 +237,7 @@ class LiveSession:
         return replace(self.recording(), texts=self._texts_that_fit()).session(session_id, meta)
 
     def _texts_that_fit(self) -> tuple[TextEvent, ...]:
-        """The events but for what would still wait of the last ones of each stream behind the silence of a record."""
+        """The events, without text that would still wait after the silent turns at the end of a record."""
         left_over = {stream: list(tokens) for stream, tokens in self._waiting.items()}
         for _ in range(SILENT_TURNS):
             self._layout.text_in_chunk(left_over)

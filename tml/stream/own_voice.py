@@ -33,11 +33,6 @@ class OwnVoice:
         self._said: list[np.ndarray] = []
         self._no_sound = np.zeros(self._turn_samples, np.float32)
 
-    @property
-    def delay_samples(self) -> int:
-        """How much later sound is heard than the part of the clock that it belongs to."""
-        return self._vocoder.delay_samples
-
     def warm_up(self) -> None:
         """Vocodes something loud, and forgets it."""
         self._vocoder.step(self._vocoder.init_state(), np.ones_like(self._silence))

@@ -1,8 +1,7 @@
 """Word error rates by hand; what Whisper hears is measured by `tests.bench.bench_vocoder`."""
 
 import pytest
-
-from launch.referee import error_rate, spoken_words, word_errors
+from referee import error_rate, spoken_words, word_errors
 
 
 @pytest.mark.parametrize(
