@@ -93,7 +93,7 @@ def test_a_tower_that_inkling_cannot_name_stands_beside_and_comes_back_with_the_
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-@pytest.mark.parametrize("kind", VocoderKind)
+@pytest.mark.parametrize("kind", [VocoderKind.PROGRAM, pytest.param(VocoderKind.GRIFFIN_LIM, marks=pytest.mark.slow)])
 def test_an_export_alone_streams_as_the_run_did_though_it_hears_and_sees_unlike_others(
     kind: VocoderKind, tmp_path: Path
 ) -> None:

@@ -83,7 +83,7 @@ def test_encode_does_everything_once(folder):
 
 
 def test_data_for_other_micro_turns_is_warned_of(folder):
-    made = run("synthesize", "--task=cued", "--out=made", "--num_sessions=4", "--turn_ms=400", cwd=folder)
+    made = run("synthesize", "--task=requests", "--out=made", "--num_sessions=4", "--turn_ms=400", cwd=folder)
     assert made.returncode == 0, made.stderr
     common = ("--config=tiny.py", "--config.data.sources.talk.path=made", "--config.text.train_vocab_size=300")
     warning = "warning: made was made for micro-turns of 400 ms, turn.turn_ms is 1000"

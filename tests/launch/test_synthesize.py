@@ -51,6 +51,7 @@ def test_a_mixture_of_behaviours_is_made_by_the_hour(tmp_path):
         ("synthesize", ("--out=x", "--task=tone", "--shares=tone:1"), "--shares goes with --task=duplex"),
         ("synthesize", ("--out=x", "--task=duplex", "--shares=tones:1"), "--shares has 'tones:1'; write NAME:NUMBER"),
         ("synthesize", ("--out=x", "--task=duplex", "--held_out=voices"), "must name some of voice, wording"),
+        ("synthesize", ("--out=x", "--task=cued", "--turn_ms=400"), "turn_ms = 400 must be at most 200 for behaviours"),
         ("synthesize", ("--out=x", "--hours=1", "--num_sessions=3"), "leave one out"),
         ("synthesize", ("--out=x", "--human=0.5"), "go with the behaviours"),
         ("prompts", (), "--out names the directory"),
