@@ -89,6 +89,10 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return main(argv) or 0
     except app.UsageError as error:
         return _complain(str(error), EXIT_USAGE)
+    except BrokenPipeError:
+        # Whoever read what is printed has enough, as `head` has; nothing more can be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         if _TRACEBACK.value:
             raise

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
             "--model, --wav and --out are needed, as in --model=runs/quickstart --wav=in.wav --out=out"
         )
     if not Path(_WAV.value).is_file():
-        raise FileNotFoundError(f"{_WAV.value}: there is no such file")
+        raise FileNotFoundError(f"--wav={_WAV.value}: there is no such file")
     if Path(_OUT.value).exists() and not Path(_OUT.value).is_dir():
         raise app.UsageError(f"--out={_OUT.value} is a file; name a folder")
     of_worker = [name for name in ("worker_model", "worker_sends", "worker_frames") if FLAGS[name].present]
@@ -201,7 +201,10 @@ def _open_background(clock: "Clock", stack: contextlib.ExitStack) -> "Background
             raise app.UsageError(f"--worker, --worker_model: {error}") from error
         open_worker = functools.partial(open_endpoint, endpoint, clock)
     limits = Limits(timeout_s=_TIMEOUT_S.value, start_timeout_s=_TIMEOUT_S.value)
-    return stack.enter_context(Background(_TOOLS.value, open_worker, limits))
+    background = stack.enter_context(Background(_TOOLS.value, open_worker, limits))
+    if _TOOLS.value:
+        print(f"tools: {', '.join(background.tool_names)}", flush=True)
+    return background
 
 
 def _stream(
@@ -225,7 +228,8 @@ def _stream(
         said = tick.result.said
         came_back = [f"<- {text}" for text in tick.came_back]
         if said.text or said.actions or came_back:
-            print(f"{said.emitted_s:7.2f} s  tick {said.turn:4d}  {said.text.strip()}", *said.actions, *came_back)
+            when = f"{said.emitted_s:7.2f} s  end of tick {said.turn:4d}"
+            print(f"{when}  {said.text.strip()}", *said.actions, *came_back)
 
 
 def _transcript(ticks: "list[Tick]", notices: list[str], latencies: dict[str, float]) -> dict[str, Any]:

@@ -108,7 +108,10 @@ def _task() -> RequestTask | DialogueTask | BehaviourTask:
     if FLAGS.shares and FLAGS.task != "duplex":
         raise app.UsageError(f"--shares goes with --task=duplex; leave it out for --task={FLAGS.task}")
     if FLAGS.task not in ("requests", "dialogue"):
-        config = BehaviourConfig(held_out=_held_out(), human_fraction=FLAGS.human, turn_ms=FLAGS.turn_ms)
+        try:
+            config = BehaviourConfig(held_out=_held_out(), human_fraction=FLAGS.human, turn_ms=FLAGS.turn_ms)
+        except ValueError as error:
+            raise app.UsageError(f"--{error}") from error
         if FLAGS.split != "heldout" and FLAGS["held_out"].present:
             raise app.UsageError(f"--held_out goes with --split=heldout; leave it out for --split={FLAGS.split}")
         _refuse_voices(FLAGS.split if Axis.VOICE in config.held_out else "train")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _WIDTH_IN, _LEFT_IN, _RIGHT_IN = 14.0, 1.25, 0.25
 _TITLE_IN, _AXIS_IN, _LINE_IN, _WAVE_IN, _GAP_IN = 0.45, 0.42, 0.2, 0.5, 0.12
 _LABEL_SHIFT_IN = 0.03
+_TITLE_LETTERS = 115
 _PANEL_S, _MAX_PANELS, _MAX_LABEL = 12.0, 40, 56
 _DPI, _FONT_POINTS = 110, 8.5
 COLOURS = {
@@ -170,7 +171,7 @@ class _Panel:
 def _title(session: Session) -> str:
     facts = [f"{key} {value}" for key, value in session.meta.items() if value]
     text = "  ·  ".join([session.session_id, f"{session.duration_s:.1f} s", *facts])
-    return text if len(text) < 170 else text[:169] + "…"
+    return text if len(text) <= _TITLE_LETTERS else text[: _TITLE_LETTERS - 1] + "…"
 
 
 def _lanes(session: Session) -> list[_Lane]:

@@ -95,6 +95,7 @@ def test_stream_writes_transcript_and_picture(folder: Path) -> None:
     done = run("stream", *flags, folder=folder)
     assert done.returncode == 0, done.stderr
     assert "notice: the session ended before all of its system went in; what is missing: " in done.stdout
+    assert "  end of tick " in done.stdout
     assert "in 21 ticks of 200 ms" in done.stdout
     assert "wrote out/transcript.json, out/timeline.png" in done.stdout
     transcript = json.loads((folder / "out" / "transcript.json").read_text())

@@ -70,6 +70,7 @@ def test_a_session_with_a_background_keeps_time_and_shows_what_came_back(folder:
     assert came_back
     assert all(text.startswith("failed: ") for text in came_back)
     assert " <- failed: " in done.stdout
+    assert "tools: time, calculator, draw\n" in done.stdout
     assert "\nnotice: refused " in done.stdout
     assert (folder / "canvas.svg").read_text().startswith("<svg")
     assert transcript["programs_compiled"] == 1

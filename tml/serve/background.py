@@ -126,6 +126,11 @@ class Background:
         ready.result()
 
     @property
+    def tool_names(self) -> tuple[str, ...]:
+        """The tools that the model may call."""
+        return tuple(self._toolbox.tools)
+
+    @property
     def num_in_flight(self) -> int:
         """Delegations and calls that have neither ended nor been cancelled."""
         return len(self._tasks)
