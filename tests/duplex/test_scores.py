@@ -3,11 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 
 from tml.duplex import scores
-from tml.duplex.rates import Rate
+from tml.duplex.rates import Rate, median_interval
 from tml.duplex.trace import TimedWord, Trace, trace_of_said, trace_of_session
 from tml.microturn import Clock
 from tml.session import Behaviour, Expectation, ExpectationKind, Session, Stream, TextEvent
@@ -172,6 +173,13 @@ def test_the_interval_is_wilsons(hits, cases):
     wanted = scipy.stats.binomtest(hits, cases).proportion_ci(0.95, method="wilson")
     assert Rate(hits=hits, cases=cases).interval == pytest.approx((wanted.low, wanted.high), abs=1e-4)
     assert Rate.of([True] * hits + [False] * (cases - hits)) == Rate(hits=hits, cases=cases)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 20, 61])
+def test_the_interval_of_a_median_is_that_of_its_order_statistics(count):
+    values = np.random.default_rng(count).exponential(size=count).tolist()
+    wanted = scipy.stats.quantile_test(values, q=float(np.median(values))).confidence_interval(0.95)
+    np.testing.assert_array_equal(median_interval(values), (wanted.low, wanted.high))
 
 
 def test_the_json_holds_metrics_bars_and_the_mean():

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -15,7 +14,7 @@ from tml.duplex.controls import without
 from tml.duplex.player import Played, Player
 from tml.duplex.scores import BARS, HEADLINES, LOW_IS_GOOD, is_good, judged
 from tml.duplex.session_svg import session_svg
-from tml.duplex.suite import SuiteReport, cell, sessions_by_behaviour
+from tml.duplex.suite import SuiteReport, cell, latency_cell, sessions_by_behaviour
 from tml.microturn import Clock
 from tml.session import Behaviour, Session, Stream, TextEvent
 
@@ -87,7 +86,7 @@ def _table(report: SuiteReport) -> str:
     rows = ["<tr>" + "".join(f"<th>{_words(name)}</th>" for name in columns) + "</tr>"]
     for behaviour, found in report.scores.items():
         for place, metric in enumerate(HEADLINES[behaviour]):
-            rates, median_s = report.control_rates(behaviour, metric), found.median_latency_s(metric)
+            rates = report.control_rates(behaviour, metric)
             bars = [
                 bar
                 for bar in BARS.get(behaviour, ())
@@ -105,7 +104,7 @@ def _table(report: SuiteReport) -> str:
                 f"<b>{cell(found.rate(metric))}</b>",
                 *(cell(rates[control]) if control in rates else "-" for control in controls),
                 cell(report.ceiling[behaviour].rate(metric), interval=False),
-                "-" if math.isnan(median_s) else f"{median_s:.2f} s",
+                latency_cell(found, metric),
                 reached,
                 "" if place else learnt[report.is_learnt(behaviour)],
             )

@@ -1,7 +1,7 @@
-"""Shares of cases with their 95 % intervals."""
+"""Shares of cases, and medians, with their 95 % intervals."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _Z = 1.96
@@ -39,3 +39,17 @@ class Rate:
     def is_above(self, other: "Rate") -> bool:
         """Whether the two intervals do not touch, and this one is the higher; False when either has no case."""
         return self.interval[0] > other.interval[1]
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a median, whatever the distribution: from one value to another (Conover 1999, section 3.2).
+
+    Not a number with fewer than six values, which hold none so sure.
+    """
+    from scipy import stats  # it takes a second
+
+    place = int(stats.binom.ppf(0.025, len(values), 0.5)) if values else 0
+    if place < 1:
+        return math.nan, math.nan
+    ordered = sorted(values)
+    return ordered[place - 1], ordered[-place]

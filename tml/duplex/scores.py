@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tml.duplex.judge import MAX_GAP_S, Outcome, judge
-from tml.duplex.rates import Rate
+from tml.duplex.rates import Rate, median_interval
 from tml.duplex.trace import Trace
 from tml.session import Behaviour, Expectation, ExpectationKind, Session
 
@@ -106,6 +106,10 @@ class BehaviourScores:
         """The median latency of a metric; not a number when there was none."""
         latencies_s = self.latencies_s.get(metric, ())
         return statistics.median(latencies_s) if latencies_s else math.nan
+
+    def latency_interval_s(self, metric: str) -> tuple[float, float]:
+        """The 95 % interval of the median latency of a metric."""
+        return median_interval(self.latencies_s.get(metric, ()))
 
     def found(self, bar: Bar) -> float:
         """The value that a bar asks for; not a number without cases."""
@@ -253,6 +257,9 @@ def scores_json(scores: Mapping[Behaviour, BehaviourScores]) -> dict[str, Any]:
             "macro": number(found.macro),
             "metrics": {metric: plain(rate) for metric, rate in found.rates.items()},
             "median_latency_s": {metric: found.median_latency_s(metric) for metric in found.latencies_s},
+            "latency_interval_s": {
+                metric: [number(end) for end in found.latency_interval_s(metric)] for metric in found.latencies_s
+            },
             "by_tag": {tag: plain(rate) for tag, rate in found.by_tag.items()},
             "bars": [
                 {"metric": bar.metric, "value": bar.value, "reached": found.reaches(bar)} for bar in BARS.get(name, ())

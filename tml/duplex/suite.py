@@ -180,7 +180,7 @@ def suite_table(report: SuiteReport) -> str:
     learnt = {True: "yes", False: "no", None: "-"}
     for behaviour, found in report.scores.items():
         for place, metric in enumerate(HEADLINES[behaviour]):
-            rates, median_s = report.control_rates(behaviour, metric), found.median_latency_s(metric)
+            rates = report.control_rates(behaviour, metric)
             rows.append(
                 (
                     "" if place else behaviour.value,
@@ -189,7 +189,7 @@ def suite_table(report: SuiteReport) -> str:
                     cell(found.rate(metric)),
                     *(cell(rates[control]) if control in rates else "-" for control in controls),
                     cell(report.ceiling[behaviour].rate(metric), interval=False),
-                    "-" if math.isnan(median_s) else f"{median_s:.2f} s",
+                    latency_cell(found, metric),
                     "" if place else learnt[report.is_learnt(behaviour)],
                 )
             )
@@ -234,6 +234,14 @@ def cell(rate: Rate, *, interval: bool = True) -> str:
         return "-"
     low, high = rate.interval
     return f"{rate.value:.3f} [{low:.3f}, {high:.3f}]" if interval else f"{rate.value:.3f}"
+
+
+def latency_cell(scores: BehaviourScores, metric: str) -> str:
+    """A median latency with its 95 % interval, if there are enough for one, as text; a dash without."""
+    median_s, (low, high) = scores.median_latency_s(metric), scores.latency_interval_s(metric)
+    if math.isnan(median_s):
+        return "-"
+    return f"{median_s:.2f} s" if math.isnan(low) else f"{median_s:.2f} s [{low:.2f}, {high:.2f}]"
 
 
 def suite_json(report: SuiteReport) -> dict[str, Any]:
