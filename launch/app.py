@@ -10,6 +10,7 @@ import logging as standard_logging
 import os
 import platform
 import re
+import select
 import sys
 import threading
 import typing
@@ -33,6 +34,8 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75
 """As in tml.train, which cannot be imported without jax; a test holds them equal."""
 EXIT_KEYBOARD = 130
+EXIT_UNREAD = 141
+"""As shells say of a command that a closed pipe ended: it was not done."""
 
 COMPILE_CACHE = Path("~/.cache/tml/xla")
 """Where compiled programs stay between runs; JAX_COMPILATION_CACHE_DIR overrides it."""
@@ -86,19 +89,30 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     try:
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments {argv[1:]}; every option is a --flag")
-        return main(argv) or 0
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code
     except app.UsageError as error:
         return _complain(str(error), EXIT_USAGE)
-    except BrokenPipeError:
-        # Whoever read what is printed has enough, as `head` has; nothing more can be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            return EXIT_UNREAD
         if _TRACEBACK.value:
             raise
         return _complain(str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_KEYBOARD)
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads what is printed any more, as `head` when it has enough; then nothing more is printed."""
+    place = sys.stdout.fileno()
+    watch = select.poll()
+    watch.register(place, 0)
+    is_closed = any(event & select.POLLERR for _, event in watch.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), place)
+    return is_closed
 
 
 def _complain(message: str, code: int) -> int:

@@ -132,3 +132,16 @@ def test_describe_says_what_is_wrong_in_one_line(folder, arguments, code, messag
     assert result.returncode == code
     assert result.stderr.startswith(f"error: {message}")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_reader_who_has_enough_ends_an_app_quietly_and_another_broken_pipe_does_not(folder):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "launch.describe", "--data=talk"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+    breaks = "from launch.app import run_app\ndef main(_): raise BrokenPipeError('of a tool')\nrun_app(main)"
+    done = subprocess.run([sys.executable, "-c", breaks], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: of a tool\n")
