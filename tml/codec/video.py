@@ -85,15 +85,19 @@ def group_frames(
     return groups
 
 
+def tile_grid(height: int, width: int, cfg: VideoConfig) -> tuple[int, int]:
+    """Rows and columns of the tiles of a group of H x W pixels: ceil(H / tile_px) and W // tile_px + 1."""
+    return math.ceil(height / cfg.tile_px), width // cfg.tile_px + 1
+
+
 def tiles_of_frames(frames: UInt8[np.ndarray, "f H W 3"], cfg: VideoConfig) -> Int16[np.ndarray, "n t h w 3"]:
     """Cuts frames of one size into tiles: group after group of frames, each group in raster order.
 
-    A group of H x W pixels has ceil(H / tile_px) rows and W // tile_px + 1 columns of tiles; what sticks out
-    at the right and the bottom is `PADDING_PIXEL`. The last frame is repeated until its group is full.
+    What sticks out at the right and the bottom is `PADDING_PIXEL`. The last frame is repeated until its group is full.
     """
     num_frames, height, width, _ = frames.shape
     tile, slots = cfg.tile_px, cfg.frames_per_tile
-    groups, rows, columns = math.ceil(num_frames / slots), math.ceil(height / tile), width // tile + 1
+    groups, (rows, columns) = math.ceil(num_frames / slots), tile_grid(height, width, cfg)
     canvas = np.full((groups * slots, rows * tile, columns * tile, 3), PADDING_PIXEL, np.int16)
     canvas[:num_frames, :height, :width] = frames
     canvas[num_frames:] = canvas[num_frames - 1 : num_frames]

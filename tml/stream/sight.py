@@ -1,8 +1,10 @@
 """What a live session sees: pictures as they come, and the tiles of every turn, as a recording would give them."""
 
+import math
+
 import numpy as np
 
-from tml.codec.video import FrameGroup, decode_frames, group_frames, tiles_of_frames
+from tml.codec.video import FrameGroup, decode_frames, group_frames, tile_grid, tiles_of_frames
 from tml.config import VideoConfig
 from tml.microturn import Clock
 from tml.session import VideoFrame
@@ -33,7 +35,8 @@ class Sight:
         tiles_of_turn: dict[int, int] = {}
         for group in self._groups(waiting):
             turn = self._clock.turn_of(group.complete_sample)
-            tiles_of_turn[turn] = tiles_of_turn.get(turn, 0) + len(self._tiles(waiting, group))
+            height, width, _ = waiting[group.first][1].shape
+            tiles_of_turn[turn] = tiles_of_turn.get(turn, 0) + math.prod(tile_grid(height, width, self._cfg))
         most = max(tiles_of_turn.values())
         if most > self._cfg.max_tiles_per_turn:
             raise ValueError(
