@@ -289,6 +289,6 @@ def test_a_cancel_of_one_task_ends_what_of_it_was_not_taken_or_is_going_in(chat_
         assert first is not None
         going, other = (1, 2) if first.startswith("task 1 ") else (2, 1)
         assert not behind.act(Call(name="cancel", arguments={"task": other}).spelt(), conversation)
-        assert all(f"before it went in: 'task {other} " in notice for notice in behind.notices[-1:])
+        assert f"before it went in: 'task {other} " in behind.notices[-1]
         assert behind.act(Call(name="cancel", arguments={"task": going}).spelt(), conversation)
         assert behind.take() is None
