@@ -15,7 +15,7 @@ import sys
 import threading
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,13 @@ def _readable(error: Exception) -> str:
     if raised:
         return raised.group(1)
     found = re.search(r"Attempted \[[^]]*\]:\s*(\S+)\s*(\[Errno[^\n]*)", text)
-    return f"config file {found.group(1)} cannot be loaded: {found.group(2)}" if found else text
+    if not found:
+        return text
+    file = Path(found.group(1))
+    if file.exists():
+        return f"config file {file} cannot be loaded: {found.group(2)}"
+    known = [str(other) for folder in (file.parent, Path("experiments")) for other in folder.glob("*.py")]
+    return f"there is no config file {file}; {nearest_keys(str(file), known)}"
 
 
 def _check_overrides(argv: list[str]) -> None:
@@ -165,7 +171,7 @@ def _check_key(names: list[str], kind: Any, path: str, value: str | None) -> Non
     if is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if names[0] not in hints:
-            raise app.UsageError(f"unknown key {path}.{names[0]}; {nearest_keys(names[0], hints)}")
+            raise app.UsageError(f"unknown key {path}.{names[0]}; {_likely_keys(names[0], hints)}")
         _check_key(names[1:], hints[names[0]], f"{path}.{names[0]}", value)
         return
     origin = typing.get_origin(kind)
@@ -173,6 +179,20 @@ def _check_key(names: list[str], kind: Any, path: str, value: str | None) -> Non
         _check_key(names[1:], typing.get_args(kind)[1], f"{path}.{names[0]}", value)
         return
     raise app.UsageError(f"unknown key {path}.{'.'.join(names)}; {path} is a single value")
+
+
+def _likely_keys(name: str, hints: Mapping[str, Any]) -> str:
+    """A phrase that names keys like this one: near ones beside it, or the same name anywhere in the config."""
+    elsewhere = [key for key in _keys_below(Experiment, "config") if key.endswith(f".{name}")]
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest_keys(name, hints)
+
+
+def _keys_below(kind: Any, path: str) -> Iterator[str]:
+    """Dotted paths of all fields of a tree of dataclasses, groups and values."""
+    if is_dataclass(kind):
+        for name, hint in typing.get_type_hints(kind).items():
+            yield f"{path}.{name}"
+            yield from _keys_below(hint, f"{path}.{name}")
 
 
 def _check_number(value: str, kind: type[int] | type[float], path: str) -> None:

@@ -38,6 +38,7 @@ _TARGET = flags.DEFINE_enum_class("target", None, Target, "What schedules the jo
 _TOPOLOGY = flags.DEFINE_string("topology", "", "The machine: v5p:8x8x8, v6e:16x16, tpu7x:4x8x8, h100:1x64x8, …")
 _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that topology.")
 _OUT = flags.DEFINE_string("out", "", "Folder that gets the file.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a file of another text that is in --out.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; runs/NAME by default, in the shared folder.")
 _SHARED = flags.DEFINE_string("shared", "/mnt/tml", "Folder that every host sees.")
 _CODE = flags.DEFINE_string("code", "/opt/tml", "Folder of the code on every host.")
@@ -70,6 +71,8 @@ def main(argv: list[str]) -> int:
     job = read_job(target)
     name, text, submit = RENDERERS[target](job)
     file = Path(_OUT.value) / name
+    if file.exists() and file.read_text() != text and not _OVERWRITE.value:
+        raise ValueError(f"{file} is there and says something else; give another --out, or --overwrite")
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
     unfinished.write_text(text)

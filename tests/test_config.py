@@ -125,8 +125,12 @@ def launch(*arguments: str) -> tuple[int, str, str]:
     ("arguments", "message"),
     [
         ([], "--config is missing; name an experiment, as in --config=experiments/quickstart.py"),
-        (["--config=nowhere.py"], "config file nowhere.py cannot be loaded: [Errno 2] No such file"),
+        (
+            ["--config=experimnts/quickstart.py"],
+            "there is no config file experimnts/quickstart.py; did you mean experiments/quickstart.py",
+        ),
         ([QUICKSTART, "--config.optim.peek_lr=1"], "unknown key config.optim.peek_lr; did you mean peak_lr"),
+        ([QUICKSTART, "--config.num_layers=3"], "unknown key config.num_layers; did you mean config.model.num_layers?"),
         ([QUICKSTART, "--config.train.num_steps=1.5"], "config.train.num_steps = '1.5' is not a whole number"),
         ([QUICKSTART, "--config.optim.peak_lr=fast"], "config.optim.peak_lr = 'fast' is not a number"),
         ([QUICKSTART, "--config.turn.turn_ms=130"], "turn.turn_ms = 130 is not a multiple of the audio hop, 50 ms"),

@@ -281,6 +281,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_manifest_that_says_something_else_is_kept(app, tmp_path: Path) -> None:
+    text = written(app, tmp_path, *GKE, *mesh(1, 8))
+    assert written(app, tmp_path, *GKE, *mesh(1, 8)) == text
+    (file,) = tmp_path.iterdir()
+    file.write_text(text + "# by hand\n")
+    code, errors = pod(app, tmp_path, *GKE, *mesh(1, 8))
+    assert code == 1
+    assert "jobset.yaml is there and says something else" in errors
+    assert file.read_text() == text + "# by hand\n"
+    assert written(app, tmp_path, *GKE, *mesh(1, 8), "--overwrite") == text
+
+
 def test_every_flag_of_xla_exists_and_has_a_reason() -> None:
     """XLA ends a program at a flag that it does not know; libtpu's are in the slow test."""
     assert all(len(flag.reason) > 20 for flag in XLA_FLAGS)
