@@ -9,27 +9,20 @@ stablehlo: programs for CPU, CUDA and TPU, which jax alone runs; portable.json l
 hf: the Hugging Face layout of the published Inkling checkpoints, which transformers, SGLang and vLLM read.
 """
 
-import enum
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import app, flags
 
 from launch.app import FLAGS, prepare_jax, run_app
-
-
-class Format(enum.StrEnum):
-    """What is written."""
-
-    BUNDLE = "bundle"
-    STABLEHLO = "stablehlo"
-    HF = "hf"
-
+from tml.export.staging import Kind
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder, or a bundle.")
-_OUT = flags.DEFINE_string("out", "", "Folder of the export; an older one there is replaced.")
+_OUT = flags.DEFINE_string(
+    "out", "", "Folder of the export; an older one of this format is replaced, all else is refused."
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; the newest by default.")
-_FORMAT = flags.DEFINE_enum_class("format", Format.BUNDLE, Format, "What is written.")
+_FORMAT = flags.DEFINE_enum_class("format", Kind.BUNDLE, Kind, "What is written.")
 _STORED_AS = flags.DEFINE_enum(
     "stored_as",
     "as_imported",
@@ -42,7 +35,7 @@ def main(argv: list[str]) -> int:
     """Restores, writes, says what was written."""
     if not _WORKDIR.value or not _OUT.value:
         raise app.UsageError("--workdir and --out are needed, as in --workdir=runs/quickstart --out=exports/quickstart")
-    if _FORMAT.value is not Format.HF and FLAGS["stored_as"].present:
+    if _FORMAT.value is not Kind.HF and FLAGS["stored_as"].present:
         raise app.UsageError(f"--stored_as is of --format=hf; {_FORMAT.value} is stored in float32")
     prepare_jax()
     out = Path(_OUT.value)
@@ -77,10 +70,10 @@ def _write_hf(workdir: Path, step: int | None, out: Path) -> str:
     return f"{reader.experiment.name} at step {reader.step} in the layout of Inkling"
 
 
-WRITERS: Mapping[Format, Callable[[Path, int | None, Path], str]] = {
-    Format.BUNDLE: _write_bundle,
-    Format.STABLEHLO: _write_stablehlo,
-    Format.HF: _write_hf,
+WRITERS: Mapping[Kind, Callable[[Path, int | None, Path], str]] = {
+    Kind.BUNDLE: _write_bundle,
+    Kind.STABLEHLO: _write_stablehlo,
+    Kind.HF: _write_hf,
 }
 """For every format: (run folder, step, folder to write) to what was written."""
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from small_disk import small_disk
 from small_model import small_model
 from tiny import VOICE
 
@@ -20,7 +21,7 @@ from tml.checkpoint_pieces import Piece, PiecewiseArray, write_params
 from tml.config import MtpConfig, VocoderConfig, VocoderKind
 from tml.export import bundle
 from tml.export.bundle import BundleError, Model
-from tml.export.staging import whole_folder
+from tml.export.staging import Kind, whole_folder
 from tml.model import transformer
 from tml.params import init_params
 
@@ -103,7 +104,7 @@ def test_a_vocoders_program_is_in_the_bundle(model: Model, tmp_path: Path) -> No
 
 def test_a_bundle_that_was_put_aside_when_the_process_ended_is_kept(model: Model, folder: Path) -> None:
     folder.rename(folder.with_name(f".{folder.name}.old"))
-    with pytest.raises(KeyboardInterrupt), whole_folder(folder, bundle.MARKER, BundleError):
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder, Kind.BUNDLE, BundleError):
         raise KeyboardInterrupt
     assert bundle.load(folder).experiment == model.experiment
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -171,9 +172,24 @@ def test_a_folder_that_is_no_bundle_is_neither_read_nor_written_over(model: Mode
     (tmp_path / "letter.txt").write_text("dear reader")
     with pytest.raises(BundleError, match=r"neither a bundle \(no bundle.json\) nor a run folder \(no checkpoints\)"):
         bundle.open_model(tmp_path)
-    with pytest.raises(BundleError, match="holds files that are not a bundle; name an empty or a new folder"):
+    with pytest.raises(BundleError, match=r"holds files, but no tml_export.json, .*; name another --out"):
         bundle.save(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_file_that_somebody_put_into_a_bundle_is_not_deleted(model: Model, folder: Path) -> None:
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(BundleError, match=r"holds notes\.md, which no export of tml wrote; name another --out"):
+        bundle.save(model, folder)
+    assert (folder / "notes.md").read_text() == "mine"
+    assert bundle.load(folder).experiment == model.experiment
+
+
+def test_a_full_disk_leaves_what_was_there(model: Model, folder: Path) -> None:
+    with small_disk(2_000), pytest.raises(OSError, match=rf"{bundle.PARAMS} cannot be written \(.*File too large"):
+        bundle.save(model, folder)
+    assert bundle.load(folder).experiment == model.experiment
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_killed_at_any_moment_it_leaves_a_whole_bundle_or_none(model: Model, folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 from inkling_oracle import drawn_folder, inkling_model, inputs_of, oracle_logits, oracle_of
+from small_disk import small_disk
 from transformers import InklingForConditionalGeneration
 
 from tml import checkpoint
@@ -22,6 +23,7 @@ from tml.export import inkling_import, inkling_layout
 from tml.export.bundle import by_path
 from tml.export.inkling_export import StoredAs, export_folder
 from tml.export.inkling_import import import_folder
+from tml.export.staging import MARKER
 from tml.export.tensor_folder import INDEX, SINGLE
 from tml.microturn import Kind
 
@@ -146,7 +148,6 @@ def test_every_tensor_keeps_the_dtype_it_had(tmp_path: Path) -> None:
     import_folder(folder, tmp_path / "run")
     export_folder(tmp_path / "run", tmp_path / "out")
     assert_same_bytes(folder, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_other_dtypes_can_be_asked_for(saved: Path, imported: Path, tmp_path: Path) -> None:
@@ -158,6 +159,37 @@ def test_other_dtypes_can_be_asked_for(saved: Path, imported: Path, tmp_path: Pa
         np.testing.assert_array_equal(values, before[name].astype(values.dtype))
 
 
+def stated_dtypes(folder: Path) -> dict[str, str]:
+    """What config.json says that tensors are stored in, at its top and in its sections."""
+    config = json.loads((folder / "config.json").read_text())
+    groups = {"": config, **{f"{name}.": group for name, group in config.items() if isinstance(group, dict)}}
+    keys = ("dtype", "torch_dtype")
+    return {f"{name}{key}": group[key] for name, group in groups.items() for key in keys if key in group}
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [(), ("dtype",), ("torch_dtype", "text_config.torch_dtype", "audio_config.dtype"), ("vision_config.torch_dtype",)],
+)
+def test_config_json_names_the_dtype_that_is_stored(stated: tuple[str, ...], tmp_path: Path) -> None:
+    half = dict.fromkeys(inkling_layout.names(MODEL), np.dtype(ml_dtypes.bfloat16))
+    folder = drawn_folder(MODEL, tmp_path / "in", half)
+    config = json.loads((folder / "config.json").read_text())
+    for path in stated:
+        group, _, key = path.rpartition(".")
+        (config[group] if group else config)[key] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    import_folder(folder, tmp_path / "run")
+    for stored_as in StoredAs:
+        export_folder(tmp_path / "run", tmp_path / "out", stored_as=stored_as)
+        found = stated_dtypes(tmp_path / "out")
+        if stored_as is StoredAs.AS_IMPORTED:
+            assert found == dict.fromkeys(stated, "bfloat16")
+        else:
+            top = set() if {"dtype", "torch_dtype"} & set(stated) else {"dtype"}
+            assert found == dict.fromkeys({*stated, *top}, stored_as.value)
+
+
 def test_text_files_beside_the_weights_are_carried_along(tmp_path: Path) -> None:
     folder = drawn_folder(MODEL, tmp_path / "in")
     for name in ("tokenizer.json", "chat_template.jinja"):
@@ -167,7 +199,12 @@ def test_text_files_beside_the_weights_are_carried_along(tmp_path: Path) -> None
     assert Path(experiment.text.tokenizer).read_text() == "tokenizer.json"
     export_folder(tmp_path / "run", tmp_path / "out")
     kept = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
-    assert kept == {"tokenizer.json", "chat_template.jinja", "config.json", INDEX}
+    assert kept == {"tokenizer.json", "chat_template.jinja", "config.json", INDEX, MARKER}
+    assert set(json.loads((tmp_path / "out" / MARKER).read_text())["files"]) > kept - {MARKER}
+    import_folder(tmp_path / "out", tmp_path / "again")
+    export_folder(tmp_path / "again", tmp_path / "out2")
+    for name in kept:
+        assert (tmp_path / "out2" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_an_import_is_a_checkpoint_like_any_other(saved: Path, imported: Path) -> None:
@@ -241,9 +278,24 @@ def test_what_does_not_fit_is_refused_and_nothing_is_made(change, message: str, 
 
 def test_an_export_writes_over_nothing_else(imported: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear reader")
-    with pytest.raises(ValueError, match="holds files that are not a model; name an empty or a new folder"):
+    with pytest.raises(ValueError, match=r"holds files, but no tml_export.json, .*; name another --out"):
         export_folder(imported, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_the_download_that_a_run_came_from_is_not_written_over(saved: Path, imported: Path, tmp_path: Path) -> None:
+    download = shutil.copytree(saved, tmp_path / "download")
+    (download / "README.md").write_text("of others")
+    with pytest.raises(ValueError, match=r"no export of tml, or one of an older version; name another --out"):
+        export_folder(imported, download)
+    assert (download / "README.md").read_text() == "of others"
+    assert_same_bytes(saved, download)
+
+
+def test_a_full_disk_is_no_traceback(imported: Path, tmp_path: Path) -> None:
+    with small_disk(20_000), pytest.raises(OSError, match=r"model-00001-of-.* cannot be written \(.*File too large"):
+        export_folder(imported, tmp_path / "out", max_shard_bytes=40_000)
+    assert not list(tmp_path.iterdir())
 
 
 def program(name: str, *arguments: Path | str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 from inkling_oracle import inkling_model
 from PIL import Image
+from small_disk import small_disk
 from small_model import small_model, small_sound
 from tiny import VOICE
 from transformers import InklingForConditionalGeneration
 
 from tml import checkpoint
-from tml.checkpoint_pieces import Piece, PiecewiseArray, write_params
+from tml.checkpoint_pieces import ParamsReader, Piece, PiecewiseArray, write_params
 from tml.codec.own_sound import frame_config
+from tml.codec.text import TOKENIZER_FILES
 from tml.codec.vocoder_program import save_program
 from tml.config import (
     AudioConfig,
@@ -26,13 +29,16 @@ from tml.config import (
     Experiment,
     MicroTurnConfig,
     ModelConfig,
+    MtpConfig,
+    MtpEmbedding,
     VideoConfig,
     VocoderConfig,
     VocoderKind,
 )
+from tml.export import interaction_head
 from tml.export.bundle import Model, open_model
 from tml.export.inkling_export import export_folder
-from tml.export.inkling_import import TOKENIZERS, import_folder
+from tml.export.inkling_import import import_folder
 from tml.export.interaction_head import DESCRIPTION, WEIGHTS
 from tml.model import transformer
 from tml.params import spec_leaves
@@ -75,7 +81,7 @@ def test_a_voice_comes_back_with_its_layout_of_micro_turns(exported: tuple[Path,
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tokenizer", TOKENIZER_FILES.values())
 def test_a_tower_that_inkling_cannot_name_stands_beside_and_comes_back_with_the_tokenizer(
     tokenizer: str, tmp_path: Path
 ) -> None:
@@ -177,6 +183,44 @@ def test_a_voice_of_another_size_is_refused(exported: tuple[Path, Path], tmp_pat
     text = (folder / DESCRIPTION).read_text()
     (folder / DESCRIPTION).write_text(text.replace('"num_mels": 3', '"num_mels": 4'))
     with pytest.raises(ValueError, match=r"data_in has shape \(6, 8\)"):
+        import_folder(folder, tmp_path / "run")
+
+
+def test_a_head_that_is_cut_off_is_damaged(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported[1], tmp_path / "in")
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=rf"{WEIGHTS} is damaged \(.*\); export it again"):
+        import_folder(folder, tmp_path / "run")
+
+
+def test_a_full_disk_is_no_traceback(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    reader, specs = ParamsReader(exported[0]), interaction_head.head_specs(EXPERIMENT.model)
+    with small_disk(1_000), pytest.raises(OSError, match=rf"{WEIGHTS} cannot be written \(.*File too large"):
+        interaction_head._write_weights(tmp_path, reader, specs)
+
+
+def test_what_training_goes_on_with_comes_back(tmp_path: Path) -> None:
+    model = inkling_model(mtp=MtpConfig(num_blocks=1, embedding=MtpEmbedding.INPUT))
+    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, balance_rate=0.02))
+    write_run(tmp_path / "run", Experiment(name="trained", model=model))
+    export_folder(tmp_path / "run", tmp_path / "out")
+    found = import_folder(tmp_path / "out", tmp_path / "again").model
+    assert (found.mtp, found.moe.balance_rate) == (model.mtp, 0.02)
+
+
+def test_an_older_description_has_what_imports_took_then(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exported[1], tmp_path / "in")
+    described = json.loads((folder / DESCRIPTION).read_text())
+    del described["mtp_embedding"], described["balance_rate"]
+    (folder / DESCRIPTION).write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"cannot be read: .* lacks balance_rate, .*; export it again"):
+        import_folder(folder, tmp_path / "run")
+    (folder / DESCRIPTION).write_text(json.dumps(described | {"format": 2}))
+    found = import_folder(folder, tmp_path / "run").model
+    assert (found.audio_out, found.mtp.embedding, found.moe.balance_rate) == (VOICE, MtpEmbedding.RAW, 1e-3)
+    (folder / DESCRIPTION).write_text(json.dumps(described | {"format": 1}))
+    with pytest.raises(ValueError, match="format 1, this code reads 2 and 3; export it again"):
         import_folder(folder, tmp_path / "run")
 
 

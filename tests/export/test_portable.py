@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from small_disk import small_disk
 from small_model import small_model
 
 from tml.export import portable
 from tml.export.bundle import Model
 from tml.export.portable import PortableError
 from tml.model import cache
-from tml.stream import engine
 from tml.stream.inputs import TurnInputs
 
 ROOT = Path(__file__).parents[2]
@@ -72,14 +72,13 @@ def test_a_fresh_process_without_the_package_says_the_same(model: Model, folder:
 
     cfg = model.experiment.model
     state = cache.init_state(cfg, BUCKET, model.experiment.stream.max_positions, model.layout.max_slots_in)
-    nothing = portable._no_inputs(cfg, model.layout, BUCKET)
     for i, (name, call) in enumerate(calls):
         arrays = {key: jnp.asarray(value) for key, value in call.items()}
         if name == "append":
             slots, last_B = TurnInputs(**arrays).slots(), np.maximum(call["counts_B"] - 1, 0)
             active_B = call["counts_B"] > 0
         else:
-            slots = engine.token_slots(arrays["tokens_B"], arrays["active_B"], nothing, cfg)
+            slots = cache.slots_of(arrays["tokens_B"][:, None], arrays["active_B"].astype(jnp.int32), cfg)
             last_B, active_B = np.zeros(BUCKET, int), call["active_B"]
         state, logits_BWV = jax.jit(cache.append, static_argnums=3)(model.params, state, slots, cfg)
         wanted_BV = np.asarray(logits_BWV)[np.arange(BUCKET), last_B]
@@ -104,8 +103,24 @@ def test_the_manifest_states_everything(model: Model, folder: Path) -> None:
 
 def test_another_folder_is_not_written_over(model: Model, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear reader")
-    with pytest.raises(PortableError, match="holds files that are not a portable; name an empty or a new folder"):
+    with pytest.raises(PortableError, match=r"holds files, but no tml_export.json, .*; name another --out"):
         portable.save(model, tmp_path, buckets=(1,))
+
+
+def test_a_file_that_somebody_put_beside_programs_is_not_deleted(model: Model, tmp_path: Path) -> None:
+    out = tmp_path / "portable"
+    portable.save(model, out, buckets=())
+    portable.save(model, out, buckets=())
+    (out / "notes.md").write_text("mine")
+    with pytest.raises(PortableError, match=r"holds notes\.md, which no export of tml wrote; name another --out"):
+        portable.save(model, out, buckets=())
+    assert (out / "notes.md").read_text() == "mine"
+
+
+def test_a_full_disk_is_no_traceback(model: Model, tmp_path: Path) -> None:
+    with small_disk(2_000), pytest.raises(OSError, match=r"params.safetensors cannot be written \(.*File too large"):
+        portable.save(model, tmp_path / "portable", buckets=())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ config.json           the experiment
 params.safetensors    every parameter in float32, by its path
 tokenizer/            the tokenizer's own file
 vocoder/              the vocoder's program, where the voice names one
-bundle.json           format, config hash, checksums; written last, so that half a bundle is none
+bundle.json           format, config hash, checksums
+tml_export.json       by which the next export knows what it may replace (tml.export.staging)
 """
 
 import hashlib
@@ -16,15 +17,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from tml import checkpoint
-from tml.codec.text import Tokenizer, layout_of
+from tml.codec.text import Tokenizer
 from tml.codec.vocoder_program import carried, carry
 from tml.config import AudioOutConfig, Experiment, config_hash, to_json
 from tml.config.tree import from_json
-from tml.export.staging import whole_folder
+from tml.export.staging import Kind, whole_folder
+from tml.export.tensor_folder import save_tensors
 from tml.microturn import Layout
 from tml.model import transformer
 from tml.params import PyTree, map_specs, spec_leaves
@@ -57,7 +58,7 @@ class Model:
     @property
     def layout(self) -> Layout:
         """The micro-turn layout."""
-        return layout_of(self.experiment, self.tokenizer)
+        return Layout.of(self.experiment.turn, self.experiment.model, self.tokenizer.special)
 
 
 def open_model(folder: Path, step: int | None = None) -> Model:
@@ -81,20 +82,20 @@ def open_model(folder: Path, step: int | None = None) -> Model:
     trained, params = checkpoint.restore(folder, step)
     experiment = replace(trained, model=trained.model.streamed)
     names = transformer.specs(experiment.model)
-    return Model(
-        experiment=experiment, params={name: params[name] for name in names}, tokenizer=_load_tokenizer(folder)
-    )
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    return Model(experiment=experiment, params={name: params[name] for name in names}, tokenizer=tokenizer)
 
 
 def save(model: Model, folder: Path) -> None:
-    """Writes a bundle. What is there already is replaced only when the new one is whole.
+    """Writes a bundle. An older one is replaced only when the new one is whole.
 
     Raises:
-        BundleError: the folder holds something that is not a bundle.
+        BundleError: the folder holds anything but a bundle that `save` wrote.
+        OSError: the disk is full.
     """
-    with whole_folder(folder, MARKER, BundleError) as staging:
+    with whole_folder(folder, Kind.BUNDLE, BundleError) as staging:
         experiment = with_voice(model.experiment, carry(model.experiment.model.audio_out, staging))
-        safetensors.numpy.save_file(by_path(model.params, experiment), staging / PARAMS)
+        save_tensors(by_path(model.params, experiment), staging / PARAMS)
         (staging / CONFIG).write_text(to_json(experiment) + "\n")
         model.tokenizer.save(staging / TOKENIZER)
         files = sorted(str(file.relative_to(staging)) for file in staging.rglob("*") if file.is_file())
@@ -121,7 +122,8 @@ def load(folder: Path) -> Model:
         ) from error
     experiment = with_voice(experiment, carried(experiment.model.audio_out, folder))
     tensors = safetensors.numpy.load_file(folder / PARAMS)
-    return Model(experiment=experiment, params=_as_tree(tensors, experiment, folder), tokenizer=_load_tokenizer(folder))
+    params, tokenizer = _as_tree(tensors, experiment, folder), Tokenizer.load(folder / TOKENIZER)
+    return Model(experiment=experiment, params=params, tokenizer=tokenizer)
 
 
 def with_voice(experiment: Experiment, own: AudioOutConfig) -> Experiment:
@@ -156,11 +158,6 @@ def digest(file: Path) -> str:
     """The sha256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    ranks = folder / TOKENIZER / "tokenizer.tiktoken"
-    return Tokenizer.load(ranks if ranks.exists() else folder / TOKENIZER)
 
 
 def by_path(params: PyTree, experiment: Experiment) -> dict[str, np.ndarray]:

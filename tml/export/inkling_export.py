@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tml.checkpoint_pieces import ParamsReader
+from tml.codec.text import TOKENIZER_FILES
 from tml.export import inkling_config, inkling_layout, interaction_head
 from tml.export.inkling_import import (
     ABOUT_TOKENIZERS,
@@ -19,17 +21,19 @@ from tml.export.inkling_import import (
     KEEPSAKE,
     SIDE_FILES,
     STORED,
-    TOKENIZERS,
     origin,
     read_config,
     rows_at_a_time,
 )
 from tml.export.inkling_layout import FLOAT32_NAMES, Part, Tensor
-from tml.export.staging import whole_folder
-from tml.export.tensor_folder import DTYPES, INDEX, Planned, write_shards
+from tml.export.staging import Kind, whole_folder
+from tml.export.tensor_folder import DTYPES, Planned, write_shards
 
 MAX_SHARD_BYTES = 5 * 10**9
 """What a shard may hold; a larger tensor has one of its own."""
+
+DTYPE_KEYS = {"dtype", "torch_dtype"}
+"""How config.json names what tensors are stored in: of today and of before."""
 
 
 class StoredAs(enum.StrEnum):
@@ -53,7 +57,7 @@ def export_folder(
 
     Args:
         workdir: the run folder.
-        folder: what is written; an older export there is replaced when the new one is whole.
+        folder: what is written; an older export there is replaced when the new one is whole, anything else refused.
         step: the checkpoint, the newest if None.
         stored_as: the dtypes.
         max_shard_bytes: the size of a shard.
@@ -61,6 +65,7 @@ def export_folder(
     Raises:
         ValueError: the model cannot be described by a config.json, or the folder holds something else.
         CheckpointError: there is no checkpoint, or it is damaged.
+        OSError: the disk is full.
     """
     reader = ParamsReader(workdir, step)
     keepsake, model = workdir / KEEPSAKE, interaction_head.published(reader.experiment.model)
@@ -69,7 +74,8 @@ def export_folder(
     config = inkling_config.from_model(model, kept)
     layout = inkling_layout.tensors(model)
     dtypes = {tensor.name: dtype_of(tensor.name, stored_as, before) for tensor in layout}
-    config["dtype"] = max(dtypes.values(), key=list(dtypes.values()).count).name
+    if stored_as is not StoredAs.AS_IMPORTED or not kept:
+        _state_dtype(config, "bfloat16" if stored_as is StoredAs.BFLOAT16 else "float32")
     planned = [
         Planned(
             tensor.name,
@@ -78,7 +84,7 @@ def export_folder(
         )
         for tensor in layout
     ]
-    with whole_folder(folder, INDEX, ValueError) as staging:
+    with whole_folder(folder, Kind.HF, ValueError) as staging:
         write_shards(staging, planned, max_shard_bytes)
         interaction_head.write(staging, reader)
         reader.check()
@@ -90,12 +96,21 @@ def export_folder(
     return reader
 
 
+def _state_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Names the dtype wherever config.json names one, in either spelling, and at the top anyway."""
+    sections = [config[name] for name in inkling_config.SECTIONS if name in config]
+    for group in (config, *sections):
+        group |= dict.fromkeys(DTYPE_KEYS & group.keys(), dtype)
+    if not DTYPE_KEYS & config.keys():
+        config["dtype"] = dtype
+
+
 def _copy_tokenizer(trained: Path, folder: Path) -> None:
     """Puts the run's own tokenizer in place of the one that came with what it began with, where they differ."""
-    files = [trained / name for name in TOKENIZERS if (trained / name).is_file()]
+    files = [trained / name for name in TOKENIZER_FILES.values() if (trained / name).is_file()]
     if not files or all((folder / f.name).is_file() and filecmp.cmp(f, folder / f.name, False) for f in files):
         return
-    for name in (*TOKENIZERS, *ABOUT_TOKENIZERS):
+    for name in (*TOKENIZER_FILES.values(), *ABOUT_TOKENIZERS):
         (folder / name).unlink(missing_ok=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from tml.checkpoint import CheckpointError, describe
+from tml.checkpoint import CheckpointError
 from tml.checkpoint_pieces import STEP, ParamsReader, Piece, PiecewiseArray, committed_steps, write_params
+from tml.codec.text import TOKENIZER_FILES, tokenizer_file
 from tml.codec.vocoder_program import carried, carry
-from tml.config import Experiment, ModelConfig, TextConfig, difference, to_json, to_mapping
+from tml.config import Experiment, ModelConfig, TextConfig, describe, difference, to_json, to_mapping
 from tml.export import inkling_config, inkling_layout, interaction_head
 from tml.export.inkling_layout import Part, Tensor
 from tml.export.tensor_folder import TensorFolder
@@ -37,10 +38,9 @@ WITHOUT_MTP = "; a checkpoint without these blocks, as transformers saves them, 
 KEEPSAKE = "inkling"
 """Folder of a run folder with what the network does not need and an export gives back."""
 CONFIG, STORED = "config.json", "stored.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.tiktoken")
 ABOUT_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json")
 SIDE_FILES = (
-    *TOKENIZERS,
+    *TOKENIZER_FILES.values(),
     *ABOUT_TOKENIZERS,
     "processor_config.json",
     "preprocessor_config.json",
@@ -73,8 +73,8 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int | None = 
     layout = inkling_layout.tensors(model)
     beside = interaction_head.read(folder)
     check_tensors(layout, source)
-    tokenizer = next((name for name in TOKENIZERS if (folder / name).is_file()), None)
-    text = TextConfig(tokenizer=str(workdir / "tokenizer" / tokenizer) if tokenizer else "")
+    tokenizer = tokenizer_file(folder)
+    text = TextConfig(tokenizer=str(workdir / "tokenizer" / tokenizer.name) if tokenizer else "")
     experiment = Experiment(name=folder.resolve().name, model=model, text=text)
     if beside:
         experiment = beside.whole(experiment)
@@ -90,7 +90,7 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int | None = 
     carry(voice, workdir)
     if tokenizer:
         (workdir / "tokenizer").mkdir(exist_ok=True)
-        shutil.copyfile(folder / tokenizer, workdir / "tokenizer" / tokenizer)
+        shutil.copyfile(tokenizer, workdir / "tokenizer" / tokenizer.name)
     (workdir / CONFIG).write_text(to_json(experiment) + "\n")
     arrays = {**piecewise(layout, model, source), **interaction_head.piecewise(folder, experiment.model)}
     write_params(workdir, experiment, arrays)

@@ -5,7 +5,8 @@ needs to be the same again, if it is not what an import would take anyway.
 
 interaction_head.safetensors   flow head, table of own audio and such a tower, by our paths, in float32
 interaction_head.json          format, voice (`model.audio_out`), what is heard (`model.audio`) and seen (`model.video`)
-                               and how often, dtype of computing, layout of micro-turns (`turn`), streaming (`stream`)
+                               and how often, dtype of computing, what training needs to go on (`mtp_embedding`,
+                               `balance_rate`), layout of micro-turns (`turn`), streaming (`stream`)
 vocoder/                       the vocoder's program, where the voice names one
 """
 
@@ -16,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
 from tml.checkpoint_pieces import ParamsReader, Piece, PiecewiseArray
 from tml.codec.vocoder_program import carried, carry
@@ -27,17 +27,21 @@ from tml.config import (
     Experiment,
     MicroTurnConfig,
     ModelConfig,
+    MtpEmbedding,
     StreamConfig,
     VideoConfig,
     to_mapping,
 )
 from tml.config.tree import from_mapping
 from tml.export import inkling_config
+from tml.export.tensor_folder import open_tensors, save_tensors
 from tml.export.tile_folds import is_planned
 from tml.model import transformer
 from tml.params import ParamSpec, spec_leaves
 
-FORMAT = 2
+FORMAT = 3
+LACKED_BY_2 = {"mtp_embedding": MtpEmbedding.RAW.value, "balance_rate": 1e-3}
+"""What format 2 does not say, with the values that its imports had."""
 WEIGHTS, DESCRIPTION = "interaction_head.safetensors", "interaction_head.json"
 
 
@@ -50,6 +54,8 @@ class Described:
         audio: what is heard.
         video: the image tower, if there is one.
         compute_dtype: of activations.
+        mtp_embedding: what blocks of multi-token prediction are told of the position ahead.
+        balance_rate: step of the router's selection bias.
         turn: the layout of micro-turns that the model was trained in.
         stream: how it is streamed.
     """
@@ -58,6 +64,8 @@ class Described:
     audio: AudioConfig
     video: VideoConfig
     compute_dtype: ComputeDtype
+    mtp_embedding: MtpEmbedding
+    balance_rate: float
     turn: MicroTurnConfig
     stream: StreamConfig
 
@@ -70,6 +78,8 @@ class Described:
             audio=model.audio,
             video=model.video if model.video.max_tiles_per_turn else VideoConfig(),
             compute_dtype=model.compute_dtype,
+            mtp_embedding=model.mtp.embedding,
+            balance_rate=model.moe.balance_rate,
             turn=experiment.turn,
             stream=experiment.stream,
         )
@@ -82,6 +92,8 @@ class Described:
             audio=self.audio,
             video=self.video,
             compute_dtype=self.compute_dtype,
+            mtp=replace(experiment.model.mtp, embedding=self.mtp_embedding),
+            moe=replace(experiment.model.moe, balance_rate=self.balance_rate),
         )
         return replace(experiment, model=model, turn=self.turn, stream=self.stream)
 
@@ -127,7 +139,7 @@ def _as_imported(experiment: Experiment) -> Experiment:
 
 def _write_weights(folder: Path, reader: ParamsReader, specs: Mapping[str, ParamSpec]) -> None:
     tensors = {path: np.asarray(reader.read(path, (0,), spec.shape[0])) for path, spec in specs.items()}
-    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+    save_tensors(tensors, folder / WEIGHTS)
 
 
 def read(folder: Path) -> Described | None:
@@ -145,10 +157,10 @@ def read(folder: Path) -> Described | None:
     try:
         described = json.loads(file.read_text())
         found = described["format"]
-        if found != FORMAT:
-            raise ValueError(f"format {found}, this code reads {FORMAT}")
+        if found not in (2, FORMAT):
+            raise ValueError(f"format {found}, this code reads 2 and {FORMAT}")
         del described["format"]
-        beside = from_mapping(Described, described, DESCRIPTION)
+        beside = from_mapping(Described, (LACKED_BY_2 if found == 2 else {}) | described, DESCRIPTION)
         beside = replace(beside, audio_out=carried(beside.audio_out, folder))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}; export it again") from error
@@ -161,12 +173,12 @@ def piecewise(folder: Path, model: ModelConfig) -> dict[str, PiecewiseArray]:
     """Every parameter that stands beside, read when its turn comes; often none.
 
     Raises:
-        ValueError: a parameter too many, too few, or of another shape.
+        ValueError: a damaged file, or a parameter too many, too few, or of another shape.
     """
     specs = head_specs(model)
     if not specs:
         return {}
-    with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as stored:
+    with open_tensors(folder / WEIGHTS, "export it again") as stored:
         found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
     for name in sorted(found.keys() | specs.keys()):
         wanted = specs[name].shape if name in specs else None
@@ -182,5 +194,5 @@ def piecewise(folder: Path, model: ModelConfig) -> dict[str, PiecewiseArray]:
 
 
 def _whole(file: Path, path: str) -> Iterator[Piece]:
-    with safetensors.safe_open(file, framework="numpy") as stored:
+    with open_tensors(file, "export it again") as stored:
         yield Piece((0,), stored.get_tensor(path))

@@ -5,6 +5,7 @@
     init_bB.stablehlo     no sessions yet: the state of B sessions that have not begun
     append_bB.stablehlo   a micro-turn's input slots for B sessions, to the state and the logits after the last one
     decode_bB.stablehlo   one output token for each of B sessions that is active, to the state and the next logits
+    tml_export.json       by which the next export knows what it may replace (tml.export.staging)
 
 A server keeps a bucket's state on the device, pads its sessions to the next bucket, and leaves a place idle with
 counts_B = 0 or active_B = false. The tokens that may stand at a place are the server's to choose (tml.stream.engine);
@@ -18,17 +19,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import safetensors.numpy
 from jax import export
 
 from tml.config import ModelConfig, config_hash
 from tml.export.bundle import PARAMS, Model, by_path, digest
-from tml.export.staging import whole_folder
+from tml.export.staging import Kind, whole_folder
+from tml.export.tensor_folder import save_tensors
 from tml.microturn import Layout
 from tml.model import cache, transformer
-from tml.model.cache import DecodeState, Slots
+from tml.model.cache import DecodeState, slots_of
 from tml.params import PyTree, abstract_params
-from tml.stream.engine import token_slots
 from tml.stream.inputs import TurnInputs
 
 FORMAT = 1
@@ -46,14 +46,15 @@ def save(model: Model, folder: Path, buckets: Sequence[int] = BUCKETS) -> None:
     """Writes the programs of every bucket, the weights and the manifest; an older export there is replaced.
 
     Raises:
-        PortableError: the folder holds something that is not an export of this kind, or the model has a voice.
+        PortableError: the folder holds anything but what `save` wrote, or the model has a voice.
+        OSError: the disk is full.
     """
     if model.experiment.model.has_voice:
         raise PortableError(
             "portable programs have no flow head yet, and this model has a voice (model.audio_out); export a bundle"
         )
-    with whole_folder(folder, MARKER, PortableError) as staging:
-        safetensors.numpy.save_file(by_path(model.params, model.experiment), staging / PARAMS)
+    with whole_folder(folder, Kind.STABLEHLO, PortableError) as staging:
+        save_tensors(by_path(model.params, model.experiment), staging / PARAMS)
         programs = [
             _write_program(staging, name, bucket, function, arguments)
             for bucket in buckets
@@ -87,7 +88,7 @@ def _programs(model: Model, bucket: int) -> list[tuple[str, Callable[..., PyTree
         return {"state": state, "logits_BV": jnp.take_along_axis(logits_BWV, last_B[:, None, None], axis=1)[:, 0]}
 
     def decode(params: PyTree, state: DecodeState, tokens: dict[str, jax.Array]) -> PyTree:
-        slots: Slots = token_slots(tokens["tokens_B"], tokens["active_B"], _no_inputs(cfg, layout, bucket), cfg)
+        slots = slots_of(tokens["tokens_B"][:, None], tokens["active_B"].astype(jnp.int32), cfg)
         state, logits_BWV = cache.append(params, state, slots, cfg)
         return {"state": state, "logits_BV": logits_BWV[:, 0]}
 

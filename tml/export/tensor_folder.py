@@ -1,6 +1,7 @@
 """Folders of safetensors, in one file or in shards with an index: read row by row, written shard by shard."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,39 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
 }
 """What a tensor may be stored in, under its name in a safetensors header; each value is a float32 as well."""
+
+
+def open_tensors(file: Path, way_out: str) -> Any:
+    """Opens a safetensors file and reads its header.
+
+    Args:
+        file: which.
+        way_out: what the reader of an error can do, such as "download it again".
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is cut off, or is no such file.
+    """
+    try:
+        return safetensors.safe_open(file, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); {way_out}") from error
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written for another reason.
+    """
+    try:
+        safetensors.numpy.save_file(dict(tensors), file, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{file} cannot be written ({error}); make room, or write elsewhere") from error
+    # The library lets only the owner read it; who serves the model may be somebody else.
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 @dataclass(frozen=True)
@@ -41,7 +75,7 @@ class TensorFolder:
             ValueError: there are no safetensors, an index that is none, or a tensor in another dtype.
         """
         self.folder = folder
-        self._files = {name: self._open(folder / name) for name in self._file_names()}
+        self._files = {name: open_tensors(folder / name, "download it again") for name in self._file_names()}
         self.tensors: dict[str, Stored] = {}
         for file, reader in self._files.items():
             for name in reader.keys():  # noqa: SIM118 (it is no mapping)
@@ -80,12 +114,6 @@ class TensorFolder:
                 raise FileNotFoundError(f"{folder / file} is missing, but {INDEX} names it; download it again")
         return files
 
-    def _open(self, file: Path) -> Any:
-        try:
-            return safetensors.safe_open(file, framework="numpy")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); download it again") from error
-
 
 @dataclass(frozen=True)
 class Planned:
@@ -103,6 +131,9 @@ def write_shards(folder: Path, tensors: Iterable[Planned], max_shard_bytes: int)
         folder: where to.
         tensors: made when their shard is written.
         max_shard_bytes: a shard holds no more, unless one tensor is larger.
+
+    Raises:
+        OSError: the disk is full.
     """
     shards: list[list[Planned]] = []
     room = 0
@@ -125,4 +156,4 @@ def write_shards(folder: Path, tensors: Iterable[Planned], max_shard_bytes: int)
 def _write_shard(file: Path, shard: Sequence[Planned]) -> None:
     values = {tensor.name: tensor.make() for tensor in shard}
     assert {name: array.nbytes for name, array in values.items()} == {tensor.name: tensor.num_bytes for tensor in shard}
-    safetensors.numpy.save_file(values, file, metadata={"format": "pt"})  # transformers asks for this word
+    save_tensors(values, file, metadata={"format": "pt"})  # transformers asks for this word
