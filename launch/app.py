@@ -32,7 +32,7 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code an er
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75
-"""As in tml.train, which cannot be imported without jax; a test holds them equal."""
+"""EX_TEMPFAIL of sysexits.h: the same command continues."""
 EXIT_KEYBOARD = 130
 EXIT_UNREAD = 141
 """As shells say of a command that a closed pipe ended: it was not done."""
@@ -150,8 +150,9 @@ def _readable(error: Exception) -> str:
     file = Path(found.group(1))
     if file.exists():
         return f"config file {file} cannot be loaded: {found.group(2)}"
-    known = [str(other) for folder in (file.parent, Path("experiments")) for other in folder.glob("*.py")]
-    return f"there is no config file {file}; {nearest_keys(str(file), known)}"
+    folders = (file.parent, Path("experiments"))
+    known = sorted({str(other) for folder in folders for other in folder.glob("*.py") if other.stem != "__init__"})
+    return f"there is no config file {file}" + (f"; {nearest_keys(str(file), known)}" if known else "")
 
 
 def _check_overrides(argv: list[str]) -> None:
@@ -160,10 +161,23 @@ def _check_overrides(argv: list[str]) -> None:
         found = re.match(r"--?config\.([\w.]+)(=|$)", arg)
         if found:
             value = arg.partition("=")[2] if found.group(2) else None
-            _check_key(found.group(1).split("."), Experiment, "config", value)
+            check_key(found.group(1), value)
 
 
-def _check_key(names: list[str], kind: Any, path: str, value: str | None) -> None:
+def check_key(key: str, value: str | None = None) -> None:
+    """Checks that a dotted key, such as `model.num_layers`, is one of an experiment's.
+
+    Args:
+        key: without `config` in front.
+        value: as the command line gives it, checked where a number is wanted; None for no check.
+
+    Raises:
+        app.UsageError: it is none, with the nearest keys; or the value is no number.
+    """
+    _check_names(key.split("."), Experiment, "config", value)
+
+
+def _check_names(names: list[str], kind: Any, path: str, value: str | None) -> None:
     if not names:
         if value is not None and kind in (int, float):
             _check_number(value, kind, path)
@@ -172,11 +186,11 @@ def _check_key(names: list[str], kind: Any, path: str, value: str | None) -> Non
         hints = typing.get_type_hints(kind)
         if names[0] not in hints:
             raise app.UsageError(f"unknown key {path}.{names[0]}; {_likely_keys(names[0], hints)}")
-        _check_key(names[1:], hints[names[0]], f"{path}.{names[0]}", value)
+        _check_names(names[1:], hints[names[0]], f"{path}.{names[0]}", value)
         return
     origin = typing.get_origin(kind)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        _check_key(names[1:], typing.get_args(kind)[1], f"{path}.{names[0]}", value)
+        _check_names(names[1:], typing.get_args(kind)[1], f"{path}.{names[0]}", value)
         return
     raise app.UsageError(f"unknown key {path}.{'.'.join(names)}; {path} is a single value")
 

@@ -43,16 +43,22 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; runs/NAME by default,
 _SHARED = flags.DEFINE_string("shared", "/mnt/tml", "Folder that every host sees.")
 _CODE = flags.DEFINE_string("code", "/opt/tml", "Folder of the code on every host.")
 _PYTHON = flags.DEFINE_string("python", "", "Python on every host; the code folder's .venv, and on gke the image's.")
-_MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 10, "Restarts after failures; those after preemption are free.")
-_GRACE_S = flags.DEFINE_integer("grace_s", 300, "Seconds to finish the step and save, from notice to end.")
-_START_TIMEOUT_S = flags.DEFINE_integer("start_timeout_s", 900, "Seconds that the hosts wait for each other.")
+_MAX_RESTARTS = flags.DEFINE_integer(
+    "max_restarts", 10, "Restarts after failures; those after preemption are free.", lower_bound=0
+)
+_GRACE_S = flags.DEFINE_integer(
+    "grace_s", 300, "Seconds to finish the step and save, from notice to end.", lower_bound=1
+)
+_START_TIMEOUT_S = flags.DEFINE_integer(
+    "start_timeout_s", 900, "Seconds that the hosts wait for each other.", lower_bound=1
+)
 _IMAGE = flags.DEFINE_string("image", "", "gke: the container image, with the code and its packages.")
 _CLAIM = flags.DEFINE_string("claim", "", "gke: the PersistentVolumeClaim that is the shared folder.")
 _QUEUE = flags.DEFINE_string("queue", "", "gke: the Kueue queue; multislice-queue in XPK's clusters.")
 _TIME_LIMIT = flags.DEFINE_string("time_limit", "", "slurm: wall time of one allocation, as in 1-00:00:00.")
 _PARTITION = flags.DEFINE_string("partition", "", "slurm: the partition; the cluster's default if empty.")
 _ACCOUNT = flags.DEFINE_string("account", "", "slurm: the account; the user's default if empty.")
-_BUCKET = flags.DEFINE_string("bucket", "", "skypilot: the object store that is the shared folder, as in gs://NAME.")
+_BUCKET = flags.DEFINE_string("bucket", "", "skypilot: the bucket that is the shared folder, gs://NAME.")
 
 FLAGS_OF: Mapping[Target, tuple[tuple[str, ...], tuple[str, ...]]] = {
     Target.GKE: (("image", "claim"), ("queue",)),
@@ -106,6 +112,8 @@ def read_job(target: Target) -> PodJob:
     """
     experiment = read_experiment(_CONFIG)
     topology = parse_topology(_TOPOLOGY.value, _NUM_SLICES.value)
+    if target is Target.SKYPILOT:
+        topology = pod_skypilot.with_hosts(topology)
     check_mesh(experiment, topology)
     check_platform(experiment.model, topology.chip.platform)
     shared, code = PurePosixPath(_SHARED.value), PurePosixPath(_CODE.value)
@@ -149,6 +157,7 @@ def _gke(job: PodJob) -> tuple[str, str, Callable[[str], str]]:
 def _slurm(job: PodJob) -> tuple[str, str, Callable[[str], str]]:
     if job.topology.machines.gke_name:
         raise ValueError(f"--target=slurm is for GPUs; use --target=gke or skypilot for {job.topology.chip.name}")
+    pod_slurm.check_times(_TIME_LIMIT.value, job.grace_s, _START_TIMEOUT_S.value)
     text = pod_slurm.sbatch_text(job, _TIME_LIMIT.value, _PARTITION.value, _ACCOUNT.value)
     return "job.sbatch", text, pod_slurm.submit_command
 

@@ -5,10 +5,46 @@ from typing import Any
 
 from launch.app import EXIT_INTERRUPTED
 from launch.pod_job import COORDINATOR_PORT, PodJob, manifest_text
+from launch.pod_topology import Topology
 
 SLICE, CONTAINER, VOLUME = "slice", "train", "shared"
 TPU_PORTS = (8471, 8431)
 """The TPU runtime's own traffic and its metrics (cloud.google.com/kubernetes-engine/docs/how-to/tpus)."""
+
+FLAT_SHAPES = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+"""Node pools of v5e and v6e that hosts of four chips fill."""
+SMALL_SHAPES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+"""Node pools of v5p and tpu7x that are less than a cube of 4 x 4 x 4; larger ones are made of such cubes.
+
+Both: cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and XPK's table of systems."""
+CUBE = 4
+
+
+def check_shape(topology: Topology) -> None:
+    """Checks that GKE has node pools of the slice's shape.
+
+    Raises:
+        ValueError: with the shape in order if that is one, else with those that there are.
+    """
+    chip, shape = topology.chip.name, topology.shape
+    ascending = tuple(sorted(shape))
+    if _is_pool(shape):
+        return
+    wrong = f"GKE has no node pool of {chip}:{_written(shape)}"
+    if _is_pool(ascending):
+        raise ValueError(f"{wrong}: sizes ascend; set --topology={chip}:{_written(ascending)}")
+    is_flat = len(shape) == 2
+    known = ", ".join(_written(each) for each in (FLAT_SHAPES if is_flat else SMALL_SHAPES))
+    raise ValueError(f"{wrong}; there are {known}" + ("" if is_flat else f", and ascending multiples of {CUBE}"))
+
+
+def _is_pool(shape: tuple[int, ...]) -> bool:
+    are_cubes = len(shape) == 3 and all(size % CUBE == 0 for size in shape)
+    return shape in (*FLAT_SHAPES, *SMALL_SHAPES) or (are_cubes and list(shape) == sorted(shape))
+
+
+def _written(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def jobset(job: PodJob, image: str, claim: str, queue: str) -> dict[str, Any]:
@@ -23,7 +59,11 @@ def jobset(job: PodJob, image: str, claim: str, queue: str) -> dict[str, Any]:
         image: the container's, with the code.
         claim: a PersistentVolumeClaim that many nodes may write, mounted at `job.shared`.
         queue: the Kueue queue (XPK's clusters: multislice-queue); empty for none.
+
+    Raises:
+        ValueError: a slice of a shape that GKE has no node pool of.
     """
+    check_shape(job.topology)
     labels = {"kueue.x-k8s.io/queue-name": queue} if queue else {}
     restarts = {
         "name": "savedOrEvicted",
@@ -87,7 +127,7 @@ def _pod(job: PodJob, image: str, claim: str) -> dict[str, Any]:
         "terminationGracePeriodSeconds": job.grace_s,
         "nodeSelector": {
             "cloud.google.com/gke-tpu-accelerator": topology.machines.gke_name,
-            "cloud.google.com/gke-tpu-topology": "x".join(map(str, topology.shape)),
+            "cloud.google.com/gke-tpu-topology": _written(topology.shape),
         },
         **several_slices,
         "containers": [

@@ -1,13 +1,22 @@
 """A SkyPilot task: GPUs on several nodes, or one TPU slice, of whatever cloud has them."""
 
+import dataclasses
+import re
 import shlex
 from typing import Any
 
 from launch.app import EXIT_INTERRUPTED
 from launch.pod_job import COORDINATOR_PORT, PodJob, manifest_text
+from launch.pod_topology import Topology
 from tml.xla_flags import Platform
 
-SETUP = "cd {code} && python3 -m venv .venv && .venv/bin/pip install --quiet --editable '.[{extra},serve]'"
+SETUP = (
+    "cd {code} && ~/.local/bin/uv venv --seed --allow-existing --python 3.11 .venv "
+    "&& .venv/bin/pip install --quiet --editable '.[{extra},serve]'"
+)
+"""SkyPilot installs uv on every host, which brings a Python that is new enough; that of TPU images is 3.10. A host that
+is used again has the folder."""
+
 RUN = f"""\
 set -euo pipefail
 # The first address is process 0's, which the others look for.
@@ -31,17 +40,41 @@ def check_machine(job: PodJob) -> None:
         )
 
 
+def with_hosts(topology: Topology) -> Topology:
+    """The machine with the hosts that SkyPilot gives it: a small slice of v5e or v6e is one."""
+    if topology.chips_per_slice > topology.machines.skypilot_host_chips:
+        return topology
+    return dataclasses.replace(topology, chips_per_host=topology.chips_per_slice)
+
+
+def check_bucket(bucket: str) -> None:
+    """Checks that a run folder can lie in the bucket.
+
+    SkyPilot's documentation (reference/storage, MOUNT) promises neither appends nor writes in place. gcsfuse, which
+    mounts gs://, takes both; goofys, which mounts s3://, fails them.
+
+    Raises:
+        ValueError: another store.
+    """
+    if not re.fullmatch(r"gs://.+", bucket):
+        raise ValueError(
+            f"--bucket={bucket} must be gs://NAME: a run appends to its metrics.jsonl, which SkyPilot's mount of "
+            f"gs:// can do (gcsfuse), and that of s3:// cannot (goofys)"
+        )
+
+
 def task(job: PodJob, bucket: str) -> dict[str, Any]:
     """The task, as `sky jobs launch` takes it.
 
     Args:
         job: what runs.
-        bucket: an object store's URI (gs://…, s3://…), mounted at `job.shared`.
+        bucket: the URI of a bucket of Google's, gs://NAME, mounted at `job.shared`.
 
     Raises:
-        ValueError: a machine that SkyPilot cannot ask for.
+        ValueError: a machine that SkyPilot cannot ask for, or a bucket of another store.
     """
     check_machine(job)
+    check_bucket(bucket)
     topology = job.topology
     is_tpu = topology.chip.platform is Platform.TPU
     units = topology.machines.skypilot_units_per_chip

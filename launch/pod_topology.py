@@ -15,25 +15,32 @@ class Machines:
         gke_name: value of GKE's node label `cloud.google.com/gke-tpu-accelerator`; empty if GKE is not rendered.
         skypilot_name: its name in SkyPilot's catalogue; empty if it has none.
         skypilot_units_per_chip: TPU slices of SkyPilot are counted in these.
+        skypilot_host_chips: SkyPilot gives a slice of at most so many chips as one host; larger ones have
+            `chips_per_host`.
     """
 
     chips_per_host: int = 0
     gke_name: str = ""
     skypilot_name: str = ""
     skypilot_units_per_chip: int = 1
+    skypilot_host_chips: int = 0
 
 
 MACHINES = {
     "v5p": Machines(chips_per_host=4, gke_name="tpu-v5p-slice", skypilot_name="tpu-v5p", skypilot_units_per_chip=2),
-    "v5e": Machines(chips_per_host=4, gke_name="tpu-v5-lite-podslice", skypilot_name="tpu-v5litepod"),
-    "v6e": Machines(chips_per_host=4, gke_name="tpu-v6e-slice", skypilot_name="tpu-v6e"),
+    "v5e": Machines(
+        chips_per_host=4, gke_name="tpu-v5-lite-podslice", skypilot_name="tpu-v5litepod", skypilot_host_chips=8
+    ),
+    "v6e": Machines(chips_per_host=4, gke_name="tpu-v6e-slice", skypilot_name="tpu-v6e", skypilot_host_chips=8),
     "tpu7x": Machines(chips_per_host=4, gke_name="tpu7x"),
     "h100": Machines(skypilot_name="H100"),
     "h200": Machines(skypilot_name="H200"),
     "b200": Machines(skypilot_name="B200"),
 }
 """GKE's names and hosts: cloud.google.com/kubernetes-engine/docs/concepts/tpus and XPK's table of systems.
-SkyPilot's: `sky show-gpus --all`; v5p slices are counted in cores, two a chip."""
+SkyPilot's: `sky show-gpus --all`; v5p slices are counted in cores, two a chip. Its v5e and v6e slices are the TPU
+API's, of which those up to 2x4 are one VM (docs.cloud.google.com/tpu/docs/v6e); on GKE 2x4 is two nodes of four chips,
+ct6e-standard-4t."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +51,18 @@ class Topology:
         chip: the kind of chip.
         shape: chips along each axis of one TPU slice, or (hosts, GPUs a host).
         num_slices: slices that only the data centre's network joins.
+        chips_per_host: chips, or GPUs, that one host drives.
     """
 
     chip: Chip
     shape: tuple[int, ...]
     num_slices: int
+    chips_per_host: int
 
     @property
     def machines(self) -> Machines:
         """What it comes in."""
         return MACHINES[self.chip.name]
-
-    @property
-    def chips_per_host(self) -> int:
-        """Chips, or GPUs, that one host drives."""
-        return self.machines.chips_per_host if self.chip.is_tpu else self.shape[-1]
 
     @property
     def chips_per_slice(self) -> int:
@@ -95,7 +99,7 @@ def parse_topology(text: str, num_slices: int) -> Topology:
     if num_slices < 1:
         raise ValueError(f"--num_slices={num_slices} must be greater than 0")
     if not chip.is_tpu:
-        return Topology(chip=chip, shape=shape[1:], num_slices=shape[0] * num_slices)
+        return Topology(chip=chip, shape=shape[1:], num_slices=shape[0] * num_slices, chips_per_host=shape[-1])
     per_host = MACHINES[chip.name].chips_per_host
     if math.prod(shape) % per_host:
         raise ValueError(
@@ -104,4 +108,4 @@ def parse_topology(text: str, num_slices: int) -> Topology:
         )
     if shape[0] % 2 or shape[1] % 2:
         raise ValueError(f"--topology={text}: chips stand in squares of 2 x 2, so the first two sizes must be even")
-    return Topology(chip=chip, shape=shape, num_slices=num_slices)
+    return Topology(chip=chip, shape=shape, num_slices=num_slices, chips_per_host=per_host)

@@ -10,7 +10,7 @@ from typing import Any
 from absl import app
 from ml_collections import ConfigDict
 
-from launch.app import EXIT_INTERRUPTED
+from launch.app import EXIT_INTERRUPTED, check_key
 from launch.child import run_child
 from tml.config import Experiment, Grid, difference, from_config_dict, from_json, to_mapping
 
@@ -102,10 +102,13 @@ def experiment_of(grid: Grid, variant: str, seed: int) -> Experiment:
         app.UsageError: an override names no key of the config, or the values do not fit together.
     """
     config: ConfigDict = load(grid.base, "get_config")
+    changes = overrides(grid, variant, seed)
     try:
-        config.update_from_flattened_dict(overrides(grid, variant, seed))
+        for key in changes:
+            check_key(key)
+        config.update_from_flattened_dict(changes)
         return from_config_dict(config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (app.UsageError, KeyError, TypeError, ValueError) as error:
         raise app.UsageError(f"variant {variant!r} of the grid: {error.args[0]}") from error
 
 

@@ -17,15 +17,17 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from launch import pod_jobset, pod_slurm
+from launch.app import EXIT_INTERRUPTED
 from launch.pod_topology import parse_topology
 from tml.plan.chips import CHIPS
-from tml.train import EXIT_INTERRUPTED
 from tml.xla_flags import XLA_FLAGS, Platform, flags_environment, xla_flags
 
 ROOT = Path(__file__).parents[2]
 SKYPILOT = json.loads(Path(__file__).with_name("skypilot.schema.json").read_text())
 SBATCH_OPTIONS = {
-    **dict.fromkeys(("job-name", "time", "partition", "account", "output", "chdir"), r".+"),
+    **dict.fromkeys(("job-name", "partition", "account", "output", "chdir"), r".+"),
+    "time": r"(\d+-)?\d+(:\d+){0,2}",
+    "mem": r"\d+[KMGT]?",
     **dict.fromkeys(("nodes", "ntasks-per-node", "gpus-per-node"), r"[1-9]\d*"),
     **dict.fromkeys(("exclusive", "requeue"), r""),
     "open-mode": r"append|truncate",
@@ -91,7 +93,6 @@ def test_a_jobset_of_two_slices_is_one_of_the_api(app, tmp_path: Path) -> None:
     assert given["TML_NUM_PROCESSES"] == "4"
     assert given["LIBTPU_INIT_ARGS"] == flags_environment(Platform.TPU, 2, "v5p")["LIBTPU_INIT_ARGS"]
     assert given["MEGASCALE_NUM_SLICES"] == "2"
-    assert pod_jobset.EXIT_INTERRUPTED == EXIT_INTERRUPTED
 
     def number_of(slice_id: int, host: int) -> str:
         environment = {**os.environ, "TML_SLICE_ID": str(slice_id), "JOB_COMPLETION_INDEX": str(host)}
@@ -117,6 +118,7 @@ def test_a_batch_script_has_options_that_sbatch_knows(app, tmp_path: Path) -> No
         assert re.fullmatch(SBATCH_OPTIONS[name], value or ""), line
     assert "#SBATCH --nodes=2" in head
     assert "#SBATCH --gpus-per-node=8" in head
+    assert "#SBATCH --mem=0" in head, "the hosts are ours alone, with all of their memory"
     assert text.count("#SBATCH") == len(head) - 1
 
 
@@ -138,8 +140,8 @@ for file in task.*.pid; do kill -TERM "$(cat "$file")"; done
 """,
     "train": """
 echo "$TML_PROCESS_ID/$TML_NUM_PROCESSES at $TML_COORDINATOR_ADDRESS: $*" > "task.$TML_PROCESS_ID.given"
-if [[ $END == term ]]; then
-  trap 'kill "$!"; exit 75' TERM
+if [[ $END == term:* ]]; then
+  trap 'kill "$!"; exit "${END#term:}"' TERM
   sleep 60 & echo $$ > "task.$TML_PROCESS_ID.pid"
   if [[ $TML_PROCESS_ID == 1 ]]; then
     until [[ -s task.0.pid ]]; do sleep 0.05; done
@@ -176,10 +178,22 @@ def test_a_batch_script_runs_every_task_and_requeues_what_may_succeed(
         assert "--config.mesh.fsdp=16" in given
 
 
-def test_a_batch_script_saves_and_requeues_before_its_time_is_up(tmp_path: Path) -> None:
-    assert run_batch(tmp_path, "term", failures=3) == EXIT_INTERRUPTED
+@pytest.mark.parametrize(
+    ("code", "failures", "counted", "requeued"),
+    [(EXIT_INTERRUPTED, 3, 3, True), (0, 1, 1, False), (2, 1, 1, False), (1, 1, 2, True), (1, 3, 3, False)],
+)
+def test_a_batch_script_is_warned_before_its_time_is_up_and_requeues_what_is_not_done(
+    tmp_path: Path, code: int, failures: int, counted: int, requeued: bool
+) -> None:
+    assert run_batch(tmp_path, f"term:{code}", failures) == code
     assert (tmp_path / "cancelled").read_text() == "--signal=TERM 12\n"
-    assert (tmp_path / "requeued").read_text() == "requeue 12\n"
+    assert (tmp_path / "requeued").exists() == requeued
+    assert (tmp_path / "12.failures").read_text().strip() == str(counted)
+
+
+def test_a_time_limit_is_read_as_sbatch_reads_it() -> None:
+    limits = {"90": 5_400, "90:30": 5_430, "1:30:05": 5_405, "2-3": 183_600, "2-3:04": 183_840, "0-3:04:05": 11_045}
+    assert {text: pod_slurm.parse_time_limit(text) for text in limits} == limits
 
 
 def run_batch(folder: Path, end: str, failures: int) -> int:
@@ -217,14 +231,19 @@ def pod_job(topology, folder: Path, python: str):
 
 
 @pytest.mark.parametrize(
-    ("flags", "accelerators", "num_nodes"),
+    ("topology", "num_devices", "accelerators", "num_nodes", "num_processes"),
     [
-        ((*SKY, *mesh(1, 16)), "H200:8", 2),
-        (("--target=skypilot", "--topology=v5p:2x2x2", "--bucket=gs://b", *mesh(1, 8)), "tpu-v5p-16:1", 1),
+        ("h200:1x2x8", 16, "H200:8", 2, 2),
+        ("v5p:2x2x2", 8, "tpu-v5p-16:1", 1, 2),
+        ("v6e:2x4", 8, "tpu-v6e-8:1", 1, 1),
+        ("v5e:2x4", 8, "tpu-v5litepod-8:1", 1, 1),
+        ("v6e:4x4", 16, "tpu-v6e-16:1", 1, 4),
     ],
-    ids=["gpus", "tpu"],
 )
-def test_a_task_of_skypilot_is_one_of_its_schema(app, tmp_path: Path, flags, accelerators: str, num_nodes: int) -> None:
+def test_a_task_of_skypilot_is_one_of_its_schema(
+    app, tmp_path: Path, topology: str, num_devices: int, accelerators: str, num_nodes: int, num_processes: int
+) -> None:
+    flags = ("--target=skypilot", f"--topology={topology}", "--bucket=gs://bucket", *mesh(1, num_devices))
     task = yaml.safe_load(written(app, tmp_path / "out", *flags))
     jsonschema.validate(task, SKYPILOT["task"])
     jsonschema.validate(task["resources"], SKYPILOT["resources"])
@@ -232,6 +251,8 @@ def test_a_task_of_skypilot_is_one_of_its_schema(app, tmp_path: Path, flags, acc
     assert task["file_mounts"]["/opt/tml"] == "."
     assert task["resources"]["accelerators"] == accelerators
     assert task["num_nodes"] == num_nodes
+    # A small slice of v5e or v6e is one host here, and two of GKE's.
+    assert task["envs"]["TML_NUM_PROCESSES"] == str(num_processes)
 
     given = {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NODE_RANK": "1"}
     script = task["run"].replace("cd /mnt/tml", f"cd {tmp_path}").replace("exec /opt/tml/.venv/bin/python", "echo")
@@ -244,6 +265,48 @@ def test_a_task_of_skypilot_is_one_of_its_schema(app, tmp_path: Path, flags, acc
         "launch.train",
         "--config=/opt/tml/experiments/quickstart.py",
     ]
+
+
+def test_a_task_of_skypilot_installs_with_a_python_that_the_package_takes(app, tmp_path: Path) -> None:
+    setup = yaml.safe_load(written(app, tmp_path / "out", *SKY, *mesh(1, 16)))["setup"]
+    code, uv, pip = (tmp_path / name for name in ("code", ".local/bin/uv", "pip"))
+    # Programs that stand for SkyPilot's uv and for the pip of the environment that it makes note how they are called.
+    for program, body in ((uv, f"mkdir -p .venv/bin; cp {pip} .venv/bin"), (pip, "")):
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f'#!/usr/bin/env bash\necho "${{0##*/}} $*" >> called\n{body}\n')
+        program.chmod(stat.S_IRWXU)
+    code.mkdir()
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    subprocess.run(["bash", "-c", setup.replace("/opt/tml", str(code))], env=environment, check=True)
+    (least,) = re.findall(r'python_requires=">=(.*)"', (ROOT / "setup.py").read_text())
+    assert (code / "called").read_text().splitlines() == [
+        f"uv venv --seed --allow-existing --python {least} .venv",
+        "pip install --quiet --editable .[gpu,serve]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts"), [("v5p:2x2x1", 1), ("v5p:4x8x8", 64), ("tpu7x:4x4x12", 48), ("v6e:2x4", 2), ("v5e:16x16", 64)]
+)
+def test_gke_has_node_pools_of_these_shapes(name: str, hosts: int) -> None:
+    topology = parse_topology(name, 1)
+    pod_jobset.check_shape(topology)
+    assert topology.hosts_per_slice == hosts
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5p:8x8x4", r"no node pool of v5p:8x8x4: sizes ascend; set --topology=v5p:4x8x8"),
+        ("v6e:16x8", r"set --topology=v6e:8x16"),
+        ("v5p:2x2x3", r"no node pool of v5p:2x2x3; there are 2x2x1, 2x2x2, 2x2x4, 2x4x4, and ascending multiples of 4"),
+        ("tpu7x:2x4x8", r"no node pool of tpu7x:2x4x8; there are"),
+        ("v6e:4x16", r"there are 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16$"),
+    ],
+)
+def test_gke_has_no_node_pools_of_other_shapes(topology: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pod_jobset.check_shape(parse_topology(topology, 1))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +330,13 @@ def test_a_task_of_skypilot_is_one_of_its_schema(app, tmp_path: Path, flags, acc
         ((*SLURM, "--topology=v6e:4x4", *mesh(1, 16)), 1, r"slurm is for GPUs; use --target=gke"),
         ((*SKY, "--topology=tpu7x:2x2x1", *mesh(1, 8)), 1, r"SkyPilot has no tpu7x; render it with --target=gke"),
         ((*SKY, "--topology=v6e:2x2", "--num_slices=2", *mesh(2, 4)), 1, r"one TPU slice a task, not 2"),
+        ((*GKE, "--topology=v6e:4x2", *mesh(1, 8)), 1, r"no node pool of v6e:4x2: .* --topology=v6e:2x4"),
+        ((*SKY, "--bucket=s3://b", *mesh(1, 16)), 1, r"--bucket=s3://b must be gs://NAME: .* metrics\.jsonl"),
+        ((*SLURM, "--time_limit=20", *mesh(1, 16)), 1, r"is 1200 s, and must exceed .* 300 \+ 900 s"),
+        ((*SLURM, "--time_limit=1:00:00:00", *mesh(1, 16)), 1, r"1:00:00:00 is no time of sbatch's"),
+        ((*SLURM, "--grace_s=70000", *mesh(1, 16)), 1, r"70000 is more than the 65535 s"),
+        ((*SLURM, "--grace_s=0", *mesh(1, 16)), 2, r"grace_s"),
+        ((*SLURM, "--max_restarts=-1", *mesh(1, 16)), 2, r"max_restarts"),
         ((*GKE, *mesh(1, 8), "--config.name=2nd run"), 1, r"'2nd run' cannot name a job"),
         ((*GKE, *mesh(1, 8), "--config.seed", "3"), 2, r"write --config.seed=VALUE"),
     ],
@@ -309,10 +379,11 @@ def test_every_flag_of_xla_exists_and_has_a_reason() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+@pytest.mark.parametrize("chip", ["v5p", "v5e", "v6e"])
 def test_every_flag_of_libtpu_exists(chip: str) -> None:
     """Needs libtpu, which `pip install -e '.[tpu]'` brings, but no TPU."""
-    code = "from jax.experimental import topologies as t; print(t.get_topology_desc('v5p:2x2x1', 'tpu').devices)"
+    code = "from jax.experimental import topologies as t; "
+    code += "print(t.get_topology_desc('v5p:2x2x1', 'tpu').devices[0].device_kind)"
     fixed = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     environment = {**os.environ, **fixed, **flags_environment(Platform.TPU, num_slices=2, chip=chip)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

@@ -127,12 +127,13 @@ def test_a_sweep_that_is_stopped_goes_on_in_the_middle_of_a_run(tmp_path: Path) 
 
 
 def test_a_grid_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(app.UsageError, match=r"variant 'a' of the grid.*num_layer"):
-        experiment_of(
-            Grid(question="?", base=str(ROOT / "experiments/quickstart.py"), variants={"a": {"model.num_layer": 3}}),
-            "a",
-            0,
-        )
+    base = str(ROOT / "experiments/quickstart.py")
+    misspelt = Grid(question="?", base=base, variants={"a": {"model.num_layer": 3}})
+    with pytest.raises(app.UsageError) as refused:
+        experiment_of(misspelt, "a", 0)
+    begin = "variant 'a' of the grid: unknown key config.model.num_layer; did you mean num_layers"
+    assert str(refused.value).startswith(begin)
+    assert "'d_model'" not in str(refused.value), "not all keys, with their values"
     with pytest.raises(ValueError, match="variants"):
         Grid(question="?", base="", variants={})
     with pytest.raises(ValueError, match=r"'a/b'.*folders"):

@@ -4,7 +4,7 @@ import pytest
 from compile_programs import V5P
 
 from tml.plan.chips import CHIPS
-from tml.plan.cost import ATTENTION, GATHER, GROUPED_MATMUL, MATMUL, MOVEMENT, Cost, CostModel
+from tml.plan.cost import ATTENTION, GATHER, GROUPED_MATMUL, MATMUL, MOVEMENT, SORT, Cost, CostModel
 from tml.plan.hlo import parse
 
 
@@ -75,6 +75,14 @@ def test_rows_are_gathered_at_a_price_each():
     assert found.seconds == pytest.approx(1024 * (8.89 + 0.003275 * 7168) / 1.75e9)
     # A 7 kB row runs at about 390 GB/s.
     assert 1024 * 7168 / found.seconds == pytest.approx(390e9, rel=0.02)
+
+
+def test_a_sort_passes_over_its_rows_as_often_as_these_are_long():
+    body = """  %a = f32[32768,256]{1,0} parameter(0)
+  ROOT %it = f32[32768,256]{1,0} sort(%a), dimensions={1}, to_apply=%greater"""
+    found = cost_of(body)
+    assert found.category == SORT
+    assert found.hbm_bytes == 2 * 8 * 4 * 32768 * 256
 
 
 KERNEL = """  %a = bf16[128,128]{1,0} parameter(0)

@@ -9,6 +9,7 @@ import pytest
 from compile_programs import V5P, array, compile_program, cube, mesh_of
 from jax.sharding import PartitionSpec as P
 
+from tml.plan.chips import CHIPS, Chip
 from tml.plan.cost import MATMUL, MOVEMENT
 from tml.plan.estimate import estimate
 from tml.plan.hlo import parse
@@ -158,6 +159,51 @@ def test_a_part_that_is_fetched_ahead_counts_its_own_bytes_beside_what_hides_it(
     assert sum(line.hbm_bytes for line in found.lines) == 3 * 4 * 4096**2 + 4_194_304
 
 
+OF_A_STACK = """HloModule m, is_scheduled=true, num_partitions=1
+
+%part (p: f32[64,65536], q: f32[1,65536], i: s32[], j: s32[]) -> f32[64,65536] {
+  %p = f32[64,65536]{1,0} parameter(0)
+  %q = f32[1,65536]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %j = s32[] parameter(3)
+  ROOT %update = f32[64,65536]{1,0} dynamic-update-slice(%p, %q, %i, %j)
+}
+
+ENTRY %main (a: f32[64,65536], b: f32[1,65536], n: s32[], x: f32[4096,4096]) -> (RESULT, f32[4096,4096]) {
+  %a = f32[64,65536]{1,0} parameter(0)
+  %b = f32[1,65536]{1,0SPACE} parameter(1)
+  %n = s32[] parameter(2)
+  %x = f32[4096,4096]{1,0} parameter(3)
+  %start = START
+  %dot = f32[4096,4096]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %done = RESULT DONE(%start)
+  ROOT %out = (RESULT, f32[4096,4096]{1,0}) tuple(%done, %dot)
+}
+"""
+ROW, STACK = "f32[1,65536]{1,0SPACE}", "f32[64,65536]{1,0}"
+UPDATE = f"(({STACK}, {ROW}, s32[], s32[]), {STACK}, u32[]) OPCODE(%a, %b, %n, %n)"
+
+
+@pytest.mark.parametrize(
+    ("start", "done", "result"),
+    [
+        (UPDATE.replace("OPCODE", "dynamic-update-slice-start"), "dynamic-update-slice-done", STACK),
+        (UPDATE.replace("OPCODE", "async-start") + ", calls=%part", "async-done", STACK),
+        (f"(({STACK}, s32[], s32[]), {ROW}, u32[]) dynamic-slice-start(%a, %n, %n)", "dynamic-slice-done", ROW),
+    ],
+    ids=["update", "wrapped update", "slice"],
+)
+@pytest.mark.parametrize(("space", "times"), [("", 2), (":S(1)", 1)], ids=["in main memory", "on the chip"])
+def test_a_row_of_a_stack_that_moves_ahead_counts_its_own_bytes(
+    start: str, done: str, result: str, space: str, times: int
+):
+    text = OF_A_STACK.replace("START", start).replace("DONE", done).replace("RESULT", result)
+    found = estimate(parse(text.replace("SPACE", space)), cube())
+    (line,) = [line for line in found.lines if line.name == "start"]
+    assert line.hbm_bytes == times * 4 * 65_536
+    assert found.seconds == pytest.approx(2 * 4096**3 / V5P.peak_flops_per_s)
+
+
 RENDEZVOUS = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="psum.1"}'
 
 OVER_SLICES = f"""HloModule m, is_scheduled=true, num_partitions=16
@@ -177,12 +223,13 @@ ENTRY %main (a: f32[1048576], b: f32[4096,4096]) -> (f32[1048576], f32[4096,4096
 """
 
 
-def test_a_sum_over_slices_takes_the_network_until_it_is_received():
+@pytest.mark.parametrize("chip", [V5P, CHIPS["tpu7x"]], ids=lambda chip: chip.name)
+def test_a_sum_over_slices_takes_the_network_until_it_is_received(chip: Chip):
     pod = cube()
     coords = np.concatenate([pod.coords, pod.coords + np.array([1, 0, 0, 0])])
-    found = estimate(parse(OVER_SLICES), dataclasses.replace(pod, coords=coords))
-    network_seconds = 4 * 2**20 / V5P.network_bytes_per_s
-    dot_seconds = 2 * 4096**3 / V5P.peak_flops_per_s
+    found = estimate(parse(OVER_SLICES), dataclasses.replace(pod, chip=chip, coords=coords))
+    network_seconds = 4 * 2**20 * chip.devices_per_chip / chip.network_bytes_per_s
+    dot_seconds = 2 * 4096**3 * chip.devices_per_chip / chip.peak_flops_per_s
     assert network_seconds > dot_seconds
     assert found.seconds == pytest.approx(network_seconds)
     assert (found.lower_seconds, found.lower_limit) == (pytest.approx(network_seconds), "network")
@@ -269,6 +316,26 @@ def test_a_transfer_under_way_counts_once_however_it_is_written(text: str):
     assert sum(line.link_seconds for line in found.lines) == pytest.approx(again.link_seconds)
     assert by_name["start"].exposed_seconds == pytest.approx(again.link_seconds - dot_seconds)
     assert found.seconds == pytest.approx(again.link_seconds)
+
+
+EXCHANGED = f"""HloModule m, is_scheduled=true, num_partitions=8
+
+ENTRY %main (a: bf16[8192,128], b: bf16[12288,128], n: s32[64]) -> bf16[8192,128] {{
+  %a = bf16[8192,128]{{1,0}} parameter(0)
+  %b = bf16[12288,128]{{1,0}} parameter(1)
+  %n = s32[64]{{0}} parameter(2)
+  %there = bf16[12288,128]{{1,0}} ragged-all-to-all(%a, %b, %n, %n, %n, %n), {GROUPS}
+  ROOT %back = bf16[8192,128]{{1,0}} ragged-all-to-all(%there, %a, %n, %n, %n, %n), {GROUPS}
+}}
+"""
+
+
+def test_a_ragged_exchange_moves_its_rows_and_not_the_room_of_its_buffers():
+    found = estimate(parse(EXCHANGED), cube())
+    there, back = found.lines
+    # Each device sends its 8,192 rows and keeps an eighth; 12,288 find room at every receiver.
+    assert there.transfer_bytes == back.transfer_bytes == 2 * 128 * 8192 * 7 / 8
+    assert there.link_seconds == back.link_seconds
 
 
 SCATTERED = f"""HloModule m, is_scheduled=true, num_partitions=8

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from compile_programs import V5P, cube
 
-from tml.plan.chips import CHIPS
+from tml.plan.chips import CHIPS, Chip
 from tml.plan.hlo import parse_instruction
 from tml.plan.links import Fabric, replica_groups, transfer
 
@@ -99,9 +99,16 @@ def test_hosts_of_gpus_share_the_network():
     assert alone.seconds == pytest.approx(3e9 / h100.network_bytes_per_s)
 
 
-def test_slices_share_the_network():
-    inner = cube((2, 2, 1)).coords
+@pytest.mark.parametrize("chip", [V5P, CHIPS["tpu7x"]], ids=lambda chip: chip.name)
+def test_slices_share_the_network(chip: Chip):
+    inner = np.repeat(cube((2, 2, 1)).coords, chip.devices_per_chip, axis=0)
     coords = np.concatenate([inner + np.array([number, 0, 0, 0]) for number in range(2)])
-    fabric = Fabric(V5P, coords, (False,) * 3)
-    found = transfer(collective("all-reduce", "[4,2]<=[2,4]T(1,0)"), 1e9, fabric)
-    assert found.seconds == pytest.approx(1e9 / V5P.network_bytes_per_s)
+    fabric = Fabric(chip, coords, (False,) * 3)
+    # Every device sends 1 GB, those of one chip over its network together.
+    seconds = 1e9 * chip.devices_per_chip / chip.network_bytes_per_s
+    groups = f"[{len(inner)},2]<=[2,{len(inner)}]T(1,0)"
+    assert transfer(collective("all-reduce", groups), 1e9, fabric).seconds == pytest.approx(seconds)
+    assert transfer(collective("all-to-all", groups), 2e9, fabric).seconds == pytest.approx(seconds)
+    pairs = ",".join(f"{{{device},{device + len(inner)}}}" for device in range(len(inner)))
+    step = parse_instruction(f"  %p = f32[8]{{0}} collective-permute(%x), source_target_pairs={{{pairs}}}")
+    assert transfer(step, 1e9, fabric).seconds == pytest.approx(seconds)

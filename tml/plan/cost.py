@@ -35,8 +35,9 @@ PASSING = (
     FREE | MOVING | {"fusion", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "broadcast"}
 )
 GATHERING = {"gather", "scatter"}
-SLICE_STARTS = {"slice-start", "dynamic-slice-start", "async-start"}
-"""What begins to fetch a part of an array: (source), part, state."""
+SLICE_STARTS = {"slice-start", "dynamic-slice-start", "dynamic-update-slice-start", "async-start"}
+"""What begins to move a part of an array: (operands), result, state. The whole is the first operand; the part is the
+result, or of an update the second operand."""
 FREE_CALLS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ConcatBitcast")
 MATMUL_CALLS = ("__cublas", "__onednn$matmul")
 
@@ -110,11 +111,11 @@ class CostModel:
         if opcode == "copy-start":
             return sum(array.hbm_bytes for array in instruction.arrays[:2])
         if opcode in SLICE_STARTS:
-            source, part = instruction.arrays[:2]
-            return part.num_bytes * ((source.space == HBM) + (part.space == HBM))
+            stack, part = instruction.arrays[0], instruction.arrays[self._place_of_part(instruction)]
+            return part.num_bytes * ((stack.space == HBM) + (part.space == HBM))
         if opcode == "sort":
-            passes = math.log2(max(2, max(instruction.arrays[0].dims, default=2)))
-            return 2 * passes * _hbm_bytes(instruction)
+            length = instruction.arrays[0].dims[instruction.integers("dimensions")[0]]
+            return 2 * math.log2(max(2, length)) * _hbm_bytes(instruction)
         if opcode != "fusion":
             return sum(_hbm_bytes(operand) for operand in operands) + _hbm_bytes(instruction)
         fused = self._program.computations[instruction.called["calls"]]
@@ -127,6 +128,12 @@ class CostModel:
                 parameter = fused.parameters.get(place)
                 read += whole if parameter is None else min(whole, self._read_bytes(fused, parameter.name))
         return read + self._written_bytes(fused, fused.root, instruction)
+
+    def _place_of_part(self, start: Instruction) -> int:
+        """Which array of one of SLICE_STARTS is the part that moves."""
+        inner = start.called.get("calls")
+        opcode = self._program.computations[inner].root.opcode if inner else start.opcode.removesuffix("-start")
+        return 1 if opcode == "dynamic-update-slice" else len(start.operands)
 
     def category(self, computation: Computation, instruction: Instruction, flops: float) -> str:
         """Where the time of an instruction counts."""

@@ -12,7 +12,7 @@ from tml.config import Experiment
 from tml.flops import param_table
 from tml.mesh import param_sharding
 from tml.model import embed, transformer
-from tml.model.live_experts import experts_chosen
+from tml.model.live_weights import experts_chosen
 from tml.plan.estimate import Estimate, estimate
 from tml.plan.hlo import parse
 from tml.plan.program import Compiled, Memory, compile_decode_step, forget, planned_layout

@@ -22,7 +22,8 @@ from tml.plan.hlo import Computation, Instruction, Program, inner_instructions
 from tml.plan.links import Fabric, Transfer, collective_kind, transfer
 from tml.plan.loops import trip_count
 
-PREFETCH = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+SLICES = ("slice", "dynamic-slice", "dynamic-update-slice")
+PREFETCH = ("copy-start", *(f"{opcode}-start" for opcode in SLICES))
 SUMS = ("count", "flops", "hbm_bytes", "transfer_bytes", "core_seconds", "link_seconds", "exposed_seconds")
 
 
@@ -219,7 +220,7 @@ class _Replay:
         slices = len(np.unique(self.fabric.coords[:, 0]))
         moved = computation.instructions[instruction.operands[0]].out_bytes
         received = 2 * moved * (slices - 1) / slices
-        seconds = received / self.fabric.chip.network_bytes_per_s
+        seconds = received / self.fabric.network_bytes_per_s
         line = self._line(instruction, "all-reduce")
         line.count += times
         line.transfer_bytes += times * received
@@ -231,7 +232,7 @@ class _Replay:
     def _is_wrapped_slice(self, instruction: Instruction) -> bool:
         """Whether an instruction starts a computation that is one slice: how a TPU fetches ahead by parts."""
         inner = instruction.called.get("calls") if instruction.opcode == "async-start" else None
-        return inner is not None and self.program.computations[inner].root.opcode in ("slice", "dynamic-slice")
+        return inner is not None and self.program.computations[inner].root.opcode in SLICES
 
     def _has_call(self, instruction: Instruction, target: str) -> bool:
         """Whether a fusion is an end of a collective that is spread over several fusions (TPU)."""
@@ -292,7 +293,7 @@ class _Replay:
         """The collectives in an instruction: itself, or those inside a fusion or an asynchronous computation."""
         if collective_kind(instruction.opcode):
             operands = [computation.instructions[name] for name in instruction.operands]
-            return [transfer(instruction, sum(operand.out_bytes for operand in operands), self.fabric)]
+            return [transfer(instruction, _operand_bytes(instruction, operands), self.fabric)]
         inner = instruction.called.get("calls")
         if instruction.opcode == "call-start":
             inner = instruction.called["to_apply"]
@@ -310,6 +311,17 @@ class _Replay:
             source = self.program.source_of(instruction)
             self.lines[instruction.name] = Line(instruction.name, category, source, instruction.op_name)
         return self.lines[instruction.name]
+
+
+def _operand_bytes(collective: Instruction, operands: list[Instruction]) -> float:
+    """Bytes that one device puts into a collective.
+
+    A ragged all-to-all has a buffer to send from, one to receive into, and offsets and sizes. One of the buffers is as
+    large as what travels, the other has room to spare: that of the experts' rows, by the capacity factor. With a
+    balanced load what travels is the smaller one, there and back.
+    """
+    sizes = [operand.out_bytes for operand in operands]
+    return min(sizes[:2]) if collective_kind(collective.opcode) == "ragged-all-to-all" else sum(sizes)
 
 
 def _as_scatter(scope: Computation, member: Instruction) -> Instruction:

@@ -45,6 +45,11 @@ class Fabric:
         """Devices, of which a chip may have several."""
         return len(self.coords)
 
+    @property
+    def network_bytes_per_s(self) -> float:
+        """A device's part of its chip's network between slices or hosts."""
+        return self.chip.network_bytes_per_s / self.chip.devices_per_chip
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -81,7 +86,7 @@ def transfer(instruction: Instruction, operand_bytes: float, fabric: Fabric) -> 
 
     Args:
         instruction: the collective, or its start.
-        operand_bytes: bytes of its operands on one device.
+        operand_bytes: bytes that one device puts into it.
         fabric: where the devices stand.
     """
     kind = collective_kind(instruction.opcode)
@@ -103,14 +108,13 @@ def _grouped(kind: str, coords: np.ndarray, operand_bytes: float, fabric: Fabric
     outer = len(np.unique(coords[:, 0]))
     inner = coords[coords[:, 0] == coords[0, 0]]
     passes = 2 if kind == "all-reduce" else 1
-    chip = fabric.chip
     if kind in EXCHANGES:
         link_seconds = exchange_seconds(inner, operand_bytes * len(inner) / size, fabric)
-        network_seconds = operand_bytes * (outer - 1) / outer / chip.network_bytes_per_s
+        network_seconds = operand_bytes * (outer - 1) / outer / fabric.network_bytes_per_s
     else:
         rate = gather_rate(inner, fabric)
         link_seconds = passes * whole * (len(inner) - 1) / len(inner) / rate if len(inner) > 1 else 0.0
-        network_seconds = passes * whole * (outer - 1) / outer / (len(inner) * chip.network_bytes_per_s)
+        network_seconds = passes * whole * (outer - 1) / outer / (len(inner) * fabric.network_bytes_per_s)
     return Transfer(kind, received, link_seconds + passes * latency(inner, fabric), network_seconds, size)
 
 
@@ -170,7 +174,7 @@ def _permute(instruction: Instruction, operand_bytes: float, fabric: Fabric) -> 
     for source, target in pairs:
         here, there = fabric.coords[int(source)], fabric.coords[int(target)]
         if here[0] != there[0]:
-            network_seconds = operand_bytes / chip.network_bytes_per_s
+            network_seconds = operand_bytes / fabric.network_bytes_per_s
             continue
         away = np.abs(here[1:] - there[1:])
         if chip.is_tpu:

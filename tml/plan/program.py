@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from tml.batch import Batch, empty_rows, max_own_per_row, max_tiles_per_row
 from tml.config import Experiment
-from tml.microturn import Clock, Layout, SpecialTokens
+from tml.microturn import Layout, SpecialTokens
 from tml.plan.topology import Topology
 from tml.stream import engine
 from tml.stream.inputs import TurnInputs
@@ -66,12 +66,7 @@ class Compiled:
 def planned_layout(experiment: Experiment) -> Layout:
     """The layout of micro-turns without a tokenizer: which ids the special tokens have changes no cost."""
     special = SpecialTokens(**{f.name: number for number, f in enumerate(fields(SpecialTokens))})
-    clock = Clock.of(experiment.turn, experiment.model.audio)
-    tiles = experiment.model.video.max_tiles_per_turn
-    own = clock.frames_per_turn if experiment.model.has_voice else 0
-    return Layout(
-        clock=clock, turn=experiment.turn, special=special, max_tiles_per_turn=tiles, own_positions_per_turn=own
-    )
+    return Layout.of(experiment.turn, experiment.model, special)
 
 
 def tiles_per_row(experiment: Experiment) -> int:
