@@ -13,52 +13,37 @@ A run folder belongs to one model, one tokenizer and one content of every data s
 refused, and then nothing in the folder changes. Where tokenizer and data lie may change.
 """
 
-import fcntl
 import functools
-import json
-import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from launch import processes
-from launch.app import define_config, prepare_jax, read_experiment, run_app
+from launch.app import EXIT_INTERRUPTED, define_config, prepare_jax, read_experiment, run_app
 from launch.processes import Place, agree, join, read_place, run_identity, together
-from tml.config import FREE_MODEL_KEYS, Experiment, SourceConfig, config_hash, difference, to_json, to_mapping
-from tml.config.tree import from_json
+from launch.run_folder import (
+    Change,
+    beginning_text,
+    begins,
+    check_config,
+    check_data,
+    check_tokenizer,
+    claim_workdir,
+    locked,
+)
+from tml.config import Experiment, config_hash, to_json
 
 if TYPE_CHECKING:
     from data_pipelines.loader import RowLoader
     from tml.batch import Batch
-    from tml.codec.text import Tokenizer
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder; runs/NAME by default, NAME being the experiment's.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", True, "Print the resolved config.")
 flags.adopt_module_key_flags(processes)
-
-CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer"
-"""What a run folder remembers of its run."""
-
-Change = tuple[str, Any, Any]
-"""A key of the config, its value in the run folder, and its value now."""
-
-FIXED_GROUPS = ("model", "turn", "text", "data", "seed")
-"""What a run folder may not change: the parameters, and which batch belongs to which step, follow from it."""
-
-FREE_KEYS = re.compile(
-    FREE_MODEL_KEYS.pattern
-    + r"|text\.tokenizer|data\.(max_quarantined_fraction|read_threads|prefetch_rows|sources\..*\.path)"
-    + r"|data\.eval_sources(\..*)?"
-)
-"""What of those it may: no parameter and no batch follows from it, or the contents are compared instead.
-
-So a run may go on where another platform's kernels, or another way to the same sums, are wanted.
-"""
 
 
 def main(argv: list[str]) -> int:
@@ -91,7 +76,7 @@ def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change], pla
     from data_pipelines import loader
     from tml.codec.text import Tokenizer
     from tml.mesh import make_mesh, row_part
-    from tml.train import EXIT_INTERRUPTED, train
+    from tml.train import train
 
     def open_data() -> tuple[Tokenizer, dict[str, Any], loader.RowLoader]:
         tokenizer = Tokenizer.load(experiment.text.tokenizer)
@@ -116,6 +101,8 @@ def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change], pla
             made = f"{start_step} steps are made, config.train.num_steps = {experiment.train.num_steps}"
             print(f"nothing is left to train: {made}; a larger one goes on", flush=True)
             return batches
+        if begins(workdir):
+            print(beginning_text(tokenizer, experiment.train.init_from), end="")
         claim_workdir(experiment, tokenizer, described, workdir)
         for key, old, new in changed:
             print(f"config.{key} was {old!r} in this folder, is {new!r} from here on")
@@ -138,122 +125,6 @@ def quarantine_text(rows: "RowLoader") -> str:
     of_sources = f" ({', '.join(f'{name} {count}' for name, count in counts.items())})" if counts else ""
     total = sum(len(source.records) for source in rows.sources)
     return f"{sum(counts.values())} of {total} records quarantined{of_sources}"
-
-
-def check_config(experiment: Experiment, workdir: Path) -> list[Change]:
-    """Compares the config with the one in the folder; returns what may change and does.
-
-    Raises:
-        ValueError: the folder belongs to a run with another model or another mixture.
-    """
-    path = workdir / CONFIG
-    if not path.exists():
-        return []
-    try:
-        before = to_mapping(from_json(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a config of this version: {error}; choose another --workdir") from error
-    changed = difference(before, to_mapping(experiment))
-    fixed = [key for key in changed if key[0].split(".")[0] in FIXED_GROUPS and not FREE_KEYS.fullmatch(key[0])]
-    if fixed:
-        shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in fixed[:5])
-        raise ValueError(
-            f"{workdir} belongs to another run: {shown}"
-            + (f"; and {len(fixed) - 5} more" if len(fixed) > 5 else "")
-            + "; choose another --workdir, or change the config back"
-        )
-    return changed
-
-
-def check_tokenizer(tokenizer: "Tokenizer", origin: str, workdir: Path) -> None:
-    """Compares the tokenizer, which comes from `origin`, with the one in the folder.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    for kept in sorted((workdir / TOKENIZER).glob("*")):
-        before, now = tokenizer.load(kept).fingerprint(), tokenizer.fingerprint()
-        if before != now:
-            raise ValueError(
-                f"{workdir} was trained with tokenizer {before}, {origin} is {now}; choose another --workdir, "
-                f"or go on with --config.text.tokenizer={kept}"
-            )
-
-
-def check_data(sources: Mapping[str, SourceConfig], workdir: Path) -> dict[str, Any]:
-    """Compares what the training sources hold with what they held when the folder was made; returns what they hold.
-
-    Raises:
-        FileNotFoundError: a source is not a data set.
-        ValueError: it holds other records than before.
-    """
-    from data_pipelines.records import read_manifest
-
-    manifests = {name: read_manifest(source.path) for name, source in sources.items()}
-    described = {
-        name: {"identity": manifest.identity, "num_records": manifest.num_records, "path": sources[name].path}
-        for name, manifest in manifests.items()
-    }
-    path = workdir / DATA
-    if not path.exists():
-        return described
-    try:
-        before = {
-            name: (known["identity"], known["num_records"]) for name, known in json.loads(path.read_text()).items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error!r}; choose another --workdir") from error
-    for name, (identity, num_records) in before.items():
-        manifest = manifests.get(name)
-        if manifest is not None and manifest.identity != identity:
-            raise ValueError(
-                f"{workdir} was trained on other data: source {name} held {num_records} records ({identity}), "
-                f"{sources[name].path} holds {manifest.num_records} ({manifest.identity}); choose another --workdir, "
-                f"or name the folder of the old records with --config.data.sources.{name}.path"
-            )
-    return described
-
-
-def claim_workdir(experiment: Experiment, tokenizer: "Tokenizer", described: Mapping[str, Any], workdir: Path) -> None:
-    """Writes config.json, data.json and the tokenizer, each whole or not at all.
-
-    What an import kept for the way back comes along from the run folder that the parameters come from.
-    """
-    from tml.export.inkling_import import KEEPSAKE
-
-    kept = Path(experiment.train.init_from) / KEEPSAKE
-    if experiment.train.init_from and kept.is_dir() and not (workdir / KEEPSAKE).exists():
-        staging = workdir / f".{KEEPSAKE}.new"
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.copytree(kept, staging)
-        staging.rename(workdir / KEEPSAKE)
-    if not (workdir / TOKENIZER).exists():
-        staging = workdir / f".{TOKENIZER}.new"
-        shutil.rmtree(staging, ignore_errors=True)
-        tokenizer.save(staging)
-        staging.rename(workdir / TOKENIZER)
-    for name, text in ((DATA, json.dumps(described, indent=2, sort_keys=True)), (CONFIG, to_json(experiment))):
-        temporary = workdir / f"{name}.new"
-        temporary.write_text(text + "\n")
-        temporary.replace(workdir / name)
-
-
-class locked:  # noqa: N801 (a context manager that reads like a function)
-    """Holds a run folder for one process; the lock goes with the process, however it ends."""
-
-    def __init__(self, workdir: Path) -> None:
-        self._workdir = workdir
-
-    def __enter__(self) -> None:
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = (self._workdir / ".lock").open("w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {self._workdir}; choose another --workdir") from None
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
 
 
 if __name__ == "__main__":

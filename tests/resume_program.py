@@ -9,7 +9,7 @@ from pathlib import Path
 
 from made_up import made_up_batch, made_up_batches, made_up_experiment
 
-from launch.app import prepare_jax
+from launch.app import EXIT_INTERRUPTED, prepare_jax
 from tml.config import TrainConfig
 
 NUM_STEPS = 60
@@ -28,7 +28,7 @@ def main() -> int:
         ),
     )
     prepare_jax()
-    from tml.train import EXIT_INTERRUPTED, train
+    from tml.train import train
 
     result = train(
         experiment,

@@ -20,7 +20,7 @@ FLOORS = {
     3: ("model",),
     4: ("objective", "optim"),
     5: ("train_step", "stream"),
-    6: ("checkpoint", "checkpoint_pieces"),
+    6: ("checkpoint", "checkpoint_pieces", "checksums"),
     7: ("train", "evaluate", "duplex"),
     8: ("export", "plan"),
     9: ("serve",),

@@ -1,15 +1,18 @@
 """Checkpoints: what comes back, what is refused, and what damage is noticed."""
 
 import dataclasses
+import json
 import shutil
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from made_up import made_up_experiment
+from small_disk import small_disk
 
-from tml import checkpoint
+from tml import checksums
 from tml.checkpoint import CheckpointError, Checkpoints, restore, state_hash
 from tml.config import Experiment, MeshConfig, OptimConfig, Optimizer, Remat
 from tml.mesh import make_mesh
@@ -116,7 +119,7 @@ def test_the_way_to_the_same_sums_may_change(first: TrainState, run_folder: Path
 
 def test_arrays_of_more_places_than_an_integer_holds_have_a_checksum():
     experts = jax.ShapeDtypeStruct((2, 256, 4_096, 2, 2_048), np.float32)  # of the 276B model
-    assert jax.eval_shape(checkpoint._bit_sum, experts).dtype == np.uint32
+    assert jax.eval_shape(checksums._bit_sum, experts).dtype == np.uint32
 
 
 def test_another_optimizer_is_refused(run_folder: Path):
@@ -201,6 +204,59 @@ def test_what_a_killed_run_leaves_is_swept_away(first: TrainState, run_folder: P
         checkpoints.save(at_step(first, 3), EXPERIMENT)
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
     assert int(restored(run_folder).step) == 3
+
+
+def checked_for_long(checkpoints: Checkpoints) -> None:
+    for _ in range(600):
+        checkpoints.check()
+        time.sleep(0.05)
+
+
+def test_a_save_that_fails_in_the_background_is_found_and_the_next_one_is_made(first: TrainState, tmp_path: Path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with small_disk(2_000):
+            checkpoints.save(at_step(first, 1), EXPERIMENT)
+            with pytest.raises(CheckpointError, match=r"saving in the background to .* failed: .*free the disk"):
+                checked_for_long(checkpoints)
+        checkpoints.check()
+        checkpoints.save(at_step(first, 2), EXPERIMENT)
+    assert int(restored(tmp_path).step) == 2
+
+
+def test_a_last_save_is_made_though_the_one_before_it_failed(
+    first: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    with Checkpoints(tmp_path) as checkpoints:
+        with small_disk(2_000):
+            checkpoints.save(at_step(first, 1), EXPERIMENT)
+            while checkpoints._manager.is_saving_in_progress():
+                time.sleep(0.05)
+        checkpoints.save(at_step(first, 2), EXPERIMENT)
+    assert "saving in the background" in capsys.readouterr().err
+    assert int(restored(tmp_path).step) == 2
+
+
+def test_what_cannot_be_read_is_not_called_damaged(first: TrainState, run_folder: Path):
+    with Checkpoints(run_folder) as checkpoints:
+
+        def refuse() -> None:
+            raise ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes.")
+
+        with pytest.raises(
+            CheckpointError, match=r"could not be read \(RESOURCE_EXHAUSTED.*nothing is known to be wrong"
+        ):
+            checkpoints._guarded(2, refuse)
+        shutil.rmtree(run_folder / "checkpoints" / "1")
+        with pytest.raises(CheckpointError, match="was removed while it was read"):
+            checkpoints.manifest(1)
+
+
+def test_a_run_of_older_code_may_go_on_where_a_new_key_has_its_default(first: TrainState, run_folder: Path):
+    for manifest in (run_folder / "checkpoints").glob("*/manifest/metadata"):
+        content = json.loads(manifest.read_text())
+        del content["config"]["model"]["mtp"]
+        manifest.write_text(json.dumps(content))
+    assert int(restored(run_folder).step) == 2
 
 
 def test_a_save_that_cannot_begin_is_an_error(first: TrainState, tmp_path: Path):

@@ -1,12 +1,14 @@
 """The configuration: flags change it, mistakes are one clear line, and it survives JSON."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from launch import app
 from tml.config import (
     AttentionBackend,
     AttentionConfig,
@@ -148,6 +150,21 @@ def test_a_mistake_on_the_command_line_is_one_line_and_code_2(arguments: list[st
     assert out == ""
 
 
+def test_a_misspelt_config_file_proposes_every_config_once():
+    code, _, err = launch("--config=experiments/quikstart.py")
+    assert code == 2
+    assert "there is no config file experiments/quikstart.py; did you mean experiments/quickstart.py" in err
+    proposed = re.findall(r"\S+\.py", err.partition("did you mean")[2])
+    assert len(proposed) == len(set(proposed))
+    assert "__init__" not in err
+
+
+def test_where_no_config_is_known_none_is_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    missing = OSError("Attempted ['x']:\n  absent/x.py\n    [Errno 2] No such file or directory: 'absent/x.py'")
+    assert app._readable(missing) == "there is no config file absent/x.py"
+
+
 def test_a_run_folder_keeps_its_model_and_data(tmp_path: Path):
     same = [QUICKSTART, f"--workdir={tmp_path}", "--config.text.tokenizer=nowhere", "--config.optim.warmup_steps=10"]
     code, out, err = launch(*same, "--config.train.num_steps=1000", "--config.model.dense_dim=96")
@@ -170,6 +187,12 @@ def test_a_run_folder_keeps_its_model_and_data(tmp_path: Path):
     code, _, err = launch(*same, "--config.model.dense_dim=96", *(f"--config.{change}" for change in free))
     assert "error: nowhere: there is no such tokenizer" in err, "the number of steps, and ways to the same, may change"
     assert (tmp_path / "config.json").read_text() == text
+
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    code, _, err = launch(*same, "--config.model.dense_dim=96", "--config.train.init_from=elsewhere")
+    assert code == 1
+    assert "train.init_from was '', is 'elsewhere', but" in err
+    assert "goes on from its own checkpoint" in err
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

@@ -10,10 +10,12 @@ import pytest
 from made_up import made_up_batches, made_up_experiment
 from tiny import VOICE
 
+from launch.run_folder import beginning_text, claim_workdir
 from tml.checkpoint import CheckpointError, Checkpoints, state_hash
+from tml.codec.text import train_tokenizer
 from tml.config import Experiment, MeshConfig, MtpConfig
 from tml.export import inkling_config, inkling_layout
-from tml.export.inkling_import import import_folder
+from tml.export.inkling_import import KEEPSAKE, import_folder
 from tml.export.tensor_folder import Planned, write_shards
 from tml.mesh import make_mesh
 from tml.train import start, train
@@ -42,6 +44,34 @@ def begun(experiment: Experiment, workdir: Path) -> tuple[int, object]:
     mesh = make_mesh(experiment.mesh, jax.devices()[: experiment.mesh.fsdp])
     with Checkpoints(workdir) as checkpoints:
         return start(experiment, mesh, checkpoints)
+
+
+def test_a_run_that_begins_keeps_what_its_own_origin_kept(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["one two three"], 300, tmp_path / "tokenizer")
+    for name in ("first", "second"):
+        (tmp_path / name / KEEPSAKE).mkdir(parents=True)
+        (tmp_path / name / KEEPSAKE / "name").write_text(name)
+    run = tmp_path / "run"
+    run.mkdir()
+    kept = run / KEEPSAKE / "name"
+    for name in ("first", "second"):
+        claim_workdir(beginning(tmp_path / name), tokenizer, {}, run)
+        assert kept.read_text() == name
+    (run / "checkpoints" / "3").mkdir(parents=True)
+    claim_workdir(made_up_experiment(), tokenizer, {}, run)
+    assert kept.read_text() == "second", "a run that goes on keeps what it began with"
+
+
+def test_another_tokenizer_than_the_origin_had_is_said(tmp_path: Path) -> None:
+    ours = train_tokenizer(["one two three"], 300, tmp_path / "ours")
+    theirs = train_tokenizer(["four five six"], 300, tmp_path / "theirs")
+    theirs.save(tmp_path / "origin" / "tokenizer")
+    assert beginning_text(theirs, str(tmp_path / "origin")) == ""
+    assert beginning_text(ours, "") == beginning_text(ours, str(tmp_path)) == ""
+    assert beginning_text(ours, str(tmp_path / "origin")) == (
+        f"{tmp_path}/origin was trained with tokenizer {theirs.fingerprint()}, this run has {ours.fingerprint()}: "
+        "the same id means another word\n"
+    )
 
 
 def beginning(origin: Path, **changes) -> Experiment:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_disk import small_disk
 from tensorboardX.proto import event_pb2
 
 from tml.metrics import (
@@ -89,6 +90,12 @@ def test_tensorboard_writes_events_that_can_be_read_back(tmp_path: Path):
         points += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         position += length + 16
     assert points == [(7, "train/loss", 0.5), (8, "train/loss", 0.25)]
+
+
+def test_a_full_disk_is_an_error_of_tensorboard_and_not_a_wait(tmp_path: Path):
+    sink = TensorBoard(tmp_path, start_step=0)
+    with small_disk(100), pytest.raises(OSError, match="File too large"):
+        sink.write(1, {f"train/{number}": 1.0 for number in range(50)})
 
 
 def test_plain_console_prints_one_line_a_step(capsys: pytest.CaptureFixture):

@@ -11,18 +11,18 @@ The position in the data is the step itself: batch k is read by step k.
 
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from tml.config import FREE_MODEL_KEYS, Experiment, config_hash, difference, to_mapping
+from tml.checksums import checksums_of
+from tml.config import FREE_MODEL_KEYS, Experiment, config_hash, describe, difference, to_mapping
 from tml.config.tree import from_mapping
 from tml.model import transformer
 from tml.params import PyTree, abstract_params, spec_leaves
@@ -32,8 +32,8 @@ FORMAT = 1
 FOLDER = "checkpoints"
 CHUNK_BYTES = 64 * 2**20
 """Arrays above this are stored in chunks of about this."""
-SUM_WORDS = 2**22
-"""Words of an array that are summed at a time."""
+UNREAD = re.compile("RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|Out of memory|Too many open files|Stale file")
+"""What an error says that is of this machine or of the way to the files, not of what stands in them."""
 ADDED = re.compile(r"(audio_out|embed/own_audio|embed/video|mtp)/")
 """Parts that a run may add to the network that it begins with: a voice, eyes, blocks ahead."""
 
@@ -82,12 +82,18 @@ class Checkpoints:
     def save(self, state: TrainState, experiment: Experiment) -> None:
         """Copies the state to the host and writes it in the background.
 
+        If the save before it failed, that is said, and this one is tried: it holds all that the other would have.
+
         Raises:
-            CheckpointError: the previous save failed.
+            CheckpointError: it could not begin.
         """
         step = int(state.step)
+        try:
+            self.wait()
+        except CheckpointError as error:
+            print(error, file=sys.stderr)
         params, optimizer = _items(state)
-        checksums = _checksums({"params": params, "optimizer": optimizer})
+        checksums = checksums_of({"params": params, "optimizer": optimizer})
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params, save_args={path: _save_args(leaf) for path, leaf in params.items()}),
             optimizer=ocp.args.StandardSave(optimizer),
@@ -101,7 +107,9 @@ class Checkpoints:
         Raises:
             CheckpointError: with the reason.
         """
-        self._surfaced("saving in the background", self._manager.check_for_errors)
+        # Orbax's own check finds nothing: the thread that ends a save takes its error first, and waiting for it raises.
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until everything is on disk.
@@ -146,7 +154,8 @@ class Checkpoints:
                 f"checkpoint {self._folder / str(step)} was imported and holds parameters alone: a run can start from "
                 f"it in another --workdir, with --config.train.init_from={self._folder.parent}, but not go on in it"
             )
-        changed = difference(_fixed_part(manifest["config"]), _fixed_part(to_mapping(experiment)))
+        theirs = self.experiment(step, manifest)
+        changed = difference(_fixed_part(to_mapping(theirs)), _fixed_part(to_mapping(experiment)))
         changed = [change for change in changed if not FREE_MODEL_KEYS.fullmatch(change[0])]
         if changed:
             raise CheckpointError(
@@ -270,7 +279,7 @@ class Checkpoints:
         items = ocp.args.Composite(**{name: ocp.args.StandardRestore(dict(item)) for name, item in abstract.items()})
         read = self._guarded(step, lambda: self._manager.restore(step, args=items))
         restored = {name: {path: read[name][path] for path in item} for name, item in abstract.items()}
-        found = _checksums(restored)
+        found = checksums_of(restored)
         wrong = [path for path in found if found[path] != manifest["checksums"][path]]
         if wrong:
             raise self.damaged(step, f"the checksum of {wrong[0]} is wrong")
@@ -280,7 +289,17 @@ class Checkpoints:
         try:
             return read()
         except Exception as error:
-            raise self.damaged(step, _first_line(error)) from error
+            reason, folder = _first_line(error), self._folder / str(step)
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"checkpoint {folder} was removed while it was read ({reason}): its run keeps a few of the newest; "
+                    "run again for one of those"
+                ) from error
+            if isinstance(error, MemoryError | PermissionError) or UNREAD.search(str(error)):
+                raise CheckpointError(
+                    f"checkpoint {folder} could not be read ({reason}); nothing is known to be wrong with it"
+                ) from error
+            raise self.damaged(step, reason) from error
 
     def damaged(self, step: int, reason: str) -> CheckpointError:
         """The error of a checkpoint that is not what was written, with the way out."""
@@ -320,16 +339,9 @@ def _fixed_part(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({"model": config["model"], "optim": {"optimizer": config["optim"]["optimizer"]}}))
 
 
-def describe(changed: list[tuple[str, Any, Any]], most: int = 5) -> str:
-    """Differences between configs for an error: `model.d_model was 128, is 256`."""
-    shown = [f"{path} was {old!r}, is {new!r}" for path, old, new in changed[:most]]
-    rest = len(changed) - len(shown)
-    return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")
-
-
 def state_hash(state: PyTree) -> str:
     """A short hash of every bit of a state: equal states, equal hash."""
-    return config_hash(_checksums({"state": dict(_named_leaves(state))}))
+    return config_hash(checksums_of({"state": dict(_named_leaves(state))}))
 
 
 def manifest_of(experiment: Experiment, step: int, checksums: Mapping[str, int]) -> dict[str, Any]:
@@ -358,41 +370,6 @@ def _items(state: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
 def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
-
-
-def _checksums(items: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, int]:
-    """The sum of the bits of every array, by path; the same on any mesh, as integers add up in any order."""
-    flat = {path: leaf for item in items.values() for path, leaf in item.items()}
-    return {path: int(value) for path, value in jax.device_get(_bit_sums(flat)).items()}
-
-
-@jax.jit
-def _bit_sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return jax.tree.map(_bit_sum, leaves)
-
-
-def _bit_sum(values: jax.Array) -> jax.Array:
-    """Sums words, each multiplied by an odd number of its place, so that two that are swapped are noticed."""
-    words = jax.lax.bitcast_convert_type(values, f"uint{8 * values.dtype.itemsize}").astype(jnp.uint32)
-    places, stride = jnp.ones(words.shape, jnp.uint32), 2
-    for axis in reversed(range(words.ndim)):  # no reshape, which would gather a sharded array
-        places += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        stride = stride * words.shape[axis] % 2**32
-    return jnp.sum(words * places, dtype=jnp.uint32)
-
-
-def bit_sum_of_part(values: np.ndarray, first: int) -> int:
-    """What neighbouring float32 values add to the checksum of an array, in which `first` others stand before them.
-
-    The parts' sums add up to the array's, modulo 2^32.
-    """
-    words = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
-    total = 0
-    for start in range(0, len(words), SUM_WORDS):
-        block = words[start : start + SUM_WORDS]
-        places = np.arange(len(block), dtype=np.uint32) * np.uint32(2) + np.uint32((2 * (first + start) + 1) % 2**32)
-        total += int(np.sum(block * places, dtype=np.uint32))
-    return total % 2**32
 
 
 def _first_line(error: BaseException) -> str:

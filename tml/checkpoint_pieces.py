@@ -15,7 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from tml.checkpoint import FOLDER, CheckpointError, bit_sum_of_part, manifest_of, opened
+from tml.checkpoint import FOLDER, CheckpointError, manifest_of, opened
+from tml.checksums import bit_sum_of_part
 from tml.config import Experiment
 
 STEP = 0

@@ -131,22 +131,39 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class TensorBoard:
-    """Event files for TensorBoard."""
+    """Event files for TensorBoard, written at once.
+
+    tensorboardX's own SummaryWriter writes in a thread. If that dies, of a full disk, the loop waits for ever.
+    """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        from tensorboardX import SummaryWriter  # slow to import, and only the process that logs needs it
+        # Slow to import, and only the process that logs needs it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
-        # After a resume TensorBoard forgets what a killed run logged past its last checkpoint.
-        purge_step = start_step + 1 if start_step else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._writer = EventsWriter(str(folder / "events"))
+        if start_step:
+            # After a resume TensorBoard forgets what a killed run logged past its last checkpoint.
+            begun = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=start_step + 1, wall_time=time.time(), session_log=begun))
+            self._writer.flush()
 
     def write(self, step: int, scalars: Scalars) -> None:
-        """Writes one point of every scalar's curve."""
+        """Writes one point of every scalar's curve.
+
+        Raises:
+            OSError: the disk is full, or the file is gone.
+        """
+        now = time.time()
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.write_event(self._event(step=step, wall_time=now, summary=self._scalar(name, value)))
+        self._writer.flush()
 
     def close(self) -> None:
-        """Flushes the event file."""
+        """Closes the event file."""
         self._writer.close()
 
 

@@ -16,8 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tml.batch import Batch
-from tml.checkpoint import Checkpoints, describe, opened, state_hash
-from tml.config import Experiment, SourceConfig, config_hash
+from tml.checkpoint import Checkpoints, opened, state_hash
+from tml.config import Experiment, SourceConfig, config_hash, describe
 from tml.flops import measure_matmul_rate, param_table, param_table_text, row_flops, token_flops
 from tml.mesh import make_mesh
 from tml.metrics import Sink, Window, duration, format_scalars, open_sinks, short_number
@@ -33,9 +33,6 @@ from tml.train_step import (
     make_train_step,
     to_devices,
 )
-
-EXIT_INTERRUPTED = 75
-"""Exit code after SIGTERM or Ctrl-C: the state is saved, the same command continues (EX_TEMPFAIL of sysexits.h)."""
 
 GROUPS = (
     ("loss", "train"),
@@ -84,13 +81,14 @@ def train(
         ValueError: the mesh does not fit the devices, or the checkpoint belongs to another model.
     """
     cfg, mesh = experiment.train, make_mesh(experiment.mesh, splits=experiment.splits)
-    with Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints, make_interrupts() as interrupts:
+    # A signal while the last save is written must not end it, so the checkpoints are left first.
+    with make_interrupts() as interrupts, Checkpoints(workdir, cfg.keep_checkpoints) as checkpoints:
         first, state = start(experiment, mesh, checkpoints)
         with open_sinks(workdir, cfg.num_steps, first) as sinks:
             train_step, eval_step = make_train_step(experiment, mesh), make_eval_step(experiment, mesh)
             log = Log(experiment, mesh, sinks, first, int(state.num_skipped))
             show(first_screen(experiment, mesh, workdir, log.peak_flops_per_s, first))
-            batches, step, saved = train_batches(first), first, first
+            batches, step, saved = train_batches(first), first, checkpoints.latest_step()
             while step < cfg.num_steps and not interrupts.stop_at(step):
                 with log.waiting_for_data():
                     batch = next(batches)
@@ -311,7 +309,8 @@ def first_screen(experiment: Experiment, mesh: Mesh, workdir: Path, peak_flops_p
     origin = "stated" if cfg.peak_flops_per_s else "measured float32 matmuls"
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     new = f"new, parameters of {cfg.init_from}" if cfg.init_from else f"new, seed {experiment.seed}"
-    resumed = f"resuming from {workdir / 'checkpoints' / str(first)}" if first else new
+    checkpoint = workdir / "checkpoints" / str(first)
+    resumed = f"resuming from {checkpoint}" if checkpoint.is_dir() else new
     lines = [
         param_table_text(param_table(specs, model)),
         f"flops    {short_number(flops_per_token)} per token (forward and backward, active experts, "
