@@ -14,7 +14,7 @@ from tml.config import LossConfig, MeshConfig
 from tml.metrics import Mean
 from tml.microturn import Target
 from tml.ops.collectives import with_next
-from tml.ops.cross_entropy import Scores
+from tml.ops.cross_entropy import TokenLosses
 
 STREAMS: dict[str, tuple[Target, ...]] = {
     target.name.lower(): (target,) for target in Target if target not in (Target.NONE, Target.AUDIO)
@@ -57,12 +57,12 @@ def objective_of_audio(
 
 
 def objective(
-    scores: Scores, batch: Batch, weight: Float32[Array, ""], cfg: LossConfig
+    losses: TokenLosses, batch: Batch, weight: Float32[Array, ""], cfg: LossConfig
 ) -> tuple[Float32[Array, ""], dict[str, Mean]]:
     """The loss of some rows of a batch: sum of weight * (cross entropy + z-loss) / `weight`.
 
     Args:
-        scores: of the predictions.
+        losses: of the predictions.
         batch: the rows they belong to.
         weight: `total_weight` of the whole batch, of which these rows may be a part: then losses
             and gradients of the parts add up to those of the whole.
@@ -72,7 +72,7 @@ def objective(
         The loss to differentiate, and the metrics: `loss`, `loss_STREAM` (unweighted), `accuracy_GROUP`.
         Multi-token prediction is no part of `loss`, so that runs with and without it can be compared.
     """
-    nll_BS, log_norm_BS, is_right_BS = scores
+    nll_BS, log_norm_BS, is_right_BS = losses
     weights_BS = batch.loss_weights_BS
     loss_sum = jnp.sum(weights_BS * (nll_BS + cfg.z_loss_weight * jnp.square(log_norm_BS)))
     metrics = {"loss": Mean(total=loss_sum, count=jnp.sum(weights_BS))}
@@ -115,12 +115,12 @@ def targets_ahead(batch: Batch, num_blocks: int, mesh: MeshConfig) -> Ahead:
 
 
 def objective_ahead(
-    scores: Scores, ahead: Ahead, num_blocks: int, weight: Float32[Array, ""], cfg: LossConfig
+    losses: TokenLosses, ahead: Ahead, num_blocks: int, weight: Float32[Array, ""], cfg: LossConfig
 ) -> tuple[Float32[Array, ""], dict[str, Mean]]:
     """The loss of multi-token prediction: `mtp_weight` times the mean over blocks of what `objective` is for one.
 
     Args:
-        scores: of the predictions of all blocks.
+        losses: of the predictions of all blocks.
         ahead: what they answer for.
         num_blocks: blocks.
         weight: as of `objective`, of the targets without shift (DeepSeek-V3, equation 24).
@@ -129,11 +129,11 @@ def objective_ahead(
     Returns:
         The term to differentiate, and its metric `loss_mtp`: cross entropy, unweighted, over all blocks.
     """
-    per_target_BS = scores.nll_BS + cfg.z_loss_weight * jnp.square(scores.log_norm_BS)
+    per_target_BS = losses.nll_BS + cfg.z_loss_weight * jnp.square(losses.log_norm_BS)
     loss_sum = jnp.sum(ahead.weights_BS * per_target_BS)
     is_target_BS = ahead.weights_BS > 0
     metric = Mean(
-        total=jnp.sum(jnp.where(is_target_BS, scores.nll_BS, 0.0)), count=jnp.sum(is_target_BS.astype(jnp.float32))
+        total=jnp.sum(jnp.where(is_target_BS, losses.nll_BS, 0.0)), count=jnp.sum(is_target_BS.astype(jnp.float32))
     )
     loss = cfg.mtp_weight * loss_sum / (num_blocks * jnp.maximum(weight, 1e-6))
     return loss, jax.lax.stop_gradient({"loss_mtp": metric})

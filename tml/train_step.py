@@ -268,8 +268,8 @@ def _loss(
     model, cfg = experiment.model, experiment.loss
     found = transformer.hidden(params, rows, model, sizes, heard_BPY)
     with jax.named_scope("objective"):
-        scores = head.score(params, found.h_BSD, rows.targets_BS, cfg.vocab_block, model, sizes)
-        loss, metrics = objective(scores, rows, weight.targets, cfg)
+        losses = head.token_losses(params, found.h_BSD, rows.targets_BS, cfg.vocab_block, model, sizes)
+        loss, metrics = objective(losses, rows, weight.targets, cfg)
     if rows.own is not None:
         with jax.named_scope("audio_objective"):
             error = flow_head.loss(params["audio_out"], found.h_BSD, rows.own, model, sizes)
@@ -280,8 +280,8 @@ def _loss(
     with jax.named_scope("mtp_objective"):
         ahead = targets_ahead(rows, len(found.ahead), sizes)
         h_BSD = jnp.concatenate(found.ahead)
-        scores = head.score(params, h_BSD, ahead.targets_BS, cfg.vocab_block, model, sizes)
-        loss_ahead, metrics_ahead = objective_ahead(scores, ahead, len(found.ahead), weight.targets, cfg)
+        losses = head.token_losses(params, h_BSD, ahead.targets_BS, cfg.vocab_block, model, sizes)
+        loss_ahead, metrics_ahead = objective_ahead(losses, ahead, len(found.ahead), weight.targets, cfg)
     return loss + loss_ahead, ({**metrics, **metrics_ahead}, found.load)
 
 

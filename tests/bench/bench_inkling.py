@@ -84,10 +84,8 @@ def text_rows(tokens_BS: np.ndarray) -> Batch:
 
 def slots_of(tokens_BW: np.ndarray) -> cache.Slots:
     """Tokens as slots to append."""
-    rows = text_rows(tokens_BW)
-    counts_B = np.full(tokens_BW.shape[0], tokens_BW.shape[1], np.int32)
-    fields = (rows.tokens_BS, rows.kinds_BS, rows.levels_BSM, rows.tiles_BP, rows.tile_index_BS, counts_B)
-    return cache.Slots(*(jnp.asarray(field) for field in fields))
+    num_rows, width = tokens_BW.shape
+    return cache.slots_of(jnp.asarray(tokens_BW, jnp.int32), jnp.full(num_rows, width, jnp.int32), MODEL)
 
 
 class Pair:

@@ -1,4 +1,4 @@
-"""Scores by blocks and shards of the vocabulary against whole logits, with gradients."""
+"""TokenLosses by blocks and shards of the vocabulary against whole logits, with gradients."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tml.config import MeshConfig
 from tml.mesh import make_mesh
 from tml.ops.collectives import sum_over
-from tml.ops.cross_entropy import Scores, score, score_in_blocks
+from tml.ops.cross_entropy import TokenLosses, token_losses, token_losses_in_blocks
 
 NUM_LOGITS, VOCABULARY = 13, 16
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -23,13 +23,13 @@ LIKELIEST_BS = jnp.argmax(H_BSD @ UNEMBED_DV[:, :NUM_LOGITS], axis=-1).astype(jn
 TARGETS_BS = jnp.where(jax.random.bernoulli(KEYS[4], 0.5, (2, 9)), LIKELIEST_BS, jnp.int32(NUM_LOGITS - 1))
 
 
-def weighted(scores: Scores) -> jax.Array:
-    return jnp.sum(scores.nll_BS * COTANGENTS[0] + scores.log_norm_BS * COTANGENTS[1])
+def weighted(losses: TokenLosses) -> jax.Array:
+    return jnp.sum(losses.nll_BS * COTANGENTS[0] + losses.log_norm_BS * COTANGENTS[1])
 
 
-def whole(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, Scores]:
-    scores = score(h_BSD @ unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
-    return weighted(scores), scores
+def whole(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, TokenLosses]:
+    losses = token_losses(h_BSD @ unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
+    return weighted(losses), losses
 
 
 def assert_alike(found, gradients) -> None:
@@ -45,9 +45,9 @@ def as_it_is(part_DV: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("block", [5, 8, 100])
 def test_blocks_equal_the_whole(block: int) -> None:
-    def in_blocks(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, Scores]:
-        scores = score_in_blocks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, block, as_it_is, MeshConfig())
-        return weighted(scores), scores
+    def in_blocks(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, TokenLosses]:
+        losses = token_losses_in_blocks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, block, as_it_is, MeshConfig())
+        return weighted(losses), losses
 
     (_, found), gradients = jax.jit(jax.value_and_grad(in_blocks, (0, 1), has_aux=True))(H_BSD, UNEMBED_DV)
     assert_alike(found, gradients)
@@ -65,19 +65,19 @@ def test_shards_of_the_vocabulary_equal_the_whole(block: int) -> None:
         check_vma=False,
     )
     def sharded(h_BSD: jax.Array, unembed_DV: jax.Array):
-        def loss(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, Scores]:
-            scores = score_in_blocks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, block, as_it_is, sizes)
-            return weighted(scores) / sizes.tensor, scores
+        def loss(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, TokenLosses]:
+            losses = token_losses_in_blocks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, block, as_it_is, sizes)
+            return weighted(losses) / sizes.tensor, losses
 
-        (_, scores), (grad_h, grad_w) = jax.value_and_grad(loss, (0, 1), has_aux=True)(h_BSD, unembed_DV)
-        return scores, (sum_over(grad_h, ("tensor",), sizes), grad_w)
+        (_, losses), (grad_h, grad_w) = jax.value_and_grad(loss, (0, 1), has_aux=True)(h_BSD, unembed_DV)
+        return losses, (sum_over(grad_h, ("tensor",), sizes), grad_w)
 
     assert_alike(*jax.jit(sharded)(H_BSD, UNEMBED_DV))
 
 
 def test_no_array_holds_all_logits() -> None:
     def in_blocks(h_BSD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
-        return weighted(score_in_blocks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, 4, as_it_is, MeshConfig()))
+        return weighted(token_losses_in_blocks(h_BSD, unembed_DV, TARGETS_BS, NUM_LOGITS, 4, as_it_is, MeshConfig()))
 
     text = str(jax.make_jaxpr(jax.grad(in_blocks, (0, 1)))(H_BSD, UNEMBED_DV))
     assert "f32[18,4]" in text

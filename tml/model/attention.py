@@ -67,7 +67,7 @@ def apply(
     bias = r_BSNJ, params["profiles"].astype(dtype)
     with jax.named_scope("attend"):
         out_BSNH, state = functions.attend(is_global, q_BSNH / head_dim, k_BSKH, v_BSKH, bias, state)
-    return kept(functions.add_shards(functions.heads(out_BSNH, params["o"].astype(dtype)))), state
+    return kept(functions.add_shards(functions.output_projection(out_BSNH, params["o"].astype(dtype)))), state
 
 
 def _joined(weights_DNH: Float[Array, "D N H"]) -> Float[Array, "D O"]:

@@ -15,9 +15,10 @@ from tml.config import MatmulBackend, MeshConfig, ModelConfig
 from tml.microturn import Kind
 from tml.model import embed, head, transformer
 from tml.model.layer_functions import Bias, LayerFunctions, LayerState, LiveLayer
-from tml.model.live_experts import streaming_experts, streaming_heads, streaming_shared_experts
+from tml.model.live_weights import streaming_experts, streaming_output_projection, streaming_shared_experts
 from tml.ops.attention import attend_cache
 from tml.ops.collectives import sum_over
+from tml.ops.norm import rms_norm
 from tml.ops.short_conv import short_conv_stream, zero_history
 from tml.params import Leaf, PyTree
 
@@ -61,6 +62,26 @@ class Slots(NamedTuple):
     tile_index_BW: Int32[Array, "B W"]
     counts_B: Int32[Array, "B"]
     own_BWY: Float16[Array, "B W Y"] | None = None
+
+
+def slots_of(
+    tokens_BW: Int32[Array, "B W"],
+    counts_B: Int32[Array, "B"],
+    cfg: ModelConfig,
+    kind: Kind = Kind.TOKEN,
+    own_BWY: Float16[Array, "B W Y"] | None = None,
+) -> Slots:
+    """Slots of one kind in which no sound or picture comes in."""
+    (num_rows, width), video = tokens_BW.shape, cfg.video
+    return Slots(
+        tokens_BW=tokens_BW,
+        kinds_BW=jnp.full((num_rows, width), kind, jnp.uint8),
+        levels_BWM=jnp.zeros((num_rows, width, cfg.audio.num_mels), jnp.uint8),
+        tiles_BP=jnp.zeros((num_rows, 0, video.frames_per_tile, video.tile_px, video.tile_px, 3), jnp.int16),
+        tile_index_BW=jnp.zeros((num_rows, width), jnp.int32),
+        counts_B=counts_B,
+        own_BWY=own_BWY,
+    )
 
 
 def init_state(cfg: ModelConfig, num_rows: int, max_positions: int, max_slots: int, apart: bool = False) -> DecodeState:
@@ -124,7 +145,7 @@ def append(
     not be fed: what is over `max_positions` would be lost (the engine checks).
     """
     state, x_BWD = feed(params, state, slots, cfg, ONE_DEVICE, MatmulBackend.BLOCKED)
-    return state, head.logits(params, head.input_of(params["norm"], x_BWD, cfg), cfg, ONE_DEVICE)
+    return state, head.logits(params, rms_norm(x_BWD, params["norm"], cfg.norm_eps), cfg, ONE_DEVICE)
 
 
 def feed(
@@ -207,7 +228,7 @@ def feed(
         valid=valid_BW,
         conv=conv,
         attend=attend,
-        heads=streaming_heads(backend),
+        output_projection=streaming_output_projection(backend),
         experts=streaming_experts(valid_BW, backend),
         shared_experts=streaming_shared_experts(backend),
         add_shards=lambda x: sum_over(x, ("tensor",), mesh),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Int16, Int32, UInt8
 
 from tml.codec.video import normalise_tiles
-from tml.config import ComputeDtype, MeshConfig, ModelConfig, Remat, VideoConfig
+from tml.config import MeshConfig, ModelConfig, Remat, VideoConfig
 from tml.microturn import Kind
 from tml.model.flow_head import feedback_levels
 from tml.ops.collectives import index_along, sum_over
@@ -155,4 +155,4 @@ def embed_tiles(
 
 def compute_dtype(cfg: ModelConfig) -> jnp.dtype:
     """The dtype of activations."""
-    return jnp.dtype(ComputeDtype(cfg.compute_dtype).value)
+    return jnp.dtype(cfg.compute_dtype.value)

@@ -43,7 +43,7 @@ ExpertFunction = Callable[
 ]
 """(weights, tokens, gate of each choice, expert of each choice, config) to the gated sum over the choices.
 
-Weights are arrays, or in live sessions `ExpertStack`s."""
+Weights are arrays, or in live sessions `LayerOfStack`s."""
 
 
 SharedFunction = Callable[[Mapping[str, Any], Float[Array, "t D"], Float[Array, "t A"]], Float[Array, "t D"]]
@@ -52,9 +52,9 @@ SharedFunction = Callable[[Mapping[str, Any], Float[Array, "t D"], Float[Array, 
 
 def expert_function(cfg: MoEConfig, mesh: MeshConfig) -> ExpertFunction:
     """The way experts run on training rows: `cfg.dispatch` where a mesh splits experts, else on the device's own."""
-    local = dense_experts if cfg.backend == MatmulBackend.DENSE else sorted_experts
+    local = dense_experts if cfg.backend is MatmulBackend.DENSE else sorted_experts
     travelling = {ExpertDispatch.RING: ring_experts, ExpertDispatch.RAGGED_ALL_TO_ALL: ragged_experts}
-    strategy = travelling.get(ExpertDispatch(cfg.dispatch))
+    strategy = travelling.get(cfg.dispatch)
     if mesh.expert == 1 or strategy is None:
         return local
 
@@ -91,7 +91,7 @@ def sorted_experts(
     cfg: MoEConfig,
 ) -> Dispatched:
     """All experts are here: copies sorted by expert, so that cost follows active experts."""
-    if cfg.backend != MatmulBackend.BLOCKED:
+    if cfg.backend is not MatmulBackend.BLOCKED:
         return kernel_experts(weights, h_TD, gates_TK, experts_TK, experts_TK.size, experts_TK.size, cfg)
     plan = plan_blocks(experts_TK, cfg.num_experts, cfg.block_rows)
     down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
@@ -121,8 +121,8 @@ def kernel_experts(
         usual_rows: copies at balanced load, for the stated cost.
         cfg: the experts.
     """
-    kernels = kernels_of(MatmulBackend(cfg.backend), usual_rows)
-    find_rows = count_copies if cfg.backend == MatmulBackend.GPU else sort_copies
+    kernels = kernels_of(cfg.backend, usual_rows)
+    find_rows = count_copies if cfg.backend is MatmulBackend.GPU else sort_copies
     plan, gate_R = find_rows(experts_TK, gates_TK, weights["down"].shape[0], num_rows)
     x_RD = rows_of_tokens(kernels.groups, h_TD, plan)
     both_RF = multiply_groups_of_rows(kernels, False, x_RD, _fused(weights["gate_up"]), plan.group_sizes_E)
@@ -151,7 +151,7 @@ def ring_experts(
     h_TD, gates_TK, experts_TK = (jax.lax.all_gather(x, AXIS, axis=0, tiled=True) for x in (h_TD, gates_TK, experts_TK))
     place_TK = experts_TK - index_along(AXIS, mesh) * num_local
     is_here_TK = (place_TK >= 0) & (place_TK < num_local)
-    if cfg.backend != MatmulBackend.BLOCKED:
+    if cfg.backend is not MatmulBackend.BLOCKED:
         balanced = experts_TK.size // mesh.expert
         num_rows, place_TK = buffer_rows(balanced, cfg, mesh), jnp.where(is_here_TK, place_TK, -1)
         here = kernel_experts(weights, h_TD, gates_TK, place_TK, num_rows, balanced, cfg)
@@ -202,8 +202,8 @@ def buffer_rows(balanced_copies: int, cfg: MoEConfig, mesh: MeshConfig) -> int:
     return math.ceil(factor * balanced_copies / cfg.block_rows) * cfg.block_rows
 
 
-def project_heads(out_BSNH: Float[Array, "B S N H"], o_NHD: Float[Array, "N H D"]) -> Float[Array, "B S D"]:
-    """What all heads give, on its way back to the model's width."""
+def output_projection(out_BSNH: Float[Array, "B S N H"], o_NHD: Float[Array, "N H D"]) -> Float[Array, "B S D"]:
+    """Attention's output projection, from all heads to the model's width."""
     return project(out_BSNH, o_NHD, num_summed=2)
 
 
@@ -231,13 +231,12 @@ def run_blocks(
     weights: Mapping[str, jax.Array], x_RD: Float[Array, "r D"], expert_of_block: Int32[Array, "C"], cfg: MoEConfig
 ) -> Float[Array, "r D"]:
     """The gated MLP of each block's expert over the block's rows: all that a strategy asks of the matmuls."""
-    num_local, backend = weights["down"].shape[0], MatmulBackend(cfg.backend)
-    if backend is MatmulBackend.BLOCKED:
+    if cfg.backend is MatmulBackend.BLOCKED:
         return multiply_blocks(x_RD, _fused(weights["gate_up"]), weights["down"], expert_of_block)
     # Blocks stand in the order of their experts.
-    owner_CE = jax.nn.one_hot(expert_of_block, num_local, dtype=jnp.int32)
+    owner_CE = jax.nn.one_hot(expert_of_block, weights["down"].shape[0], dtype=jnp.int32)
     group_sizes_E = jnp.sum(owner_CE, axis=0) * (x_RD.shape[0] // expert_of_block.shape[0])
-    multiply = functools.partial(grouped_matmul, group_sizes_E=group_sizes_E, backend=backend)
+    multiply = functools.partial(grouped_matmul, group_sizes_E=group_sizes_E, backend=cfg.backend)
     gate, up = jnp.split(multiply(x_RD, _fused(weights["gate_up"])), 2, axis=-1)
     return multiply(jax.nn.silu(gate) * up, weights["down"])
 

@@ -152,9 +152,9 @@ def loss(
     is_here_n = is_here_BP.reshape(-1)[chosen_n]
     draws = draw(own.seeds_BP.reshape(-1)[chosen_n], num_values, flow)
     shape = (count, flow.num_draws, flow.width)
-    condition = jnp.broadcast_to(_condition(params, h_nD, cfg)[:, None], shape)
+    condition = jnp.broadcast_to(_condition(params, h_nD)[:, None], shape)
     if flow.condition_dropout:
-        nothing_O = _condition(params, params["no_condition"].astype(h_nD.dtype)[None] / cfg.mup_width_multiplier, cfg)
+        nothing_O = _condition(params, params["no_condition"].astype(h_nD.dtype)[None])
         condition = jnp.where(draws.drops_nR[:, :, None], nothing_O[None], condition)
     mels_nY = own.mels_BPY.reshape(-1, num_values)[chosen_n].astype(jnp.float32)
     data = jnp.broadcast_to(mels_nY[:, None], draws.noise_nRY.shape)
@@ -203,9 +203,8 @@ def _here(own: OwnAudio, num_slots: int, mesh: MeshConfig) -> tuple[OwnAudio, ja
     return own, is_here_BP, jnp.where(is_here_BP, slots_BP, 0)
 
 
-def _condition(params: Mapping[str, PyTree], h_nD: jax.Array, cfg: ModelConfig) -> jax.Array:
-    # The muP divisor is for logits.
-    return project(h_nD * cfg.mup_width_multiplier, params["condition"].astype(h_nD.dtype))
+def _condition(params: Mapping[str, PyTree], h_nD: jax.Array) -> jax.Array:
+    return project(h_nD, params["condition"].astype(h_nD.dtype))
 
 
 def sample(
@@ -221,14 +220,14 @@ def sample(
     """
     own, flow = cfg.audio_out, cfg.audio_out.flow
     noise_BY = jax.vmap(lambda key: jax.random.normal(key, (own.values_per_position,)))(keys_B)
-    condition_BO = _condition(params, h_BD, cfg)
+    condition_BO = _condition(params, h_BD)
 
     def field(x_BY: jax.Array, time_B: jax.Array) -> jax.Array:
         return velocity(params, x_BY, time_B, condition_BO, cfg.norm_eps)
 
     def guided(x_BY: jax.Array, time_B: jax.Array) -> jax.Array:
         nothing_BD = jnp.broadcast_to(params["no_condition"].astype(h_BD.dtype), h_BD.shape)
-        nothing_BO = _condition(params, nothing_BD / cfg.mup_width_multiplier, cfg)
+        nothing_BO = _condition(params, nothing_BD)
         without = velocity(params, x_BY, time_B, nothing_BO, cfg.norm_eps)
         return without + flow.guidance * (field(x_BY, time_B) - without)
 

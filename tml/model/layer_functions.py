@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from tml.config import AttentionBackend, AttentionConfig, MeshConfig, ModelConfig
+from tml.config import AttentionConfig, MeshConfig, ModelConfig
 from tml.model.expert_dispatch import (
     ExpertFunction,
     SharedFunction,
     expert_function,
-    project_heads,
+    output_projection,
     shared_experts,
 )
 from tml.ops import context
@@ -65,7 +65,7 @@ class LayerFunctions(NamedTuple):
         valid: slots that hold something; padding does not count as load.
         conv: (name, inputs, taps, state) to (outputs, state).
         attend: (is_global, q, k, v, bias, state) to (outputs, state).
-        heads: (what all heads give, their matrix) to the model's width.
+        output_projection: (outputs of all heads, their matrix) to the model's width.
         experts: the expert matmuls.
         shared_experts: those of the shared experts.
         add_shards: sums partial outputs over the devices that split heads or hidden units.
@@ -75,7 +75,7 @@ class LayerFunctions(NamedTuple):
     valid: Bool[Array, "B S"]
     conv: Callable[..., tuple[jax.Array, LiveLayer | None]]
     attend: Callable[..., tuple[jax.Array, LiveLayer | None]]
-    heads: Callable[..., jax.Array]
+    output_projection: Callable[..., jax.Array]
     experts: ExpertFunction
     shared_experts: SharedFunction
     add_shards: Callable[[jax.Array], jax.Array]
@@ -105,7 +105,7 @@ def row_functions(
         valid=segment_ids_BS > 0,
         conv=conv,
         attend=look_back,
-        heads=project_heads,
+        output_projection=output_projection,
         experts=expert_function(cfg.moe, mesh),
         shared_experts=shared_experts,
         add_shards=lambda x: sum_over(x, ("tensor",), mesh),
@@ -113,12 +113,10 @@ def row_functions(
 
 
 def _attend_to(window: int | None, cfg: AttentionConfig) -> context.Attend:
-    backend = AttentionBackend(cfg.backend)
-
     def attend_rows(
         q: jax.Array, k: jax.Array, v: jax.Array, r: jax.Array, profiles: jax.Array, segments: jax.Array
     ) -> jax.Array:
-        return attend(q, k, v, r, profiles, segments, window, backend)
+        return attend(q, k, v, r, profiles, segments, window, cfg.backend)
 
     return attend_rows
 

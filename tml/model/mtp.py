@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tml.config import MeshConfig, ModelConfig, MtpChain, Remat
+from tml.config import MeshConfig, ModelConfig, MtpChain
 from tml.model import block
 from tml.model.block import LayerKind
 from tml.model.layer_functions import LayerFunctions
@@ -75,7 +75,7 @@ def apply(
         mesh: sizes of the axes; slots may be split over `context`.
 
     Returns:
-        Inputs of the unembedding, a block each.
+        What the unembedding reads, a block each.
     """
     num_slots, dtype = h_BSD.shape[1], h_BSD.dtype
     told_BTD = with_next(told_BSD, cfg.mtp.num_blocks, 0, mesh)
@@ -99,11 +99,11 @@ def apply(
             return apply_block(block_params, h_BSD, told_BSD, kind, ahead, cfg)
 
         # All blocks get the whole, so that one copy of it is kept for the backward pass.
-        block_of = recomputed(run, Remat(cfg.remat), mesh, in_loop=False)
+        block_of = recomputed(run, cfg.remat, mesh, in_loop=False)
         h_BSD = block_of(params["blocks"][number], h_BSD, told_BTD)
         if cfg.mtp.chain is MtpChain.NORMED:
             h_BSD = rms_norm(h_BSD, shared["chain_norm"], cfg.norm_eps)
-        found.append(h_BSD / cfg.mup_width_multiplier)
+        found.append(h_BSD)
     return tuple(found)
 
 

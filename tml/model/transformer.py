@@ -16,7 +16,7 @@ from tml.model import block, embed, flow_head, head, moe, mtp
 from tml.model.block import LayerKind
 from tml.model.expert_dispatch import keeps_experts_split
 from tml.model.layer_functions import LayerFunctions, LayerState, LiveLayer, row_functions
-from tml.model.live_experts import params_of_layer
+from tml.model.live_weights import params_of_layer
 from tml.model.remat import recomputed
 from tml.ops.collectives import gather_params, index_along
 from tml.ops.norm import rms_norm
@@ -38,7 +38,7 @@ class Hidden:
     """What the network computes for a batch, or for this device's part of it, before the unembedding.
 
     Attributes:
-        h_BSD: inputs of the unembedding: normed and divided by the muP divisor.
+        h_BSD: the normed output of the last layer, which the heads read.
         load: copies routed to each expert and copies dropped, a row a mixture layer.
         ahead: the same as `h_BSD` from every block of multi-token prediction: the k-th is about the target k + 1
             places ahead.
@@ -164,15 +164,14 @@ def hidden(
     last_BSD = jnp.concatenate(parts)
     with jax.named_scope("head"):
         norm_D = gather_params(params["norm"], head.specs(cfg)["norm"], mesh, last_BSD.dtype)
-        h_BSD = head.input_of(norm_D, last_BSD, cfg)
+        h_BSD = rms_norm(last_BSD, norm_D, cfg.norm_eps)
     if "mtp" not in params:
         return Hidden(h_BSD=h_BSD, load=load, ahead=())
     with jax.named_scope("mtp"):
         is_input = cfg.mtp.embedding is MtpEmbedding.INPUT
         told_BSD = x_BSD if is_input else embed.token_rows(embed_params, batch.tokens_BS, cfg, mesh)
-        normed_BSD = rms_norm(last_BSD, norm_D, cfg.norm_eps)
         whole = row_functions(batch.segment_ids_BS, batch.positions_BS, cfg, mesh)
-        ahead = mtp.apply(params["mtp"], normed_BSD, told_BSD, whole, cfg, mesh)
+        ahead = mtp.apply(params["mtp"], h_BSD, told_BSD, whole, cfg, mesh)
         return Hidden(h_BSD=h_BSD, load=load, ahead=ahead)
 
 
@@ -356,7 +355,7 @@ def _layer(
         after, _, loads = zip(*results, strict=True)
         return list(after), None if kind.is_dense else jax.tree.map(lambda *of_part: sum(of_part), *loads)
 
-    return recomputed(run, Remat(cfg.remat), mesh, in_loop)(params, parts)
+    return recomputed(run, cfg.remat, mesh, in_loop)(params, parts)
 
 
 def move_router_bias(

@@ -1,4 +1,4 @@
-"""Scores of next-token predictions: over whole logits, or a block of the vocabulary at a time.
+"""Losses of next-token predictions by position: over whole logits, or a block of the vocabulary at a time.
 
 Per position, with logits z and target y: the negative log likelihood logsumexp(z) - z_y, the log
 normaliser logsumexp(z), and whether y is the likeliest. Their gradient by the logits is
@@ -20,7 +20,7 @@ EXCLUDED = -1e30
 """Logit of a padding entry of the vocabulary."""
 
 
-class Scores(NamedTuple):
+class TokenLosses(NamedTuple):
     """What the objective needs of the predictions, by position.
 
     Attributes:
@@ -34,7 +34,7 @@ class Scores(NamedTuple):
     is_right_BS: Float32[Array, "*b"]
 
 
-def score(logits_BSV: Float32[Array, "B S V"], targets_BS: Int32[Array, "B S"]) -> Scores:
+def token_losses(logits_BSV: Float32[Array, "B S V"], targets_BS: Int32[Array, "B S"]) -> TokenLosses:
     """The definition, over whole logits."""
     highest_BS1 = jax.lax.stop_gradient(jnp.max(logits_BSV, axis=-1, keepdims=True))
     shifted_BSV = logits_BSV - highest_BS1
@@ -43,7 +43,7 @@ def score(logits_BSV: Float32[Array, "B S V"], targets_BS: Int32[Array, "B S"]) 
     is_target_BSV = jnp.arange(logits_BSV.shape[-1], dtype=jnp.int32)[None, None] == targets_BS[:, :, None]
     picked_BS = jnp.sum(jnp.where(is_target_BSV, shifted_BSV, 0.0), axis=-1)
     is_right_BS = (picked_BS >= 0.0).astype(jnp.float32)
-    return Scores(log_sum_BS - picked_BS, log_sum_BS + highest_BS1[:, :, 0], is_right_BS)
+    return TokenLosses(log_sum_BS - picked_BS, log_sum_BS + highest_BS1[:, :, 0], is_right_BS)
 
 
 Gather = Callable[[jax.Array], jax.Array]
@@ -64,7 +64,7 @@ class _Blocks(NamedTuple):
     num_logits: int
 
 
-def score_in_blocks(
+def token_losses_in_blocks(
     h_BSD: Float[Array, "B S D"],
     unembed_DV: Float[Array, "d v"],
     targets_BS: Int32[Array, "B S"],
@@ -72,8 +72,8 @@ def score_in_blocks(
     block_entries: int,
     gather: Gather,
     mesh: MeshConfig,
-) -> Scores:
-    """The same scores without ever holding more than one block of the vocabulary: of logits, and of the unembedding.
+) -> TokenLosses:
+    """The same without ever holding more than one block of the vocabulary: of logits, and of the unembedding.
 
     A block of the unembedding is gathered when its logits are made, and its gradient leaves before the next block's
     is made. The backward pass makes logits anew. Memory is that of B x S x `block_entries` float32 values, twice.
@@ -92,14 +92,14 @@ def score_in_blocks(
     w_DV = jnp.pad(unembed_DV, ((0, 0), (0, -num_entries % blocks.width)))
     w_CDV = jnp.moveaxis(w_DV.reshape(num_rows, -1, blocks.width), 1, 0)
     h_TD = h_BSD.reshape(targets_BS.size, -1)
-    scores = _score_blocks(h_TD, w_CDV, targets_BS.reshape(-1), blocks, gather, mesh)
-    return Scores(*(value_T.reshape(targets_BS.shape) for value_T in scores))
+    losses = _losses_by_blocks(h_TD, w_CDV, targets_BS.reshape(-1), blocks, gather, mesh)
+    return TokenLosses(*(value_T.reshape(targets_BS.shape) for value_T in losses))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _score_blocks(
+def _losses_by_blocks(
     h_TD: jax.Array, w_CDV: jax.Array, targets_T: jax.Array, blocks: _Blocks, gather: Gather, mesh: MeshConfig
-) -> Scores:
+) -> TokenLosses:
     def block(
         found: tuple[jax.Array, jax.Array, jax.Array], index_and_part: tuple[jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
@@ -117,7 +117,7 @@ def _score_blocks(
     highest_T = highest_over(local_T, "tensor", mesh)
     sum_T, picked_T = sum_over((sum_T * jnp.exp(local_T - highest_T), picked_T), ("tensor",), mesh)
     log_norm_T = jnp.log(sum_T) + highest_T
-    return Scores(log_norm_T - picked_T, log_norm_T, (picked_T >= highest_T).astype(jnp.float32))
+    return TokenLosses(log_norm_T - picked_T, log_norm_T, (picked_T >= highest_T).astype(jnp.float32))
 
 
 def _numbered(w_CDV: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,18 +136,18 @@ def _block_logits(
     return logits_TV, counts_V[None] & (entry_V[None] == targets_T[:, None])
 
 
-def _score_blocks_fwd(
+def _losses_by_blocks_fwd(
     h_TD: jax.Array, w_CDV: jax.Array, targets_T: jax.Array, blocks: _Blocks, gather: Gather, mesh: MeshConfig
-) -> tuple[Scores, tuple[jax.Array, ...]]:
-    scores = _score_blocks(h_TD, w_CDV, targets_T, blocks, gather, mesh)
-    return scores, (h_TD, w_CDV, targets_T, scores.log_norm_BS)
+) -> tuple[TokenLosses, tuple[jax.Array, ...]]:
+    losses = _losses_by_blocks(h_TD, w_CDV, targets_T, blocks, gather, mesh)
+    return losses, (h_TD, w_CDV, targets_T, losses.log_norm_BS)
 
 
-def _score_blocks_bwd(
-    blocks: _Blocks, gather: Gather, mesh: MeshConfig, saved: tuple[jax.Array, ...], grads: Scores
+def _losses_by_blocks_bwd(
+    blocks: _Blocks, gather: Gather, mesh: MeshConfig, saved: tuple[jax.Array, ...], grads: TokenLosses
 ) -> tuple[jax.Array, jax.Array, None]:
     h_TD, w_CDV, targets_T, log_norm_T = saved
-    # Every device along `tensor` has the same scores; the loss of their positions is spread over them.
+    # Every device along `tensor` has the same losses; the loss of their positions is spread over them.
     grad_nll_T, grad_norm_T = sum_over((grads.nll_BS, grads.log_norm_BS), ("tensor",), mesh)
 
     def block(grad_h_TD: jax.Array, index_and_part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -165,4 +165,4 @@ def _score_blocks_bwd(
     return grad_h_TD.astype(h_TD.dtype), grad_w_CDV, None
 
 
-_score_blocks.defvjp(_score_blocks_fwd, _score_blocks_bwd)
+_losses_by_blocks.defvjp(_losses_by_blocks_fwd, _losses_by_blocks_bwd)

@@ -10,7 +10,7 @@ A session that speaks with a voice goes on with its own audio (`tml.stream.speak
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,9 +22,10 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from tml.config import Control, MatmulBackend, MeshConfig, ModelConfig, StreamConfig
 from tml.mesh import param_partition, param_sharding
-from tml.microturn import Kind, Layout
+from tml.microturn import Layout
 from tml.model import cache, head, transformer
-from tml.model.cache import DecodeState, Slots
+from tml.model.cache import DecodeState, Slots, slots_of
+from tml.ops.norm import rms_norm
 from tml.params import Leaf, PyTree
 from tml.stream.inputs import TurnInputs
 from tml.stream.padding import padding_counts, padding_slots
@@ -145,28 +146,27 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
     choose = _likeliest if stream.temperature == 0 else _sampler(stream.temperature)
     special, turn = layout.special, layout.turn
     not_words = jnp.array([special.listen, special.speak, special.end_of_text])
-    heads = _voiced(model, mesh) if model.has_voice else _voiceless(model, mesh)
     speak_closes = _speak_closes(layout)
     closes_text = special.speak if speak_closes else special.end_of_text
 
     # Elsewhere a part costs a reading of the model's weights; here, a product with all of the caches.
     width = layout.textless_slots_in if stream.backend is MatmulBackend.BLOCKED else layout.max_slots_in
 
-    def see(params: PyTree, x_BQD: jax.Array) -> jax.Array:
+    def head_input(params: PyTree, x_BQD: jax.Array) -> jax.Array:
         with jax.named_scope("head"):
-            return heads.see(params, head.input_of(params["norm"], x_BQD, model))
+            return rms_norm(x_BQD, params["norm"], model.norm_eps)
 
     def feed(params: PyTree, state: DecodeState, slots: Slots, wanted_BQ: jax.Array) -> tuple[DecodeState, jax.Array]:
-        """The state after the slots, and what is seen at those that are wanted of each session."""
+        """The state after the slots, and the heads' inputs at those that are wanted of each session."""
         state, x_BWD = cache.feed(params, state, slots, model, mesh, stream.backend)
-        return state, see(params, jnp.take_along_axis(x_BWD, wanted_BQ[:, :, None], axis=1))
+        return state, head_input(params, jnp.take_along_axis(x_BWD, wanted_BQ[:, :, None], axis=1))
 
     def step(params: PyTree, state: StreamState, inputs: TurnInputs) -> tuple[StreamState, TurnOutputs]:
         num_rows = inputs.counts_B.shape[0]
         with jax.named_scope("turn_in"):
             slots = inputs.slots()
             decode, x_BD = cache.feed_in_parts(params, state.decode, slots, width, model, mesh, stream.backend)
-            seen_BX = see(params, x_BD[:, None])[:, 0]
+            h_BD = head_input(params, x_BD[:, None])[:, 0]
         phase_B = jnp.where(inputs.counts_B > 0, CONTROL, DONE).astype(jnp.int32)
         zero_B = jnp.zeros(num_rows, jnp.int32)
         outputs = TurnOutputs(
@@ -179,8 +179,9 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
             return jnp.any(carry[2] != DONE)
 
         def emit(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            decode, seen_BX, phase_B, said_B, acted_B, outputs = carry
-            logits_BV = heads.logits(params, seen_BX)
+            decode, h_BD, phase_B, said_B, acted_B, outputs = carry
+            with jax.named_scope("head"):
+                logits_BV = head.logits(params, h_BD[:, None], model, mesh)[:, 0]
             over_B = ((phase_B == TEXT) & (said_B >= turn.max_text_out_per_turn)) | (
                 (phase_B == ACTION) & (acted_B >= turn.max_action_per_turn - 1)
             )
@@ -193,63 +194,34 @@ def _make_part(model: ModelConfig, layout: Layout, stream: StreamConfig) -> Step
             token_B = jnp.where(over_B, closer, choose(masked_BV, state.keys_B2, decode.num_positions_B))
             active_B = phase_B != DONE
             outputs = _record(outputs, token_B, active_B, logits_BV)
-            slots = token_slots(token_B, active_B, inputs, model)
-            decode, next_B1X = feed(params, decode, slots, jnp.zeros_like(token_B)[:, None])
+            slots = slots_of(token_B[:, None], active_B.astype(jnp.int32), model)
+            decode, next_B1D = feed(params, decode, slots, jnp.zeros_like(token_B)[:, None])
+            # Sessions that have said all their words wait here for the others, and then go on from their last position.
+            h_BD = jnp.where(active_B[:, None], next_B1D[:, 0], h_BD)
             acting_B = (phase_B == ACTION) | ((phase_B == CONTROL) & (token_B == special.action))
             acted_B = acted_B + acting_B.astype(jnp.int32)
             speaking_B = active_B & ~acting_B & ~jnp.isin(token_B, not_words)
             said_B = said_B + speaking_B.astype(jnp.int32)
             phase_B = _next_phase(phase_B, token_B, layout)
-            return decode, heads.after(seen_BX, next_B1X[:, 0], active_B), phase_B, said_B, acted_B, outputs
+            return decode, h_BD, phase_B, said_B, acted_B, outputs
 
         with jax.named_scope("turn_out"):
-            carry = (decode, seen_BX, phase_B, zero_B, zero_B, outputs)
-            decode, seen_BX, _, _, acted_B, outputs = jax.lax.while_loop(unfinished, emit, carry)
+            carry = (decode, h_BD, phase_B, zero_B, zero_B, outputs)
+            decode, h_BD, _, _, acted_B, outputs = jax.lax.while_loop(unfinished, emit, carry)
         if layout.max_padding_out:
             with jax.named_scope("turn_padding"):
                 num_words_B, speaks_B = outputs.counts_B - acted_B, _holds(outputs, special.speak)
                 counts_B, last_B = padding_counts(num_words_B, speaks_B, layout)
                 padding = padding_slots(counts_B, layout, model)
-                decode, last_B1X = feed(params, decode, padding, last_B[:, None])
-                seen_BX = heads.after(seen_BX, last_B1X[:, 0], counts_B > 0)
+                decode, last_B1D = feed(params, decode, padding, last_B[:, None])
+                h_BD = jnp.where((counts_B > 0)[:, None], last_B1D[:, 0], h_BD)
         if model.has_voice:
             speaks_B = _holds(outputs, special.speak)
-            decode, own = speak(params, decode, seen_BX, speaks_B, state.keys_B2, feed, layout, model)
+            decode, own = speak(params, decode, h_BD, speaks_B, state.keys_B2, feed, layout, model)
             outputs = replace(outputs, own=own)
         return replace(state, decode=decode), outputs
 
     return step
-
-
-class _Heads(NamedTuple):
-    """What differs between models with and without a voice.
-
-    Attributes:
-        see: (params, the heads' inputs at slots) to what is seen there: logits, or with a voice the inputs.
-        logits: (params, what is seen) to logits.
-        after: (seen before, seen now, active sessions) to what is seen next.
-    """
-
-    see: Callable[[PyTree, jax.Array], jax.Array]
-    logits: Callable[[PyTree, jax.Array], jax.Array]
-    after: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def _voiceless(model: ModelConfig, mesh: MeshConfig) -> _Heads:
-    return _Heads(
-        see=lambda params, h_BQD: head.logits(params, h_BQD, model, mesh),
-        logits=lambda params, logits_BV: logits_BV,
-        after=lambda before, now, active_B: now,
-    )
-
-
-def _voiced(model: ModelConfig, mesh: MeshConfig) -> _Heads:
-    # Sessions that have said all their words wait here for the others, and then go on from their last position.
-    return _Heads(
-        see=lambda params, h_BQD: h_BQD,
-        logits=lambda params, h_BD: head.logits(params, h_BD[:, None], model, mesh)[:, 0],
-        after=lambda before, now, active_B: jnp.where(active_B[:, None], now, before),
-    )
 
 
 def _speak_closes(layout: Layout) -> bool:
@@ -333,19 +305,6 @@ def _record(outputs: TurnOutputs, token_B: jax.Array, active_B: jax.Array, logit
         tokens_BO=jnp.where(here_BO, token_B[:, None], outputs.tokens_BO),
         counts_B=outputs.counts_B + active_B.astype(jnp.int32),
         log_probs_BO=jnp.where(here_BO, log_prob_B, outputs.log_probs_BO),
-    )
-
-
-def token_slots(token_B: jax.Array, active_B: jax.Array, inputs: TurnInputs, model: ModelConfig) -> Slots:
-    """One token for every active session, as slots to append."""
-    num_rows = token_B.shape[0]
-    return Slots(
-        tokens_BW=token_B[:, None],
-        kinds_BW=jnp.full((num_rows, 1), Kind.TOKEN, jnp.uint8),
-        levels_BWM=jnp.zeros((num_rows, 1, model.audio.num_mels), jnp.uint8),
-        tiles_BP=jnp.zeros((num_rows, 0, *inputs.tiles_BP.shape[2:]), jnp.int16),
-        tile_index_BW=jnp.zeros((num_rows, 1), jnp.int32),
-        counts_B=active_B.astype(jnp.int32),
     )
 
 

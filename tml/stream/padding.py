@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from tml.config import ModelConfig
-from tml.microturn import Kind, Layout
-from tml.model.cache import Slots
+from tml.microturn import Layout
+from tml.model.cache import Slots, slots_of
 
 
 def padding_counts(
@@ -25,15 +25,8 @@ def padding_counts(
 
 def padding_slots(counts_B: Int32[Array, "B"], layout: Layout, model: ModelConfig) -> Slots:
     """So many [pad] tokens for each session, as slots to feed: W = `max_padding_out`."""
-    num_rows, width, video = counts_B.shape[0], layout.max_padding_out, model.video
     # Were all tokens the same, the compiler would embed them once before a loop over turns, and round otherwise than
     # in a single turn: slots that are not valid, which nothing reads, hold another one.
-    special, valid_BW = layout.special, jnp.arange(width)[None] < counts_B[:, None]
-    return Slots(
-        tokens_BW=jnp.where(valid_BW, special.pad, special.end_of_text).astype(jnp.int32),
-        kinds_BW=jnp.full((num_rows, width), Kind.TOKEN, jnp.uint8),
-        levels_BWM=jnp.zeros((num_rows, width, model.audio.num_mels), jnp.uint8),
-        tiles_BP=jnp.zeros((num_rows, 0, video.frames_per_tile, video.tile_px, video.tile_px, 3), jnp.int16),
-        tile_index_BW=jnp.zeros((num_rows, width), jnp.int32),
-        counts_B=counts_B,
-    )
+    special, valid_BW = layout.special, jnp.arange(layout.max_padding_out)[None] < counts_B[:, None]
+    tokens_BW = jnp.where(valid_BW, special.pad, special.end_of_text).astype(jnp.int32)
+    return slots_of(tokens_BW, counts_B, model)

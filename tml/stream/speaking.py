@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float16, Int32
 from tml.config import Feedback, ModelConfig
 from tml.microturn import Kind, Layout
 from tml.model import flow_head
-from tml.model.cache import DecodeState, Slots
+from tml.model.cache import DecodeState, Slots, slots_of
 from tml.params import PyTree
 
 SOUND = 0x50_0D
@@ -18,7 +18,7 @@ SOUND = 0x50_0D
 
 
 Feed = Callable[[PyTree, DecodeState, Slots, jax.Array], tuple[DecodeState, jax.Array]]
-"""(params, state, slots, the slots of each session that are wanted) to the state, and what is seen at those slots."""
+"""(params, state, slots, the slots of each session that are wanted) to the state, and the heads' inputs at those."""
 
 
 class Spoken(NamedTuple):
@@ -54,7 +54,7 @@ def speak(
         h_BD: the head's input at each session's last position.
         speaks_B: which sessions speak.
         keys_B2: data of the sessions' keys; a sample depends on its session's key and position alone.
-        feed: feeds slots to the network; what it sees are the head's inputs.
+        feed: feeds slots to the network.
         layout: the layout of micro-turns.
         model: the model.
     """
@@ -101,13 +101,7 @@ def own_slots(
     mels_BTY: Float16[Array, "B T Y"], speaks_B: Bool[Array, "B"], layout: Layout, model: ModelConfig
 ) -> Slots:
     """T own audio positions for every session that speaks, as slots to feed."""
-    (num_rows, count), video = mels_BTY.shape[:2], model.video
-    return Slots(
-        tokens_BW=jnp.full((num_rows, count), layout.special.audio, jnp.int32),
-        kinds_BW=jnp.full((num_rows, count), Kind.OWN_AUDIO, jnp.uint8),
-        levels_BWM=jnp.zeros((num_rows, count, model.audio.num_mels), jnp.uint8),
-        tiles_BP=jnp.zeros((num_rows, 0, video.frames_per_tile, video.tile_px, video.tile_px, 3), jnp.int16),
-        tile_index_BW=jnp.zeros((num_rows, count), jnp.int32),
-        counts_B=jnp.where(speaks_B, count, 0).astype(jnp.int32),
-        own_BWY=mels_BTY,
-    )
+    num_rows, count = mels_BTY.shape[:2]
+    tokens_BW = jnp.full((num_rows, count), layout.special.audio, jnp.int32)
+    counts_B = jnp.where(speaks_B, count, 0).astype(jnp.int32)
+    return slots_of(tokens_BW, counts_B, model, Kind.OWN_AUDIO, mels_BTY)

@@ -1,4 +1,4 @@
-"""How experts run in live sessions: only those that a token chose are read, and read where they lie.
+"""How live sessions read large weights: where they lie in their stacks, and of experts only those that a token chose.
 
 No session can change another's bits, whichever way.
 """
@@ -14,12 +14,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from tml.config import MatmulBackend, MoEConfig
-from tml.model.expert_dispatch import Dispatched, ExpertFunction, SharedFunction, project_heads, shared_experts
+from tml.model.expert_dispatch import Dispatched, ExpertFunction, SharedFunction, output_projection, shared_experts
 from tml.ops.grouped_matmul import LAYER_KERNELS
 from tml.params import PyTree
 
 
-class ExpertStack(NamedTuple):
+class LayerOfStack(NamedTuple):
     """One layer's matrices within the stack of a stage, which are read where they are.
 
     Attributes:
@@ -30,9 +30,9 @@ class ExpertStack(NamedTuple):
     stack: jax.Array
     layer: jax.Array | int
 
-    def astype(self, dtype: DTypeLike) -> "ExpertStack":
+    def astype(self, dtype: DTypeLike) -> "LayerOfStack":
         """The same in another dtype; of the same dtype, untouched."""
-        return ExpertStack(self.stack.astype(dtype), self.layer)
+        return LayerOfStack(self.stack.astype(dtype), self.layer)
 
     def cut(self) -> jax.Array:
         """The layer's matrices by themselves."""
@@ -51,14 +51,14 @@ WITHIN_STACKS = {
 
 
 def params_of_layer(stacked: Mapping[str, PyTree], index: jax.Array | int) -> dict[str, PyTree]:
-    """The parameters of one layer of a stage; experts and heads as their whole stacks and the layer's place."""
+    """The parameters of one layer of a stage; those of `WITHIN_STACKS` as whole stacks and the layer's place."""
 
     def of_part(part: str, params: PyTree) -> PyTree:
         # A dense MLP has no experts.
         within = WITHIN_STACKS.get(part, ()) if part != "mlp" or "router" in params else ()
         if not within:
             return jax.tree.map(lambda leaf: leaf[index], params)
-        return {name: ExpertStack(leaf, index) if name in within else leaf[index] for name, leaf in params.items()}
+        return {name: LayerOfStack(leaf, index) if name in within else leaf[index] for name, leaf in params.items()}
 
     return {part: of_part(part, params) for part, params in stacked.items()}
 
@@ -71,7 +71,7 @@ def experts_chosen(num_tokens: int, cfg: MoEConfig) -> float:
 def streaming_experts(valid_BW: Bool[Array, "B W"], backend: MatmulBackend) -> ExpertFunction:
     """The way experts run on the next slots of live sessions: only chosen ones are read, by a kernel or one by one."""
 
-    def run(weights: Mapping[str, ExpertStack], h: jax.Array, gates: jax.Array, experts: jax.Array, cfg: MoEConfig):
+    def run(weights: Mapping[str, LayerOfStack], h: jax.Array, gates: jax.Array, experts: jax.Array, cfg: MoEConfig):
         valid_T = valid_BW.reshape(-1)
         if backend not in LAYER_KERNELS:
             return chosen_experts(weights, h, gates, experts, valid_T, cfg)
@@ -81,7 +81,7 @@ def streaming_experts(valid_BW: Bool[Array, "B W"], backend: MatmulBackend) -> E
 
 
 def chosen_experts(
-    weights: Mapping[str, ExpertStack],
+    weights: Mapping[str, LayerOfStack],
     h_TD: Float[Array, "t D"],
     gates_TK: Float[Array, "t k"],
     experts_TK: Int32[Array, "t k"],
@@ -114,7 +114,7 @@ def chosen_experts(
 
 
 def served_experts(
-    weights: Mapping[str, ExpertStack],
+    weights: Mapping[str, LayerOfStack],
     h_TD: Float[Array, "t D"],
     gates_TK: Float[Array, "t k"],
     experts_TK: Int32[Array, "t k"],
@@ -140,7 +140,7 @@ def served_experts(
 
 
 def _gated_mlps(
-    weights: Mapping[str, ExpertStack],
+    weights: Mapping[str, LayerOfStack],
     x_RD: Float[Array, "r D"],
     sizes_E: Int32[Array, "E"],
     usual_experts: float,
@@ -157,7 +157,7 @@ def _gated_mlps(
 def streaming_shared_experts(backend: MatmulBackend) -> SharedFunction:
     """The way shared experts run in live sessions: for a kernel, they are experts that every token chooses."""
 
-    def run(weights: Mapping[str, ExpertStack], h_TD: jax.Array, gates_TA: jax.Array) -> jax.Array:
+    def run(weights: Mapping[str, LayerOfStack], h_TD: jax.Array, gates_TA: jax.Array) -> jax.Array:
         if backend not in LAYER_KERNELS:
             return shared_experts({name: each.cut() for name, each in weights.items()}, h_TD, gates_TA)
         num_tokens, num_shared = gates_TA.shape
@@ -169,12 +169,12 @@ def streaming_shared_experts(backend: MatmulBackend) -> SharedFunction:
     return run
 
 
-def streaming_heads(backend: MatmulBackend) -> Callable[..., jax.Array]:
-    """The same in live sessions, its matrix within its stack: for a kernel, the one expert of all tokens."""
+def streaming_output_projection(backend: MatmulBackend) -> Callable[..., jax.Array]:
+    """Attention's output projection in live sessions: for a kernel, its matrix is the one expert of all tokens."""
 
-    def run(out_BWNH: jax.Array, o: ExpertStack) -> jax.Array:
+    def run(out_BWNH: jax.Array, o: LayerOfStack) -> jax.Array:
         if backend not in LAYER_KERNELS:
-            return project_heads(out_BWNH, o.cut())
+            return output_projection(out_BWNH, o.cut())
         rows_RD = out_BWNH.reshape(math.prod(out_BWNH.shape[:2]), -1)
         o_LEZDF = o.stack.reshape(o.stack.shape[0], 1, 1, rows_RD.shape[1], -1)
         sizes_E = jnp.full(1, rows_RD.shape[0], jnp.int32)

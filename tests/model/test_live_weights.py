@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.model.test_expert_dispatch import CHOICES, EXPERTS, WIDTH, config
 from tml.model.expert_dispatch import dense_experts
-from tml.model.live_experts import ExpertStack, chosen_experts
+from tml.model.live_weights import LayerOfStack, chosen_experts
 
 
 def test_streamed_tokens_get_their_experts_whatever_the_others_choose() -> None:
@@ -20,7 +20,7 @@ def test_streamed_tokens_get_their_experts_whatever_the_others_choose() -> None:
     experts = jnp.array([[6, 1], [1, 2], [7, 3], [5, 0]], jnp.int32)
     cfg, everyone = config(1.25), jnp.ones(4, bool)
     run = jax.jit(chosen_experts, static_argnums=5)
-    stacks = {name: ExpertStack(jnp.stack([jnp.zeros_like(each), each]), 1) for name, each in weights.items()}
+    stacks = {name: LayerOfStack(jnp.stack([jnp.zeros_like(each), each]), 1) for name, each in weights.items()}
     out = run(stacks, h, gates, experts, everyone, cfg).out_TD
     np.testing.assert_allclose(out, dense_experts(weights, h, gates, experts, cfg).out_TD, rtol=1e-5, atol=1e-5)
     # Another token that overflows, chooses differently or is not there leaves the first two as they are, to the bit.
