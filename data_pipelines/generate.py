@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from data_pipelines.records import UNCOMPRESSED, RecordKind, Shard, commit, shard_name, stage, write_shard
 from data_pipelines.worker_process import end_with_parent
-from tml.session import ExpectationKind, Session, encode_session
+from tml.session import ExpectationKind, Session, session_to_bytes
 
 _POLL_S = 0.5
 _SESSIONS_MEASURED = 64
@@ -208,7 +208,7 @@ def write_sessions(
         for index in range(first, last):
             session = task.session(split, index)
             summary.add(session)
-            yield encode_session(session)
+            yield session_to_bytes(session)
             made()
 
     # Sound is FLAC already: compressing it again only takes time.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from data_pipelines.documents import DEFAULT_PIECE_CHARS, Document, read_texts, write_documents
 from data_pipelines.records import UNCOMPRESSED, RecordKind, commit, shard_name, stage, write_shard
-from tml.session import Session, Stream, encode_session
+from tml.session import Session, Stream, session_to_bytes
 
 DEFAULT_MAX_FAILED_FRACTION = 0.01
 DOCUMENT_SUFFIXES = (".txt", ".jsonl")
@@ -131,7 +131,7 @@ def write_sessions(
         for index in range(first, last):
             try:
                 session = read(items[index])
-                data = encode_session(session)
+                data = session_to_bytes(session)
             except ValueError as error:
                 file = file_of(items[index])
                 summary.failures.append(Failure(file=file, reason=str(error).removeprefix(f"{file}: ")))

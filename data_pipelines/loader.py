@@ -29,9 +29,9 @@ from data_pipelines.records import RecordError, RecordKind, read_manifest
 from data_pipelines.row_index import MixtureSource, RowIndex, RowIndexes
 from data_pipelines.rows import RowWriter
 from tml.batch import Batch
-from tml.codec.text import Tokenizer, layout_of
+from tml.codec.text import Tokenizer
 from tml.config import Experiment, SourceConfig, SourceKind
-from tml.microturn import Kind
+from tml.microturn import Kind, Layout
 
 # Sessions longer than a row are wanted again by the rows that follow.
 _KEPT_SESSIONS = 32
@@ -73,7 +73,7 @@ def open_source(name: str, source: SourceConfig, experiment: Experiment, tokeniz
         raise ValueError(f"data source {name} at {source.path} holds no records")
     laid_out = lay_out_source(
         records,
-        layout_of(experiment, tokenizer),
+        Layout.of(experiment.turn, experiment.model, tokenizer.special),
         experiment.data.row_slots,
         max_quarantined_fraction=experiment.data.max_quarantined_fraction,
         name=f"data source {name}",
@@ -107,7 +107,7 @@ class RowLoader:
         self.sources = [open_source(name, sources[name], experiment, tokenizer) for name in sorted(sources)]
         self._data, self._shuffle = experiment.data, shuffle
         self._frame_s = experiment.model.audio.hop_samples / experiment.model.audio.sample_rate_hz
-        layout = layout_of(experiment, tokenizer)
+        layout = Layout.of(experiment.turn, experiment.model, tokenizer.special)
         self._writer = RowWriter(experiment, layout)
         self._segments_per_epoch = (
             self._data.segments_per_epoch if shuffle else sum(len(source.records) for source in self.sources)
@@ -176,10 +176,6 @@ class RowLoader:
                     num_tiles = self._put(batch, row, number, place, num_tiles, source, record, part)
                     place += slots
         return batch
-
-    def row(self, position: int) -> Batch:
-        """One row, as a Batch of one."""
-        return self.rows([position])
 
     def _epoch(self, epoch: int) -> RowIndex:
         with self._lock:

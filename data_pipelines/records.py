@@ -25,7 +25,7 @@ from pathlib import Path
 
 from array_record.python import array_record_module
 
-from tml.session import Session, SessionError, decode_session, encode_session
+from tml.session import Session, SessionError, session_from_bytes, session_to_bytes
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "dataset.json"
@@ -205,7 +205,7 @@ class RecordWriter:
 
     Example:
         with RecordWriter(path, kind=RecordKind.SESSIONS, name="prompts", num_shards=4) as writer:
-            writer.write(encode_session(session))
+            writer.write(session_to_bytes(session))
     """
 
     def __init__(
@@ -284,7 +284,7 @@ class SessionWriter:
 
     def write(self, session: Session) -> None:
         """Appends one session. Raises SessionError when it is not consistent."""
-        self._writer.write(encode_session(session))
+        self._writer.write(session_to_bytes(session))
 
 
 class RecordSource:
@@ -384,6 +384,6 @@ def read_session(source: RecordSource, index: int) -> Session:
     """One session. Raises RecordError when the record cannot be read as a session."""
     data = source[index]
     try:
-        return decode_session(data)
+        return session_from_bytes(data)
     except SessionError as error:
         raise RecordError(*source.place(index), str(error)) from error

@@ -5,7 +5,6 @@ A request type is one form of sentence, with or without a word that changes. The
 part of a request never means that it is over.
 """
 
-import functools
 from dataclasses import dataclass
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -118,9 +117,3 @@ FOREIGN: tuple[tuple[str, str], ...] = (
     ("fi", "huomenna menemme kauppaan"),
 )
 """(Language of espeak-ng, sentence) that asks for nothing, in other languages."""
-
-
-@functools.cache
-def answer_words() -> tuple[str, ...]:
-    """Every answer there is, sorted."""
-    return tuple(sorted({answer for kind in REQUEST_TYPES for _, answer in kind.requests}))

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines.records import RecordError, RecordKind, RecordSource
-from tml.session import Session, SessionError, decode_session
+from tml.session import Session, SessionError, session_from_bytes
 
 FEATURE = "record"
 """The name of the only feature."""
@@ -165,7 +165,7 @@ class TfdsRecords:
         """One session. Raises RecordError when the record cannot be read as a session."""
         data = self[index]
         try:
-            return decode_session(data)
+            return session_from_bytes(data)
         except SessionError as error:
             raise RecordError(str(self.directory), index, str(error)) from error
 

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import IO
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""XLA on CPU allocates its buffers anew every step; huge pages take a sixth off the step's time."""
+"""XLA on CPU allocates its buffers anew every step; huge pages take about a tenth off the step's time."""
 
 
 def run_child(module: str, arguments: Sequence[str], output: IO[str] | None = None) -> tuple[int, int]:

@@ -34,10 +34,10 @@ def main(argv: list[str]) -> int:
     if not sources:
         raise ValueError(f"experiment {experiment.name} names no data; set data.sources or data.eval_sources")
     tokenizer = _tokenizer(experiment)
-    for path, source in sources.items():
-        _encode(path, source, experiment, tokenizer)
-    for title, mixture in (("data", experiment.data.sources), ("held out", experiment.data.eval_sources)):
-        _summarise(title, mixture, experiment, tokenizer)
+    for source in sources.values():
+        _encode(source, experiment, tokenizer)
+    _summarise("data", experiment.data.sources, experiment, tokenizer, shuffle=True)
+    _summarise("held out", experiment.data.eval_sources, experiment, tokenizer, shuffle=False)
     return 0
 
 
@@ -65,10 +65,11 @@ def _tokenizer(experiment: Experiment) -> "Tokenizer":
     return tokenizer
 
 
-def _encode(path: str, source: SourceConfig, experiment: Experiment, tokenizer: "Tokenizer") -> None:
+def _encode(source: SourceConfig, experiment: Experiment, tokenizer: "Tokenizer") -> None:
     from data_pipelines.encoding import encode_dataset, is_complete
     from data_pipelines.loader import encoded_place, open_source
 
+    path = source.path
     _warn_of_other_turns(path, experiment.turn.turn_ms)
     place = encoded_place(source, experiment, tokenizer)
     was_complete, begun = is_complete(place), time.monotonic()
@@ -100,12 +101,19 @@ def _warn_of_other_turns(path: str, turn_ms: int) -> None:
         )
 
 
-def _summarise(title: str, sources: Mapping[str, SourceConfig], experiment: Experiment, tokenizer: "Tokenizer") -> None:
+def _summarise(
+    title: str,
+    sources: Mapping[str, SourceConfig],
+    experiment: Experiment,
+    tokenizer: "Tokenizer",
+    *,
+    shuffle: bool,
+) -> None:
     from data_pipelines.loader import RowLoader
 
     if not sources:
         return
-    loader = RowLoader(sources, experiment, tokenizer, shuffle=title == "data")
+    loader = RowLoader(sources, experiment, tokenizer, shuffle=shuffle)
     print("\n".join([f"{title}:", *(f"  {line}" for line in loader.summary_lines())]), flush=True)
 
 

@@ -18,8 +18,8 @@ from tml.session import (
     TextEvent,
     VideoFrame,
     Word,
-    decode_session,
-    encode_session,
+    session_from_bytes,
+    session_to_bytes,
 )
 
 NUM_SAMPLES = 16_000
@@ -59,7 +59,7 @@ WHOLE = Session(
 
 def test_all_eight_streams_come_back():
     assert len(set(WHOLE.streams)) == 8
-    assert decode_session(encode_session(WHOLE)) == WHOLE
+    assert session_from_bytes(session_to_bytes(WHOLE)) == WHOLE
 
 
 def sessions():
@@ -116,7 +116,7 @@ def sessions():
 @given(values=sessions())
 def test_every_consistent_session_comes_back(values):
     session = Session(**values)
-    assert decode_session(encode_session(session)) == session
+    assert session_from_bytes(session_to_bytes(session)) == session
 
 
 @pytest.mark.parametrize("stream", list(Stream))
@@ -129,17 +129,17 @@ def test_a_promise_that_is_not_kept_is_an_error_both_ways(stream):
         user_words=() if stream is Stream.USER_AUDIO else WHOLE.user_words,
     )
     with pytest.raises(SessionError, match=rf"session a/1 promises \['{stream.value}'\]"):
-        encode_session(lacking)
-    body = msgpack.unpackb(encode_session(dataclasses.replace(lacking, streams=tuple({*Stream} - {stream}))))
+        session_to_bytes(lacking)
+    body = msgpack.unpackb(session_to_bytes(dataclasses.replace(lacking, streams=tuple({*Stream} - {stream}))))
     body["streams"].append(stream.value)
     with pytest.raises(SessionError, match=f"promises .*{stream.value}"):
-        decode_session(msgpack.packb(body))
+        session_from_bytes(msgpack.packb(body))
 
 
 @pytest.mark.parametrize("stream", list(Stream))
 def test_a_stream_that_is_not_promised_is_an_error(stream):
     with pytest.raises(SessionError, match=f"holds .*{stream.value}.*promises only"):
-        encode_session(dataclasses.replace(WHOLE, streams=tuple({*Stream} - {stream})))
+        session_to_bytes(dataclasses.replace(WHOLE, streams=tuple({*Stream} - {stream})))
 
 
 @pytest.mark.parametrize(
@@ -176,28 +176,28 @@ def test_what_does_not_fit_together_is_an_error(change, message):
         ),
     )
     with pytest.raises(SessionError, match=message):
-        encode_session(session)
+        session_to_bytes(session)
 
 
 def test_another_version_says_so():
-    body = msgpack.unpackb(encode_session(WHOLE))
+    body = msgpack.unpackb(session_to_bytes(WHOLE))
     with pytest.raises(SessionError, match="schema 7, this code reads 2; prepare the data again"):
-        decode_session(msgpack.packb({**body, "schema": 7}))
+        session_from_bytes(msgpack.packb({**body, "schema": 7}))
     with pytest.raises(SessionError, match="no schema version"):
-        decode_session(msgpack.packb({"session_id": "x"}))
+        session_from_bytes(msgpack.packb({"session_id": "x"}))
     with pytest.raises(SessionError, match="no schema version"):
-        decode_session(msgpack.packb([1, 2]))
+        session_from_bytes(msgpack.packb([1, 2]))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, 1_000, -1])
 def test_a_cut_record_is_an_error(cut):
     with pytest.raises(SessionError):
-        decode_session(encode_session(WHOLE)[:cut])
+        session_from_bytes(session_to_bytes(WHOLE)[:cut])
 
 
 def test_bytes_after_the_record_are_an_error():
     with pytest.raises(SessionError, match="not msgpack"):
-        decode_session(encode_session(WHOLE) + b"\x00")
+        session_from_bytes(session_to_bytes(WHOLE) + b"\x00")
 
 
 @pytest.mark.parametrize(
@@ -227,24 +227,24 @@ def test_bytes_after_the_record_are_an_error():
     ],
 )
 def test_a_value_of_the_wrong_kind_is_an_error(path, value):
-    body = msgpack.unpackb(encode_session(WHOLE))
+    body = msgpack.unpackb(session_to_bytes(WHOLE))
     place = body
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
     with pytest.raises(SessionError, match="does not hold a session of schema 2"):
-        decode_session(msgpack.packb(body))
+        session_from_bytes(msgpack.packb(body))
 
 
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Session)])
 def test_a_missing_field_is_an_error(key):
-    body = msgpack.unpackb(encode_session(WHOLE))
+    body = msgpack.unpackb(session_to_bytes(WHOLE))
     del body[key]
     with pytest.raises(SessionError, match=key):
-        decode_session(msgpack.packb(body))
+        session_from_bytes(msgpack.packb(body))
 
 
-SMALL = encode_session(
+SMALL = session_to_bytes(
     dataclasses.replace(
         WHOLE,
         num_samples=4,
@@ -264,7 +264,7 @@ def test_damaged_bytes_are_a_session_or_a_session_error(data):
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     try:
-        session = decode_session(bytes(damaged))
+        session = session_from_bytes(bytes(damaged))
     except SessionError:
         return
     session.check()
@@ -273,7 +273,7 @@ def test_damaged_bytes_are_a_session_or_a_session_error(data):
 @given(data=st.binary(max_size=80))
 def test_any_bytes_are_a_session_error(data):
     with pytest.raises(SessionError):
-        decode_session(data)
+        session_from_bytes(data)
 
 
 def test_texts_of_keeps_the_order():

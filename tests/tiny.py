@@ -15,7 +15,7 @@ from tml.config import (
     MoEConfig,
     VideoConfig,
 )
-from tml.microturn import Clock, EncodedSession, EncodedText, Kind, Layout, SpecialTokens, Target
+from tml.microturn import EncodedSession, EncodedText, Kind, Layout, SpecialTokens, Target
 from tml.session import Stream
 
 NUM_SPECIAL = len(dataclasses.fields(SpecialTokens))
@@ -53,14 +53,8 @@ def tiny_layout(model: ModelConfig, **turn) -> Layout:
     limits = {"max_text_in_per_turn": 4, "max_text_out_per_turn": 3, "max_action_per_turn": 4}
     turn_config = MicroTurnConfig(**{**limits, **turn})
     names = [f.name for f in dataclasses.fields(SpecialTokens)]
-    clock = Clock.of(turn_config, model.audio)
-    return Layout(
-        clock=clock,
-        turn=turn_config,
-        special=SpecialTokens(**{name: index for index, name in enumerate(names)}),
-        max_tiles_per_turn=model.video.max_tiles_per_turn,
-        own_positions_per_turn=clock.frames_per_turn if model.has_voice else 0,
-    )
+    special = SpecialTokens(**{name: index for index, name in enumerate(names)})
+    return Layout.of(turn_config, model, special)
 
 
 def tiny_session(model: ModelConfig, num_turns: int, seed: int = 0) -> EncodedSession:

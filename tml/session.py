@@ -229,15 +229,15 @@ class Session:
                 raise SessionError(f"{name}: its {what} are not ordered by time")
 
 
-def encode_session(session: Session) -> bytes:
+def session_to_bytes(session: Session) -> bytes:
     """One session as bytes: a msgpack map whose long values are raw bytes. Raises SessionError if inconsistent."""
     session.check()
     body = {f.name: _plain(getattr(session, f.name)) for f in fields(session)}
     return msgpack.packb({"schema": SCHEMA_VERSION, **body}, use_bin_type=True)
 
 
-def decode_session(data: bytes) -> Session:
-    """Reads what `encode_session` wrote.
+def session_from_bytes(data: bytes) -> Session:
+    """Reads what `session_to_bytes` wrote.
 
     Raises:
         SessionError: not msgpack, another schema version, or a promise not kept.

@@ -127,6 +127,15 @@ def test_fingerprints_tell_tokenizers_apart(directory, ranks_file, tmp_path):
     assert len({first.fingerprint(), other.fingerprint(), Tokenizer.load(ranks_file).fingerprint()}) == 3
 
 
+def test_a_saved_tokenizer_is_read_from_its_directory(tokenizer, tmp_path):
+    file = tokenizer.save(tmp_path / "kept")
+    assert list((tmp_path / "kept").iterdir()) == [file]
+    for path in (file, file.parent):
+        again = Tokenizer.load(path)
+        assert again.fingerprint() == tokenizer.fingerprint()
+        assert again.encode("say seven") == tokenizer.encode("say seven")
+
+
 def test_a_pickled_tokenizer_is_the_same(tokenizer):
     again = pickle.loads(pickle.dumps(tokenizer))
     text = "<|tick|> say seven"

@@ -11,7 +11,7 @@ from data_pipelines.dialogue_script import EXCHANGES, NODS, SLOTS, draw_exchange
 from data_pipelines.speech import audible_span
 from data_pipelines.voices import OWN_VOICE
 from tml.codec.waveform import decode_clip
-from tml.session import ExpectationKind, Session, Stream, encode_session
+from tml.session import ExpectationKind, Session, Stream, session_to_bytes
 
 RATE = 16_000
 TASK = DialogueTask(seed=2)
@@ -28,7 +28,7 @@ def track(session: Session, stream: Stream) -> np.ndarray:
 
 def test_sessions_are_well_formed_and_hold_both_voices(sessions):
     for session in sessions:
-        encode_session(session)
+        session_to_bytes(session)
         assert session.streams == (Stream.USER_AUDIO, Stream.OWN_TEXT, Stream.OWN_AUDIO)
         assert np.abs(track(session, Stream.OWN_AUDIO)).max() == pytest.approx(0.99 * 10 ** (-6 / 20), abs=1e-3)
         variant = session.meta["voice"].split("+")[1].split("@")[0].replace("base", "")
@@ -135,7 +135,7 @@ def test_slots_are_filled_and_no_part_holds_a_comma():
 
 def test_the_same_index_gives_the_same_bytes(sessions):
     espeak.synthesise.cache_clear()
-    assert encode_session(TASK.session("train", 5)) == encode_session(sessions[5])
+    assert session_to_bytes(TASK.session("train", 5)) == session_to_bytes(sessions[5])
 
 
 def test_own_sound_ends_when_the_reply_is_cut_without_a_click():

@@ -22,8 +22,7 @@ from data_pipelines.records import (
 )
 from tml.codec.encode import encode_session
 from tml.config import AudioConfig, ModelConfig, VideoConfig
-from tml.session import Stream
-from tml.session import encode_session as session_record
+from tml.session import Stream, session_to_bytes
 
 MODEL = ModelConfig()
 
@@ -32,7 +31,7 @@ def write_sessions(directory, count=9, broken=()):
     """Session records; those in `broken` promise a stream that they do not hold."""
     with RecordWriter(directory, kind=RecordKind.SESSIONS, name="set", num_shards=2) as writer:
         for number in range(count):
-            data = session_record(make_session(number, (0.3, 0.6)))
+            data = session_to_bytes(make_session(number, (0.3, 0.6)))
             if number in broken:
                 body = msgpack.unpackb(data)
                 body["streams"].append(Stream.ACTION.value)

@@ -9,13 +9,12 @@ from data_pipelines.encoding import encode_dataset
 from data_pipelines.laid_out import laid_out_directory, lay_out_source, layout_hash, segments_of
 from data_pipelines.loader import RowLoader
 from data_pipelines.records import SessionWriter
-from tml.codec.text import layout_of
 from tml.config import Boundary, MicroTurnConfig
-from tml.microturn import Kind
+from tml.microturn import Kind, Layout
 
 
 def test_parts_cut_between_turns_and_join_to_the_whole(mixture, tokenizer):
-    layout, cut = layout_of(mixture, tokenizer), 0
+    layout, cut = Layout.of(mixture.turn, mixture.model, tokenizer.special), 0
     for source in RowLoader(mixture.data.sources, mixture, tokenizer).sources[:2]:
         laid_out = source.laid_out
         for index in range(len(source.records)):
@@ -40,7 +39,7 @@ def test_parts_cut_between_turns_and_join_to_the_whole(mixture, tokenizer):
 
 
 def test_documents_are_cut_to_pieces_that_fill_rows(mixture, tokenizer):
-    layout, special = layout_of(mixture, tokenizer), tokenizer.special
+    layout, special = Layout.of(mixture.turn, mixture.model, tokenizer.special), tokenizer.special
     for size in (0, 1, 125, 126, 127, 252, 1_000):
         tokens, tiles_P = np.arange(20, 20 + size, dtype=np.int32), np.zeros((0, 2, 4, 4, 3), np.int16)
         document = EncodedDocument(document_id="d", tokens=tokens, tiles_P=tiles_P)
@@ -52,7 +51,7 @@ def test_documents_are_cut_to_pieces_that_fill_rows(mixture, tokenizer):
 
 
 def test_layout_hash_covers_layout_and_row(mixture, tokenizer):
-    layout = layout_of(mixture, tokenizer)
+    layout = Layout.of(mixture.turn, mixture.model, tokenizer.special)
     others = [
         (layout, 256),
         (replace(layout, max_tiles_per_turn=1), 128),
@@ -64,7 +63,7 @@ def test_layout_hash_covers_layout_and_row(mixture, tokenizer):
 
 
 def test_a_source_is_laid_out_once(mixture, tokenizer):
-    layout = layout_of(mixture, tokenizer)
+    layout = Layout.of(mixture.turn, mixture.model, tokenizer.special)
     source = RowLoader(mixture.data.sources, mixture, tokenizer).sources[0].records
     directory = laid_out_directory(source, layout, 128)
     before = directory.stat().st_mtime_ns
@@ -84,7 +83,7 @@ def source(tmp_path, mixture, tokenizer):
 
 def test_what_the_layout_cannot_hold_takes_no_positions(source, mixture, tokenizer):
     """A micro-turn that is longer than a row, and one that is not."""
-    layout = layout_of(mixture, tokenizer)
+    layout = Layout.of(mixture.turn, mixture.model, tokenizer.special)
     assert not lay_out_source(source, layout, 20).quarantined
     laid_out = lay_out_source(source, layout, 8)
     assert {entry.index for entry in laid_out.quarantined} == {0, 1, 2, 3}
@@ -94,7 +93,7 @@ def test_what_the_layout_cannot_hold_takes_no_positions(source, mixture, tokeniz
 
 
 def test_damaged_layout_is_refused_with_the_way_out(source, mixture, tokenizer):
-    layout = layout_of(mixture, tokenizer)
+    layout = Layout.of(mixture.turn, mixture.model, tokenizer.special)
     lay_out_source(source, layout, 128)
     directory = laid_out_directory(source, layout, 128)
     (directory / "kinds.bin").write_bytes(b"12")
@@ -104,7 +103,7 @@ def test_damaged_layout_is_refused_with_the_way_out(source, mixture, tokenizer):
 
 @pytest.mark.parametrize("size", [None, 0, 2, 100, -10])
 def test_truncated_parts_are_refused_with_the_way_out(source, mixture, tokenizer, size):
-    layout = layout_of(mixture, tokenizer)
+    layout = Layout.of(mixture.turn, mixture.model, tokenizer.special)
     lay_out_source(source, layout, 128)
     path = laid_out_directory(source, layout, 128) / "parts.npz"
     whole = path.read_bytes()
@@ -116,7 +115,7 @@ def test_truncated_parts_are_refused_with_the_way_out(source, mixture, tokenizer
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_a_fault_is_forgotten_when_it_is_gone(source, mixture, tokenizer, fraction):
     """A shard that cannot be reached for a while, with too many records for the fraction, or not."""
-    layout = layout_of(mixture, tokenizer)
+    layout = Layout.of(mixture.turn, mixture.model, tokenizer.special)
     directory = laid_out_directory(source, layout, 128)
     (shard,) = source.directory.glob("shard-*")
     shard.rename(shard.with_suffix(".away"))
@@ -143,5 +142,6 @@ def test_what_encoding_quarantined_says_what_to_remove(tmp_path, mixture, tokeni
     (shard,) = (tmp_path / "set").glob("shard-*")
     shard.unlink()
     source = encode_dataset(tmp_path / "set", mixture.model, tokenizer, max_quarantined_fraction=1.0)
+    layout = Layout.of(mixture.turn, mixture.model, tokenizer.special)
     with pytest.raises(ValueError, match=f"1 of 1 records .*; mend the data, remove {source.directory} and run"):
-        lay_out_source(source, layout_of(mixture, tokenizer), 128, max_quarantined_fraction=0.0)
+        lay_out_source(source, layout, 128, max_quarantined_fraction=0.0)

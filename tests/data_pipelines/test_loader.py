@@ -22,9 +22,8 @@ from data_pipelines.records import RecordKind, SessionWriter, read_manifest
 from data_pipelines.rows import loss_weight_table
 from tml.batch import Batch, max_tiles_per_row
 from tml.codec.audio import pad_frames
-from tml.codec.text import layout_of
 from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig, SlotScheme, SourceConfig, SourceKind
-from tml.microturn import Kind, Target
+from tml.microturn import Kind, Layout, Target
 from tml.session import Stream, VideoFrame
 
 
@@ -48,11 +47,11 @@ def loader(mixture, tokenizer):
 def test_row_is_a_function_of_its_position(mixture, tokenizer, loader):
     again = RowLoader(mixture.data.sources, mixture, tokenizer)
     positions = [140, 3, 77, 3, 0]
-    rows = [again.row(position) for position in positions]
-    assert all(same(row, loader.row(position)) for row, position in zip(rows, positions, strict=True))
-    assert not same(loader.row(3), loader.row(77))
+    rows = [again.rows([position]) for position in positions]
+    assert all(same(row, loader.rows([position])) for row, position in zip(rows, positions, strict=True))
+    assert not same(loader.rows([3]), loader.rows([77]))
     other = RowLoader(mixture.data.sources, replace(mixture, seed=1), tokenizer)
-    assert not same(other.row(3), loader.row(3))
+    assert not same(other.rows([3]), loader.rows([3]))
 
 
 def train_batches(experiment, tokenizer, **steps):
@@ -101,17 +100,17 @@ def test_every_record_of_an_epoch_appears_once_and_whole(mixture, loader):
         expected.update((source, part) for part in range(starts[record], starts[record + 1]))
     assert placed == expected
     start = loader.rows_in_epoch(0)
-    used = sum(int((loader.row(start + r).kinds_BS > 0).sum()) for r in range(index.num_rows))
+    used = sum(int((loader.rows([start + r]).kinds_BS > 0).sum()) for r in range(index.num_rows))
     assert used == int(index.slots.sum())
     assert loader.padding_fraction(1) < 0.1
 
 
 def test_rows_hold_what_the_layout_says(mixture, tokenizer, loader):
     """Every segment of every row of an epoch equals the part that the index names, whole turns at a time."""
-    layout, table = layout_of(mixture, tokenizer), loss_weight_table(mixture.loss)
+    layout, table = Layout.of(mixture.turn, mixture.model, tokenizer.special), loss_weight_table(mixture.loss)
     index = loader._indexes.epoch(0)
     for r in range(index.num_rows):
-        row, place = loader.row(r), 0
+        row, place = loader.rows([r]), 0
         for number, at in enumerate(range(index.row_starts[r], index.row_starts[r + 1]), start=1):
             source, part = loader.sources[index.source[at]], int(index.part[at])
             encoded, starts = source.records[int(index.record[at])], source.laid_out.parts.part_starts
@@ -164,7 +163,7 @@ def test_most_tiles_of_a_row(mixture, tokenizer):
     limits = {"max_text_in_per_turn": 2, "max_text_out_per_turn": 1}
     for boundary, slots, most, row_slots in itertools.product(Boundary, SlotScheme, (0, 1, 3), (5, 9, 10, 24, 31)):
         turn = MicroTurnConfig(boundary=boundary, slots=slots, **limits)
-        layout = replace(layout_of(mixture, tokenizer), max_tiles_per_turn=most, turn=turn)
+        layout = replace(Layout.of(mixture.turn, mixture.model, tokenizer.special), max_tiles_per_turn=most, turn=turn)
         others = (boundary is Boundary.TICK) + 4 + (1 if slots is SlotScheme.VARIABLE else 2 + 3)
         best = [0] * (row_slots + 1)
         for size in range(row_slots + 1):
@@ -199,12 +198,12 @@ def test_without_shuffle_an_epoch_is_one_pass_over_each_source(mixture, tokenize
 
 
 def test_a_truncated_row_index_is_made_again_and_says_so(mixture, tokenizer, loader, capsys):
-    expected = loader.row(0)
+    expected = loader.rows([0])
     path = loader._indexes.directory / "epoch-000000.npz"
     whole = path.read_bytes()
     for size in (0, 2, 100, len(whole) - 10):
         path.write_bytes(whole[:size])
-        assert same(RowLoader(mixture.data.sources, mixture, tokenizer).row(0), expected)
+        assert same(RowLoader(mixture.data.sources, mixture, tokenizer).rows([0]), expected)
         assert path.read_bytes() == whole
         assert f"{path} is damaged and made again" in capsys.readouterr().err
 
@@ -224,7 +223,7 @@ def encoded_shard(experiment, tokenizer, name):
 
 @pytest.mark.parametrize("damage", ["corrupt record", "truncated shard", "deleted shard"])
 def test_damage_at_load_leaves_every_other_segment_as_it_was(mixture, tokenizer, tmp_path, loader, damage):
-    loader.row(0)
+    loader.rows([0])
     damaged = damaged_copy(mixture, tmp_path)
     damaged = replace(damaged, data=replace(damaged.data, max_quarantined_fraction=1.0))
     shard = encoded_shard(damaged, tokenizer, "b")
@@ -243,7 +242,7 @@ def test_damage_at_load_leaves_every_other_segment_as_it_was(mixture, tokenizer,
     assert loader.rows_in_epoch(0) == hurt.rows_in_epoch(0)
     lost = 0
     for r in range(index.num_rows):
-        expected, found = loader.row(r), hurt.row(r)
+        expected, found = loader.rows([r]), hurt.rows([r])
         parts = range(index.row_starts[r], index.row_starts[r + 1])
         for number, part in enumerate(parts, start=1):
             bad = hurt.sources[index.source[part]].name == "b" and int(index.record[part]) in {
@@ -265,7 +264,7 @@ def test_damage_at_load_leaves_every_other_segment_as_it_was(mixture, tokenizer,
     assert len(entries) == len({entry.index for entry in entries})
     if damage == "corrupt record":
         assert len(entries) == 1
-    hurt.row(0)
+    hurt.rows([0])
     assert hurt.quarantined["b"] == entries, "each is counted once"
 
 
@@ -294,7 +293,7 @@ def test_quarantined_while_encoding_keeps_the_order(mixture, tokenizer, tmp_path
     assert set(index.record[stubs & (index.source == 0)].tolist()) <= set(range(20, 40))
     assert not (index.record[~stubs & (index.source == 0)] >= 20).any()
     for r in range(index.num_rows):
-        hurt.row(r)
+        hurt.rows([r])
     strict = replace(damaged, data=replace(damaged.data, max_quarantined_fraction=0.4))
     with pytest.raises(ValueError, match=f"data source a: 20 of 40 records .* = 0.4; the first is .*{'missing'}"):
         RowLoader({"a": source}, strict, tokenizer)
@@ -344,10 +343,11 @@ def test_tiles_of_packed_sessions_stand_where_the_index_says(mixture, tokenizer,
     experiment = replace(mixture, model=model, data=data)
     encode_all(experiment, tokenizer)
     loader = RowLoader(data.sources, experiment, tokenizer)
+    layout = Layout.of(experiment.turn, model, tokenizer.special)
     seen = []
     for r in range(loader.rows_in_epoch(0)):
-        row = loader.row(r)
-        assert row.tiles_BP.shape[1] == max_tiles_per_row(layout_of(experiment, tokenizer), 160)
+        row = loader.rows([r])
+        assert row.tiles_BP.shape[1] == max_tiles_per_row(layout, 160)
         slots = np.flatnonzero(row.kinds_BS[0] == Kind.TILE)
         assert row.tile_index_BS[0, slots].tolist() == list(range(len(slots)))
         assert (row.tokens_BS[0, slots] == tokenizer.special.tile).all()

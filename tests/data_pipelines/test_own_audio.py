@@ -12,10 +12,9 @@ from data_pipelines.loader import RowLoader
 from data_pipelines.records import RecordKind, SessionWriter
 from tml.codec.encode import encode_session
 from tml.codec.own_sound import own_mels, silent_position
-from tml.codec.text import layout_of
 from tml.codec.waveform import decode_clip, encode_clip
 from tml.config import AudioOutConfig, DataConfig, Experiment, FlowConfig, ModelConfig, SourceConfig
-from tml.microturn import Kind, Target
+from tml.microturn import Kind, Layout, Target
 from tml.session import Session, SessionError, Stream, TextEvent
 
 VOICE = AudioOutConfig(frames_per_position=2, num_mels=10, flow=FlowConfig(width=8, num_blocks=1))
@@ -60,7 +59,7 @@ def voiced(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Experiment:
 
 
 def test_output_k_says_what_is_heard_during_the_turn_after_it(voiced: Experiment, tokenizer) -> None:
-    layout, session = layout_of(voiced, tokenizer), a_session(3, words=(2, 4))
+    layout, session = Layout.of(voiced.turn, voiced.model, tokenizer.special), a_session(3, words=(2, 4))
     encoded = encode_session(session, voiced.model, tokenizer)
     segment = layout.lay_out(layout.contents(encoded))
     for turn, (start, end) in enumerate(zip(segment.turn_starts[:-1], segment.turn_starts[1:], strict=True)):
@@ -80,7 +79,7 @@ def test_output_k_says_what_is_heard_during_the_turn_after_it(voiced: Experiment
 
 
 def test_sound_after_a_turn_moves_nothing_of_that_turn_s_output(voiced: Experiment, tokenizer) -> None:
-    layout, session = layout_of(voiced, tokenizer), a_session(3)
+    layout, session = Layout.of(voiced.turn, voiced.model, tokenizer.special), a_session(3)
     samples = decode_clip(session.audio[Stream.OWN_AUDIO], RATE_HZ).copy()
     samples[6 * TURN :] = 0.2
     clips = {**session.audio, Stream.OWN_AUDIO: encode_clip(samples, RATE_HZ)}
@@ -153,4 +152,4 @@ def test_records_that_were_encoded_without_a_voice_are_refused(voiced: Experimen
         EncodedSource(places[1], header)
     without = encode_session(a_session(1), silent.model, tokenizer)
     with pytest.raises(SessionError, match="encoded without own audio, but this layout has a voice"):
-        layout_of(voiced, tokenizer).contents(without)
+        Layout.of(voiced.turn, voiced.model, tokenizer.special).contents(without)

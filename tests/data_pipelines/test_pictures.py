@@ -19,10 +19,10 @@ from data_pipelines.laid_out import segments_of
 from data_pipelines.loader import RowLoader
 from data_pipelines.pictures_importer import PICTURE_SUFFIXES, read_picture
 from data_pipelines.records import SessionWriter
-from tml.codec.text import Tokenizer, layout_of
+from tml.codec.text import Tokenizer
 from tml.codec.video import picture_tiles
 from tml.config import DataConfig, Experiment, SourceConfig, SourceKind, VideoConfig
-from tml.microturn import Kind, Target
+from tml.microturn import Kind, Layout, Target
 from tml.model import transformer
 from tml.params import init_params
 from tml.session import SessionError
@@ -73,7 +73,7 @@ def test_rows_hold_pictures_beside_sessions_and_their_captions_are_targets(
         wanted[tokens] = picture_tiles((source / f"{number}.png").read_bytes(), VIDEO)
     seen, mixed = set(), 0
     for position in range(12):
-        row = jax.tree.map(lambda leaf: leaf[0], loader.row(position))
+        row = jax.tree.map(lambda leaf: leaf[0], loader.rows([position]))
         kinds_of_segments = set()
         for number in range(1, int(row.segment_ids_BS.max()) + 1):
             here = np.flatnonzero(row.segment_ids_BS == number)
@@ -111,7 +111,7 @@ def test_the_image_tower_learns_from_a_caption(experiment: Experiment, tokenizer
 def test_a_picture_is_laid_out_before_its_text_and_takes_no_more_tiles_than_turns_do(
     experiment: Experiment, tokenizer: Tokenizer
 ) -> None:
-    layout, special = layout_of(experiment, tokenizer), tokenizer.special
+    layout, special = Layout.of(experiment.turn, experiment.model, tokenizer.special), tokenizer.special
     segment = layout.lay_out_document([40, 41], num_tiles=4)
     assert segment.tokens[:8].tolist() == [special.document, *[special.tile] * 4, 40, 41, special.end_of_text]
     assert segment.kinds[:8].tolist() == [Kind.TOKEN, *[Kind.TILE] * 4, *[Kind.TOKEN] * 3]
@@ -126,8 +126,8 @@ def test_a_picture_is_laid_out_before_its_text_and_takes_no_more_tiles_than_turn
 
 
 def test_what_cannot_be_is_refused(experiment: Experiment, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    layout = layout_of(experiment, tokenizer)
-    blind = layout_of(Experiment(name="blind", model=small_experiment().model), tokenizer)
+    layout = Layout.of(experiment.turn, experiment.model, tokenizer.special)
+    blind = Layout.of(experiment.turn, small_experiment().model, tokenizer.special)
     with pytest.raises(SessionError, match="max_tiles_per_turn is 0"):
         blind.lay_out_document([40], num_tiles=1)
     make_pictures(tmp_path / "in")

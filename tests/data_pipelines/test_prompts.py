@@ -14,7 +14,7 @@ from data_pipelines.behaviours.cast import PROMPT_LANGUAGES, BehaviourConfig
 from data_pipelines.behaviours.task import BehaviourTask
 from data_pipelines.request_vocabulary import DIGITS
 from data_pipelines.speech import audible_span
-from tml.session import Behaviour, ExpectationKind, Session, Stream, encode_session
+from tml.session import Behaviour, ExpectationKind, Session, Stream, session_to_bytes
 
 RATE = 16_000
 
@@ -87,7 +87,7 @@ def test_digit_sessions_hold_one_digit_and_its_answer(cache):
     quiet = 0
     for index in range(20):
         session = task.session("heldout", index)
-        encode_session(session)
+        session_to_bytes(session)
         (item,) = session.expectations
         (event,) = session.texts_of(Stream.OWN_TEXT)
         assert item.kind is ExpectationKind.ANSWER

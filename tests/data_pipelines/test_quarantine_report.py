@@ -26,7 +26,7 @@ def test_the_first_ten_lost_records_have_a_line_each_and_then_only_their_number(
     assert capsys.readouterr().err == ""
     row = 0
     while len(loader.quarantined["a"]) < 16:
-        loader.row(row)
+        loader.rows([row])
         row += 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11

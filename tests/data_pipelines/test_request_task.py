@@ -13,11 +13,11 @@ from data_pipelines import espeak
 from data_pipelines.noise import NOISE_KINDS, noise
 from data_pipelines.request_session import PACES, RequestTaskConfig, answer_event
 from data_pipelines.request_task import RequestTask
-from data_pipelines.request_vocabulary import DIGITS, FOREIGN, REQUEST_TYPES, STATEMENTS, answer_words
+from data_pipelines.request_vocabulary import DIGITS, FOREIGN, REQUEST_TYPES, STATEMENTS
 from data_pipelines.speech import audible_span
 from tml.config import AudioConfig, MicroTurnConfig
 from tml.microturn import Clock
-from tml.session import ExpectationKind, Session, Stream, encode_session
+from tml.session import ExpectationKind, Session, Stream, session_to_bytes
 
 RATE = 16_000
 TASK = RequestTask(seed=3)
@@ -49,9 +49,9 @@ def test_there_are_thirty_types_and_every_digit_is_asked_alone_and_in_phrases():
 
 
 def test_a_request_has_one_answer_of_one_word_and_begins_no_other():
-    requests = [request for kind in REQUEST_TYPES for request, _ in kind.requests]
+    requests, answers = zip(*(pair for kind in REQUEST_TYPES for pair in kind.requests), strict=True)
     assert len({*requests}) == len(requests)
-    assert all(re.fullmatch("[a-z]+", word) for word in answer_words())
+    assert all(re.fullmatch("[a-z]+", answer) for answer in answers)
     for one, other in itertools.permutations(requests, 2):
         assert not f"{other} ".startswith(f"{one} "), (one, other)
 
@@ -75,7 +75,7 @@ def test_the_answer_is_emitted_in_the_first_turn_that_ends_late_enough(end, dela
 
 def test_sessions_are_well_formed(sessions):
     for session in sessions:
-        encode_session(session)
+        session_to_bytes(session)
         assert 6.0 <= session.duration_s <= 12.0
         samples = sound(session)
         assert len(samples) == session.num_samples
@@ -187,8 +187,8 @@ def test_heldout_sessions_use_heldout_variants_only(sessions):
 def test_the_same_index_gives_the_same_bytes_in_any_order(sessions):
     espeak.synthesise.cache_clear()
     for i in (17, 4):
-        assert encode_session(TASK.session("train", i)) == encode_session(sessions[i])
-    assert encode_session(RequestTask(seed=4).session("train", 4)) != encode_session(sessions[4])
+        assert session_to_bytes(TASK.session("train", i)) == session_to_bytes(sessions[i])
+    assert session_to_bytes(RequestTask(seed=4).session("train", 4)) != session_to_bytes(sessions[4])
 
 
 def test_an_unknown_split_is_refused():

@@ -59,7 +59,7 @@ def test_words_of_a_clip_are_targets_where_they_end(experiment: Experiment, toke
         words_of[tuple(itertools.chain(*(tokens for tokens, _ in found)))] = found
     seen, mixed = set(), 0
     for position in range(10):
-        row = jax.tree.map(lambda leaf: leaf[0], loader.row(position))
+        row = jax.tree.map(lambda leaf: leaf[0], loader.rows([position]))
         kinds = set()
         for number in range(1, int(row.segment_ids_BS.max()) + 1):
             here = np.flatnonzero(row.segment_ids_BS == number)

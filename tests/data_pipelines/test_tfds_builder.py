@@ -7,7 +7,7 @@ from small_sets import make_session
 from data_pipelines.documents import Document, decode_document, write_documents
 from data_pipelines.records import RecordError, RecordKind, RecordSource, SessionWriter
 from data_pipelines.tfds_builder import TfdsRecords, write_tfds
-from tml.session import decode_session
+from tml.session import session_from_bytes
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_sessions_come_back_byte_for_byte_and_in_order(written):
     ours, theirs = written
     source, records = RecordSource(ours), TfdsRecords(theirs)
     assert [records[i] for i in range(len(records))] == [source[i] for i in range(12)]
-    assert records.session(3) == decode_session(source[3])
+    assert records.session(3) == session_from_bytes(source[3])
     assert (records.kind, records.name, records.split) == (RecordKind.SESSIONS, "ours", "heldout")
     assert records.identity == source.manifest.identity
     assert records.meta["licence"] == "CC0"

@@ -11,7 +11,7 @@ from random_player import sessions_of
 from data_pipelines.behaviours.task import BehaviourTask
 from tml.duplex.controls import STREAMED, Control, applies, best_guesses, changed, donors
 from tml.duplex.scores import score
-from tml.session import Behaviour, Session, Stream, decode_session, encode_session
+from tml.session import Behaviour, Session, Stream, session_from_bytes, session_to_bytes
 
 
 def streams(session: Session) -> set[Stream]:
@@ -23,7 +23,7 @@ def streams(session: Session) -> set[Stream]:
 def test_what_is_changed_is_a_whole_session_with_the_same_expectations(control, behaviour):
     for session in sessions_of(behaviour):
         other = changed(session, control)
-        assert decode_session(encode_session(other)) == other
+        assert session_from_bytes(session_to_bytes(other)) == other
         assert other.expectations == session.expectations
         assert other.num_samples == session.num_samples
 

@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+from session_trace import trace_of_session
 
 from tml.duplex import scores
 from tml.duplex.rates import Rate, median_interval
-from tml.duplex.trace import TimedWord, Trace, trace_of_said, trace_of_session
+from tml.duplex.trace import TimedWord, Trace, trace_of_said
 from tml.microturn import Clock
 from tml.session import Behaviour, Expectation, ExpectationKind, Session, Stream, TextEvent
 from tml.stream.outputs import Said

@@ -23,7 +23,7 @@ from tml.duplex.scores import HEADLINES, LOW_IS_GOOD, judged
 from tml.duplex.session_svg import LEFT_PX, PX_PER_S, session_svg
 from tml.duplex.suite import SuiteReport, bars_table, cell, run_suite, session_json, suite_json, suite_table
 from tml.duplex.trace import TimedWord, Trace
-from tml.session import Behaviour, Session, Stream, decode_session, encode_session
+from tml.session import Behaviour, Session, Stream, session_from_bytes, session_to_bytes
 from tml.stream.outputs import Said
 
 SHOWN = (Behaviour.COUNTING, Behaviour.TONE)
@@ -232,7 +232,7 @@ def test_a_session_is_drawn_with_what_was_said_called_and_answered():
     ]
     played = Played(said=tuple(said), mels=(None, None), background=(event,))
     shown = as_played(session, played, clock, None)
-    assert decode_session(encode_session(shown)) == shown
+    assert session_from_bytes(session_to_bytes(shown)) == shown
     assert [e.text for e in shown.texts_of(Stream.OWN_TEXT)] == ["a<b"]
     assert Stream.OWN_AUDIO not in shown.streams
     trace = Trace(words=(TimedWord(start_s=1.0, end_s=1.2, text="a"),))

@@ -8,10 +8,10 @@ import pytest
 from exact import EXACT
 from small_model import small_model, small_sound
 
-from tml.codec.encode import encode_session as encode
+from tml.codec.encode import encode_session
 from tml.export.bundle import Model
 from tml.mesh import make_mesh
-from tml.session import Session, Stream, decode_session, encode_session
+from tml.session import Session, Stream, session_from_bytes, session_to_bytes
 from tml.stream import engine
 from tml.stream.inputs import TurnInputs, session_inputs
 from tml.stream.live import LiveSession, SessionFullError, TurnResult, _compiled_step
@@ -54,7 +54,7 @@ def inputs_of(record: Session, model: Model) -> TurnInputs:
         streams=tuple(stream for stream in record.streams if stream in heard),
     )
     config = model.experiment.model
-    inputs = session_inputs(model.layout, encode(record, config, model.tokenizer), config)
+    inputs = session_inputs(model.layout, encode_session(record, config, model.tokenizer), config)
     return jax.tree.map(lambda leaf: leaf[:NUM_TURNS], inputs)
 
 
@@ -196,7 +196,7 @@ def test_text_for_which_there_are_no_turns_is_not_in_the_record(model: Model, so
 def test_the_record_is_a_session(whole: tuple[LiveSession, list[Said]], sound: np.ndarray) -> None:
     live, said = whole
     record = live.record("a session", {"licence": "none"})
-    assert decode_session(encode_session(record)) == record
+    assert session_from_bytes(session_to_bytes(record)) == record
     assert record.meta == {"licence": "none"}
     assert record.num_samples == (NUM_TURNS + 2) * TURN_SAMPLES
     spoken = [(event.start, event.text) for event in record.texts_of(Stream.OWN_TEXT)]

@@ -13,7 +13,7 @@ from tml.codec.waveform import decode_clip
 from tml.config import AudioOutConfig, FlowConfig, VocoderConfig
 from tml.export import bundle
 from tml.export.bundle import Model
-from tml.session import Stream, decode_session, encode_session
+from tml.session import Stream, session_from_bytes, session_to_bytes
 from tml.stream.live import LiveSession, TurnResult
 
 NUM_TURNS, TURN_SAMPLES = 8, 3_200
@@ -71,7 +71,7 @@ def test_any_chunks_give_the_same_sound_and_other_numbers_another(model: Model, 
 def test_the_record_holds_own_sound_where_it_was_heard(whole) -> None:
     live, turns = whole
     record = live.record("spoken")
-    assert decode_session(encode_session(record)) == record
+    assert session_from_bytes(session_to_bytes(record)) == record
     assert Stream.OWN_AUDIO in record.streams
     own = decode_clip(record.audio[Stream.OWN_AUDIO], record.sample_rate_hz)
     assert len(own) == (NUM_TURNS + 2) * TURN_SAMPLES

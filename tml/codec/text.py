@@ -17,10 +17,8 @@ from typing import Any
 
 import tokenizers
 
-from tml.config import Experiment
-from tml.microturn import SPECIAL_TOKEN_NAMES, Clock, Layout, SpecialTokens
+from tml.microturn import SPECIAL_TOKEN_NAMES, SpecialTokens
 
-TOKENIZER_FILE = "tokenizer.json"
 REPLACEMENT = "\ufffd"
 """What an id that is no token, or bytes that are no character, decode to."""
 
@@ -47,6 +45,10 @@ class TokenizerFormat(enum.StrEnum):
     """A tokenizer.json of the `tokenizers` library."""
     RANKS = "ranks"
     """Lines of base64 bytes and a rank, as in o200k_base.tiktoken."""
+
+
+TOKENIZER_FILES = {TokenizerFormat.JSON: "tokenizer.json", TokenizerFormat.RANKS: "tokenizer.tiktoken"}
+"""What a tokenizer is called in a directory, by its format."""
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a directory with tokenizer.json, such a file, or a .tiktoken rank file.
+        """Reads the tokenizer of a directory (`tokenizer_file`), a tokenizer.json, or a .tiktoken rank file.
 
         Special tokens that it lacks get the ids after its last one.
 
         Raises:
             ValueError: nothing there, not a tokenizer, or `tiktoken` is needed and not installed.
         """
-        file = Path(path)
-        if file.is_dir():
-            file = file / TOKENIZER_FILE
+        file = tokenizer_file(Path(path)) or Path(path)
         if not file.is_file():
             raise ValueError(
-                f"{file}: there is no such tokenizer; name a directory that holds {TOKENIZER_FILE}, such a file, "
-                f"or a .tiktoken file"
+                f"{file}: there is no such tokenizer; name a directory that holds "
+                f"{' or '.join(TOKENIZER_FILES.values())}, or such a file"
             )
         kind = TokenizerFormat.RANKS if file.suffix == ".tiktoken" else TokenizerFormat.JSON
         try:
@@ -153,7 +153,7 @@ class Tokenizer:
     def save(self, directory: Path) -> Path:
         """Writes the file it was read from into a directory; returns what `load` reads."""
         directory.mkdir(parents=True, exist_ok=True)
-        file = directory / (TOKENIZER_FILE if self.format is TokenizerFormat.JSON else "tokenizer.tiktoken")
+        file = directory / TOKENIZER_FILES[self.format]
         file.write_bytes(self.content)
         return file
 
@@ -162,16 +162,10 @@ class Tokenizer:
         return _tokenizer_of, (self.format, self.content)
 
 
-def layout_of(experiment: Experiment, tokenizer: Tokenizer) -> Layout:
-    """The micro-turn layout of an experiment."""
-    clock = Clock.of(experiment.turn, experiment.model.audio)
-    return Layout(
-        clock=clock,
-        turn=experiment.turn,
-        special=tokenizer.special,
-        max_tiles_per_turn=experiment.model.video.max_tiles_per_turn,
-        own_positions_per_turn=clock.frames_per_turn if experiment.model.has_voice else 0,
-    )
+def tokenizer_file(directory: Path) -> Path | None:
+    """The tokenizer in a directory, whatever its format; of two, the first in `TOKENIZER_FILES`; None without one."""
+    files = (directory / name for name in TOKENIZER_FILES.values())
+    return next((file for file in files if file.is_file()), None)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:
@@ -203,9 +197,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> T
     )
     library.train_from_iterator(itertools.chain([first], texts), trainer)
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished = directory / f"{TOKENIZER_FILE}.{os.getpid()}"
+    file = directory / TOKENIZER_FILES[TokenizerFormat.JSON]
+    unfinished = directory / f"{file.name}.{os.getpid()}"
     unfinished.write_text(library.to_str(pretty=True), encoding="utf-8")
-    unfinished.replace(directory / TOKENIZER_FILE)
+    unfinished.replace(file)
     return Tokenizer.load(directory)
 
 
@@ -227,7 +222,7 @@ def _read_json(content: bytes) -> tuple[_JsonBackend, set[int], dict[str, int]]:
     try:
         library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"this is not a {TOKENIZER_FILE}: {error}") from error
+        raise ValueError(f"this is not a {TOKENIZER_FILES[TokenizerFormat.JSON]}: {error}") from error
     library.encode_special_tokens = True
     library.no_padding()
     library.no_truncation()

@@ -22,18 +22,18 @@ from tml.config.model import (
     VideoConfig,
     check_platform,
 )
-from tml.config.stream import Boundary, Control, MicroTurnConfig, Modality, SlotScheme, TextConfig
+from tml.config.stream import StreamConfig
 from tml.config.training import (
     EvaluationConfig,
     LossConfig,
     OptimConfig,
     Optimizer,
     Schedule,
-    StreamConfig,
     TrainConfig,
 )
 from tml.config.tree import (
     config_hash,
+    describe,
     difference,
     from_config_dict,
     from_json,
@@ -41,6 +41,7 @@ from tml.config.tree import (
     to_json,
     to_mapping,
 )
+from tml.config.turn import Boundary, Control, MicroTurnConfig, Modality, SlotScheme, TextConfig
 
 __all__ = [
     "DATA_AXES",
@@ -88,6 +89,7 @@ __all__ = [
     "VocoderKind",
     "check_platform",
     "config_hash",
+    "describe",
     "difference",
     "from_config_dict",
     "from_json",

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from tml.config.data import DataConfig
 from tml.config.mesh import ROW_AXES, SHARD_AXES, MeshConfig, Split, check_splits
 from tml.config.model import ModelConfig
-from tml.config.stream import MicroTurnConfig, TextConfig
-from tml.config.training import EvaluationConfig, LossConfig, OptimConfig, StreamConfig, TrainConfig
+from tml.config.stream import StreamConfig
+from tml.config.training import EvaluationConfig, LossConfig, OptimConfig, TrainConfig
+from tml.config.turn import MicroTurnConfig, TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,3 +128,10 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str
     before, after = dict(leaves(old)), dict(leaves(new))
     keys = sorted(before.keys() | after.keys())
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def describe(changed: list[tuple[str, Any, Any]], most: int = 5) -> str:
+    """What `difference` found, for an error: `model.d_model was 128, is 256`."""
+    shown = [f"{path} was {old!r}, is {new!r}" for path, old, new in changed[:most]]
+    rest = len(changed) - len(shown)
+    return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")

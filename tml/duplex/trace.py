@@ -1,7 +1,6 @@
 """What a model emitted in a session: words and calls with their times, whoever emitted them.
 
-A trace is made from the outputs of a streaming model or from the own streams of a session, whose recorded
-words are then the best that a model could have emitted. Times are seconds on the session's clock.
+A trace is made from the outputs of a streaming model. Times are seconds on the session's clock.
 """
 
 import re
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from tml.microturn import Clock
-from tml.session import Session, Stream
 
 
 @runtime_checkable
@@ -70,22 +68,4 @@ def trace_of_said(said: Sequence[Emission], clock: Clock) -> Trace:
             for word in normalise(turn.text)
         ),
         calls=tuple(TimedCall(at_s=turn.emitted_s, payload=payload) for turn in said for payload in turn.actions),
-    )
-
-
-def trace_of_session(session: Session, clock: Clock) -> Trace:
-    """What a model would have emitted that says and does what the session's own streams hold."""
-
-    def emitted_s(sample: int) -> float:
-        return clock.emission_s(clock.output_turn_of(sample * clock.sample_rate_hz // session.sample_rate_hz))
-
-    return Trace(
-        words=tuple(
-            TimedWord(start_s=emitted_s(event.start), end_s=event.end / session.sample_rate_hz, text=word)
-            for event in session.texts_of(Stream.OWN_TEXT)
-            for word in normalise(event.text)
-        ),
-        calls=tuple(
-            TimedCall(at_s=emitted_s(event.start), payload=event.text) for event in session.texts_of(Stream.ACTION)
-        ),
     )

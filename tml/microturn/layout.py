@@ -51,7 +51,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tml.config import Boundary, Control, MicroTurnConfig, Modality, SlotScheme
+from tml.config import Boundary, Control, MicroTurnConfig, Modality, ModelConfig, SlotScheme
 from tml.microturn.clock import Clock
 from tml.microturn.encoded import EncodedSession
 from tml.microturn.positions import Kind, Segment, SpecialTokens, Target
@@ -88,6 +88,18 @@ class Layout:
     max_tiles_per_turn: int
     own_positions_per_turn: int = 0
     """Own audio positions of a speaking turn; 0 without a voice."""
+
+    @classmethod
+    def of(cls, turn: MicroTurnConfig, model: ModelConfig, special: SpecialTokens) -> "Layout":
+        """The layout of an experiment, with the special tokens of its tokenizer."""
+        clock = Clock.of(turn, model.audio)
+        return cls(
+            clock=clock,
+            turn=turn,
+            special=special,
+            max_tiles_per_turn=model.video.max_tiles_per_turn,
+            own_positions_per_turn=clock.frames_per_turn if model.has_voice else 0,
+        )
 
     @property
     def max_slots_in(self) -> int:

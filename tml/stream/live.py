@@ -16,7 +16,7 @@ from tml.microturn import Clock, Layout, TurnContents
 from tml.params import PyTree
 from tml.session import Session, Stream, TextEvent, VideoFrame
 from tml.stream import engine
-from tml.stream.inputs import NO_OUTPUT, turn_inputs
+from tml.stream.inputs import NO_OUTPUT, TurnInputs, turn_inputs
 from tml.stream.outputs import OutputReader, Said
 from tml.stream.own_voice import OwnVoice
 from tml.stream.placement import place_params
@@ -205,7 +205,7 @@ class LiveSession:
         self._remember(said)
         return TurnResult(said=said, compute_s=compute_s, sound=sound, mels=mels)
 
-    def _inputs(self, levels_TM: np.ndarray, text_in: list[int], tiles_P: np.ndarray) -> engine.TurnInputs:
+    def _inputs(self, levels_TM: np.ndarray, text_in: list[int], tiles_P: np.ndarray) -> TurnInputs:
         contents = TurnContents(
             num_turns=1,
             tile_turns=np.zeros(len(tiles_P), np.int32),

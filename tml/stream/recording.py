@@ -1,7 +1,7 @@
 """What a live session has heard, seen, read, said and done so far; a Session can be made of it at any time."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class Recording:
         if self.voice is not None:
             sounds[Stream.OWN_AUDIO] = encode_clip(self.voice.heard(len(samples)), rate_hz)
         seen = (Stream.VIDEO,) if self.frames else ()
-        session = Session(
+        return Session(
             session_id=session_id,
             sample_rate_hz=rate_hz,
             num_samples=len(samples),
@@ -54,5 +54,5 @@ class Recording:
             audio=sounds,
             texts=texts,
             frames=self.frames,
+            meta=dict(meta or {}),
         )
-        return replace(session, meta=dict(meta or {}))

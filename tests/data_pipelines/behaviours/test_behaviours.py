@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 from performances import CLOCK, RATE, both_splits, sessions_of, sound, task_of
+from session_trace import trace_of_session
 
 from data_pipelines import espeak
 from data_pipelines.behaviours.cast import Axis, BehaviourConfig
@@ -14,9 +15,9 @@ from data_pipelines.behaviours.task import DEFAULT_SHARES, PERFORM, BehaviourTas
 from data_pipelines.behaviours.vocabulary import own_words
 from tml.calls import read_call
 from tml.duplex.scores import HEADLINES, LOW_IS_GOOD, outcomes, score
-from tml.duplex.trace import TimedCall, Trace, trace_of_session
+from tml.duplex.trace import TimedCall, Trace
 from tml.microturn import Clock
-from tml.session import Behaviour, ExpectationKind, Session, Stream, decode_session, encode_session
+from tml.session import Behaviour, ExpectationKind, Session, Stream, session_from_bytes, session_to_bytes
 
 each = pytest.mark.parametrize("behaviour", list(Behaviour))
 
@@ -24,7 +25,7 @@ each = pytest.mark.parametrize("behaviour", list(Behaviour))
 @each
 def test_sessions_are_well_formed_and_short(behaviour):
     for session in both_splits(behaviour):
-        assert decode_session(encode_session(session)) == session
+        assert session_from_bytes(session_to_bytes(session)) == session
         assert 4.0 <= session.duration_s <= 15.0
         assert session.meta["behaviour"] == behaviour.value
         assert session.expectations
@@ -184,8 +185,8 @@ def test_the_same_index_gives_the_same_bytes_in_any_order(behaviour):
     sessions = sessions_of(behaviour)
     espeak.synthesise.cache_clear()
     for index in (7, 2):
-        assert encode_session(task_of(behaviour).session("train", index)) == encode_session(sessions[index])
-    assert encode_session(BehaviourTask(seed=12, shares={behaviour: 1.0}).session("train", 2)) != encode_session(
+        assert session_to_bytes(task_of(behaviour).session("train", index)) == session_to_bytes(sessions[index])
+    assert session_to_bytes(BehaviourTask(seed=12, shares={behaviour: 1.0}).session("train", 2)) != session_to_bytes(
         sessions[2]
     )
 
