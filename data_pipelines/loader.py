@@ -1,7 +1,7 @@
 """From encoded records to batches: one global row position decides everything.
 
 Row g is a pure function of (experiment, g). Step s holds rows s * rows_per_batch up to
-(s + 1) * rows_per_batch, and process p of n reads the p-th of n equal blocks of them: joined in
+(s + 1) * rows_per_batch, and part p of n is the p-th of n equal blocks of them: joined in
 order they are the global batch, so a run resumes at any step on any number of hosts.
 """
 
@@ -31,6 +31,7 @@ from data_pipelines.rows import RowWriter
 from tml.batch import Batch
 from tml.codec.text import Tokenizer
 from tml.config import Experiment, SourceConfig, SourceKind
+from tml.mesh import ALL_ROWS, RowPart
 from tml.microturn import Kind, Layout
 
 # Sessions longer than a row are wanted again by the rows that follow.
@@ -246,12 +247,13 @@ class RowLoader:
             print(f"{num_new} records were quarantined while reading so far", file=sys.stderr, flush=True)
 
 
-class _ProcessBatches(Sequence[Batch]):
-    """The batches that one process reads, from one step on, as a source for Grain."""
+class _PartBatches(Sequence[Batch]):
+    """The same part of every batch, from one step on, as a source for Grain."""
 
-    def __init__(self, loader: RowLoader, start_step: int, rows_per_batch: int, index: int, count: int) -> None:
+    def __init__(self, loader: RowLoader, start_step: int, rows_per_batch: int, part: RowPart) -> None:
         self._loader, self._start_step, self._rows_per_batch = loader, start_step, rows_per_batch
-        self._mine = range(index * rows_per_batch // count, (index + 1) * rows_per_batch // count)
+        size = rows_per_batch // part.count
+        self._mine = range(part.index * size, (part.index + 1) * size)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -262,18 +264,18 @@ class _ProcessBatches(Sequence[Batch]):
 
 
 def process_batches(
-    loader: RowLoader, experiment: Experiment, *, start_step: int, process_index: int = 0, process_count: int = 1
+    loader: RowLoader, experiment: Experiment, *, start_step: int, part: RowPart = ALL_ROWS
 ) -> Iterator[Batch]:
-    """The endless batches of one process from `start_step` on, composed ahead by Grain's threads.
+    """The endless batches from `start_step` on, of which a process reads a part, composed ahead by Grain's threads.
 
     Raises:
-        ValueError: the rows do not divide among the processes.
+        ValueError: the rows do not divide into so many parts.
     """
     data = experiment.data
-    if data.rows_per_batch % process_count:
-        raise ValueError(f"data.rows_per_batch = {data.rows_per_batch} does not divide among {process_count} processes")
-    batches = _ProcessBatches(loader, start_step, data.rows_per_batch, process_index, process_count)
-    ahead = -(-data.prefetch_rows * process_count // data.rows_per_batch)
+    if data.rows_per_batch % part.count:
+        raise ValueError(f"data.rows_per_batch = {data.rows_per_batch} does not divide into {part.count} parts")
+    batches = _PartBatches(loader, start_step, data.rows_per_batch, part)
+    ahead = -(-data.prefetch_rows * part.count // data.rows_per_batch)
     options = grain.ReadOptions(num_threads=min(data.read_threads, ahead), prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
@@ -283,8 +285,7 @@ def eval_batches(
     tokenizer: Tokenizer,
     num_batches: int,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: RowPart = ALL_ROWS,
 ) -> list[Batch]:
     """The first batches of the held-out sources, each read in its own order; none without such sources.
 
@@ -294,7 +295,5 @@ def eval_batches(
         return []
     loader = RowLoader(experiment.data.eval_sources, experiment, tokenizer, shuffle=False)
     needed = -(-loader.rows_in_epoch(0) // experiment.data.rows_per_batch)
-    batches = process_batches(
-        loader, experiment, start_step=0, process_index=process_index, process_count=process_count
-    )
+    batches = process_batches(loader, experiment, start_step=0, part=part)
     return list(itertools.islice(batches, min(num_batches, needed)))

@@ -77,7 +77,7 @@ PODS = {
     "v5p": Pod(mesh=MeshConfig(fsdp=64, expert=8), peak_flops_per_s=459e12),
     # The same chips, rows of 32,768 positions: nine minutes of a session with video instead of one.
     "v5p_long": Pod(mesh=MeshConfig(fsdp=8, expert=8, context=8), peak_flops_per_s=459e12, rows=256, row_slots=32_768),
-    # --topology=v5p:8x8x8 --slices=2
+    # --topology=v5p:8x8x8 --num_slices=2
     "v5p_slices": Pod(mesh=MeshConfig(replica=2, fsdp=64, expert=8), peak_flops_per_s=459e12, rows=4_096),
     # --topology=v6e:16x16; 32 GB a chip hold two rows, recomputed whole.
     "v6e": Pod(

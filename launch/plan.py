@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 _CONFIG = define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", "", "Pod, as v5p:8x8x8 or h100:1x64x8.")
-_SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of this topology, joined by a network.", lower_bound=1)
+_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices of this topology, joined by a network.", lower_bound=1)
 _STEP = flags.DEFINE_enum("step", "train", ["train", "decode"], "A train step, or a micro-turn of live sessions.")
 _TOKENS = flags.DEFINE_float("tokens", 0.0, "Tokens of the run, for its days; the config's steps by default.")
-_SESSIONS = flags.DEFINE_integer("sessions", 16, "Decode: live sessions.", lower_bound=1)
+_NUM_SESSIONS = flags.DEFINE_integer("num_sessions", 16, "Decode: live sessions.", lower_bound=1)
 _OUTPUT_POSITIONS = flags.DEFINE_integer("output_positions", 8, "Decode: positions decoded in a turn.", lower_bound=1)
 _SEARCH = flags.DEFINE_list("search", [], "What to vary, of mesh, remat, rows (a chip): ranks what fits.")
 _SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 8, "Most variants to compile in a search.", lower_bound=1)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
     for file in filter(None, (_JSON.value, _HLO.value)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    topology = open_topology(_TOPOLOGY.value, _SLICES.value)
+    topology = open_topology(_TOPOLOGY.value, _NUM_SLICES.value)
     if _SEARCH.value:
         return _search(experiment, topology)
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     if _STEP.value == "decode":
         from tml.plan.decode import plan_decode_step
 
-        decode = plan_decode_step(experiment, topology, _SESSIONS.value, _OUTPUT_POSITIONS.value, keep)
+        decode = plan_decode_step(experiment, topology, _NUM_SESSIONS.value, _OUTPUT_POSITIONS.value, keep)
         numbers = decode.numbers()
         print(decode_table(numbers))
     else:

@@ -88,12 +88,11 @@ def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change], pla
     contents = {name: source["identity"] for name, source in described.items()}
     agree(place, {"tokenizer": tokenizer.fingerprint(), "data": config_hash(contents)})
     is_first = jax.process_index() == 0
-    rows_here = row_part(make_mesh(experiment.mesh, splits=experiment.splits), jax.process_index())
-    part = {"process_index": rows_here.index, "process_count": rows_here.count}
+    part = row_part(make_mesh(experiment.mesh, splits=experiment.splits), jax.process_index())
 
     def train_batches(start_step: int) -> Iterator["Batch"]:
         # The loop asks for batches when nothing is left that can refuse, such as a checkpoint of another optimizer.
-        batches = loader.process_batches(rows, experiment, start_step=start_step, **part)
+        batches = loader.process_batches(rows, experiment, start_step=start_step, part=part)
         if not is_first:
             return batches
         if start_step >= experiment.train.num_steps:
@@ -111,7 +110,7 @@ def _train(experiment: Experiment, workdir: Path, changed: Sequence[Change], pla
 
     @functools.cache  # the same every time, and few
     def eval_batches() -> Iterable["Batch"]:
-        return loader.eval_batches(experiment, tokenizer, experiment.train.eval_batches, **part)
+        return loader.eval_batches(experiment, tokenizer, experiment.train.eval_batches, part=part)
 
     result = train(experiment, workdir, train_batches, eval_batches)
     if is_first:

@@ -165,6 +165,10 @@ class RowPart:
     groups: tuple[int, ...]
 
 
+ALL_ROWS = RowPart(index=0, count=1, groups=(0,))
+"""The part of a process that has none beside it."""
+
+
 def row_part(mesh: Mesh, process_index: int) -> RowPart:
     """The rows that a process loads.
 

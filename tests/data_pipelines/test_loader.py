@@ -23,6 +23,7 @@ from data_pipelines.rows import loss_weight_table
 from tml.batch import Batch, max_tiles_per_row
 from tml.codec.audio import pad_frames
 from tml.config import Boundary, DataConfig, LossConfig, MicroTurnConfig, SlotScheme, SourceConfig, SourceKind
+from tml.mesh import RowPart
 from tml.microturn import Kind, Layout, Target
 from tml.session import Stream, VideoFrame
 
@@ -62,13 +63,13 @@ def test_any_number_of_processes_reads_the_same_global_batches(mixture, tokenize
     whole = take(train_batches(mixture, tokenizer, start_step=0), 20)
     for count in (2, 4):
         shares = [
-            take(train_batches(mixture, tokenizer, start_step=0, process_index=i, process_count=count), 20)
+            take(train_batches(mixture, tokenizer, start_step=0, part=RowPart(index=i, count=count, groups=(i,))), 20)
             for i in range(count)
         ]
         for step in range(20):
             assert same(concatenated([share[step] for share in shares]), whole[step])
-    with pytest.raises(ValueError, match="rows_per_batch = 4 does not divide among 3 processes"):
-        train_batches(mixture, tokenizer, start_step=0, process_index=0, process_count=3)
+    with pytest.raises(ValueError, match="rows_per_batch = 4 does not divide into 3 parts"):
+        train_batches(mixture, tokenizer, start_step=0, part=RowPart(index=0, count=3, groups=(0,)))
 
 
 def test_resume_at_any_step_is_the_uninterrupted_stream(mixture, tokenizer):

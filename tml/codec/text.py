@@ -246,8 +246,6 @@ def _read_ranks(content: bytes) -> tuple[_RanksBackend, set[int], dict[str, int]
     try:
         import tiktoken
     except ImportError as error:
-        raise ValueError(
-            "a .tiktoken file needs the tiktoken package; install the extra `serve`, or `pip install tiktoken`"
-        ) from error
+        raise ValueError("a .tiktoken file needs the tiktoken package; `pip install tiktoken`") from error
     library = tiktoken.Encoding(name="ranks", pat_str=O200K_SPLIT, mergeable_ranks=ranks, special_tokens={})
     return _RanksBackend(library), set(ranks.values()), {}
