@@ -78,16 +78,16 @@ def main(argv: list[str]) -> int:
 
 def _refuse_flags() -> None:
     """Raises UsageError for flags that do not go together."""
-    for name, other, goes in (
-        ("step", "--search, which plans train steps", bool(_SEARCH.value)),
-        ("hlo", "--search", bool(_SEARCH.value)),
-        ("tokens", "--step=decode", _STEP.value == "decode"),
-        ("sessions", "a train step", _STEP.value != "decode"),
-        ("output_positions", "a train step", _STEP.value != "decode"),
-        ("search_limit", "a plan without --search", not _SEARCH.value),
+    for flag, other, goes in (
+        (_STEP, "--search, which plans train steps", bool(_SEARCH.value)),
+        (_HLO, "--search", bool(_SEARCH.value)),
+        (_TOKENS, "--step=decode", _STEP.value == "decode"),
+        (_NUM_SESSIONS, "a train step", _STEP.value != "decode"),
+        (_OUTPUT_POSITIONS, "a train step", _STEP.value != "decode"),
+        (_SEARCH_LIMIT, "a plan without --search", not _SEARCH.value),
     ):
-        if goes and flags.FLAGS[name].present:
-            raise app.UsageError(f"--{name} does not go with {other}; leave it out")
+        if goes and flag.present:
+            raise app.UsageError(f"--{flag.name} does not go with {other}; leave it out")
 
 
 def _search(experiment: "Experiment", topology: "Topology") -> int:

@@ -12,7 +12,7 @@ from tml.xla_flags import Platform
 
 SETUP = (
     "cd {code} && ~/.local/bin/uv venv --seed --allow-existing --python 3.11 .venv "
-    "&& .venv/bin/pip install --quiet --editable '.[{extra},serve]'"
+    "&& .venv/bin/pip install --quiet --editable '.[{extra},tiktoken]'"
 )
 """SkyPilot installs uv on every host, which brings a Python that is new enough; that of TPU images is 3.10. A host that
 is used again has the folder."""

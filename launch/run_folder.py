@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -56,13 +57,17 @@ def check_config(experiment: Experiment, workdir: Path) -> list[Change]:
         raise ValueError(
             f"{workdir} belongs to another run: {describe(fixed)}; choose another --workdir, or change the config back"
         )
-    origin = [change for change in changed if change[0] == "train.init_from" and change[2]]
-    if origin and not begins(workdir):
+    origin = [change for change in changed if change[0] == "train.init_from"]
+    if not origin or begins(workdir):
+        return changed
+    _, old, new = origin[0]
+    if new and (not old or Path(old).resolve() != Path(new).resolve()):
         raise ValueError(
             f"{describe(origin)}, but {workdir} goes on from its own checkpoint, and only a run that begins reads it; "
             "leave it out, or choose another --workdir"
         )
-    return changed
+    # Left out, or the same place by another name: the folder keeps what it began with.
+    return [change for change in changed if change not in origin]
 
 
 def begins(workdir: Path) -> bool:
@@ -75,7 +80,10 @@ def beginning_text(tokenizer: "Tokenizer", origin: str) -> str:
     kept = Path(origin) / TOKENIZER
     if not origin or not kept.is_dir():
         return ""
-    before, now = tokenizer.load(kept).fingerprint(), tokenizer.fingerprint()
+    try:
+        before, now = tokenizer.load(kept).fingerprint(), tokenizer.fingerprint()
+    except ValueError as error:
+        return f"{error}: the tokenizer of {origin} is not compared with this run's\n"
     if before == now:
         return ""
     return f"{origin} was trained with tokenizer {before}, this run has {now}: the same id means another word\n"
@@ -138,16 +146,11 @@ def claim_workdir(experiment: Experiment, tokenizer: "Tokenizer", described: Map
     What an import kept for the way back comes along from the run folder that the parameters come from, while the
     run begins.
     """
-    from tml.export.inkling_import import KEEPSAKE
-
-    kept = Path(experiment.train.init_from) / KEEPSAKE
     if begins(workdir):
-        shutil.rmtree(workdir / KEEPSAKE, ignore_errors=True)
-        if experiment.train.init_from and kept.is_dir():
-            staging = workdir / f".{KEEPSAKE}.new"
-            shutil.rmtree(staging, ignore_errors=True)
-            shutil.copytree(kept, staging)
-            staging.rename(workdir / KEEPSAKE)
+        _take_keepsake(experiment.train.init_from, workdir)
+    elif (workdir / CONFIG).exists():
+        began = from_json((workdir / CONFIG).read_text()).train.init_from
+        experiment = replace(experiment, train=replace(experiment.train, init_from=began))
     if not (workdir / TOKENIZER).exists():
         staging = workdir / f".{TOKENIZER}.new"
         shutil.rmtree(staging, ignore_errors=True)
@@ -157,6 +160,27 @@ def claim_workdir(experiment: Experiment, tokenizer: "Tokenizer", described: Map
         temporary = workdir / f"{name}.new"
         temporary.write_text(text + "\n")
         temporary.replace(workdir / name)
+
+
+def _take_keepsake(origin: str, workdir: Path) -> None:
+    """Copies what the import of `origin` kept, in the place of what an earlier beginning copied.
+
+    Raises:
+        ValueError: something else is in that place.
+    """
+    from tml.export.inkling_import import KEEPSAKE, STORED
+
+    kept, mine = Path(origin) / KEEPSAKE, workdir / KEEPSAKE
+    if (mine / STORED).is_file() and not (mine / "checkpoints").exists():
+        shutil.rmtree(mine)
+    if not origin or not (kept / STORED).is_file():
+        return
+    if mine.exists():
+        raise ValueError(f"{mine} is in the way of what the import of {origin} kept; choose another --workdir")
+    staging = workdir / f".{KEEPSAKE}.new"
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(kept, staging)
+    staging.rename(mine)
 
 
 class locked:  # noqa: N801 (a context manager that reads like a function)

@@ -193,6 +193,10 @@ def test_a_run_folder_keeps_its_model_and_data(tmp_path: Path):
     assert code == 1
     assert "train.init_from was '', is 'elsewhere', but" in err
     assert "goes on from its own checkpoint" in err
+    (tmp_path / "config.json").write_text(text.replace('"init_from": ""', '"init_from": "elsewhere"'))
+    for origin in ("", "elsewhere", str(ROOT / "elsewhere")):
+        _, _, err = launch(*same, "--config.model.dense_dim=96", f"--config.train.init_from={origin}")
+        assert "error: nowhere: there is no such tokenizer" in err, "where it began, by any name, or left out"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

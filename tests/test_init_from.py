@@ -14,8 +14,9 @@ from launch.run_folder import beginning_text, claim_workdir
 from tml.checkpoint import CheckpointError, Checkpoints, state_hash
 from tml.codec.text import train_tokenizer
 from tml.config import Experiment, MeshConfig, MtpConfig
+from tml.config.tree import from_json
 from tml.export import inkling_config, inkling_layout
-from tml.export.inkling_import import KEEPSAKE, import_folder
+from tml.export.inkling_import import KEEPSAKE, STORED, import_folder
 from tml.export.tensor_folder import Planned, write_shards
 from tml.mesh import make_mesh
 from tml.train import start, train
@@ -50,16 +51,30 @@ def test_a_run_that_begins_keeps_what_its_own_origin_kept(tmp_path: Path) -> Non
     tokenizer = train_tokenizer(["one two three"], 300, tmp_path / "tokenizer")
     for name in ("first", "second"):
         (tmp_path / name / KEEPSAKE).mkdir(parents=True)
-        (tmp_path / name / KEEPSAKE / "name").write_text(name)
+        (tmp_path / name / KEEPSAKE / STORED).write_text(name)
     run = tmp_path / "run"
     run.mkdir()
-    kept = run / KEEPSAKE / "name"
+    kept = run / KEEPSAKE / STORED
     for name in ("first", "second"):
         claim_workdir(beginning(tmp_path / name), tokenizer, {}, run)
         assert kept.read_text() == name
     (run / "checkpoints" / "3").mkdir(parents=True)
     claim_workdir(made_up_experiment(), tokenizer, {}, run)
     assert kept.read_text() == "second", "a run that goes on keeps what it began with"
+    assert from_json((run / "config.json").read_text()).train.init_from == str(tmp_path / "second")
+
+
+def test_a_folder_of_that_name_that_is_something_else_is_not_removed(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["one two three"], 300, tmp_path / "tokenizer")
+    (tmp_path / "origin" / KEEPSAKE).mkdir(parents=True)
+    (tmp_path / "origin" / KEEPSAKE / STORED).write_text("{}")
+    other_run = tmp_path / "runs" / KEEPSAKE / "checkpoints"
+    other_run.mkdir(parents=True)
+    claim_workdir(made_up_experiment(), tokenizer, {}, tmp_path / "runs")
+    assert other_run.is_dir()
+    with pytest.raises(ValueError, match=r"runs/inkling is in the way of what the import of .*/origin kept"):
+        claim_workdir(beginning(tmp_path / "origin"), tokenizer, {}, tmp_path / "runs")
+    assert other_run.is_dir()
 
 
 def test_another_tokenizer_than_the_origin_had_is_said(tmp_path: Path) -> None:
@@ -72,6 +87,9 @@ def test_another_tokenizer_than_the_origin_had_is_said(tmp_path: Path) -> None:
         f"{tmp_path}/origin was trained with tokenizer {theirs.fingerprint()}, this run has {ours.fingerprint()}: "
         "the same id means another word\n"
     )
+    for file in (tmp_path / "origin" / "tokenizer").iterdir():
+        file.unlink()
+    assert "is not compared with this run's" in beginning_text(ours, str(tmp_path / "origin"))
 
 
 def beginning(origin: Path, **changes) -> Experiment:

@@ -30,6 +30,7 @@ def test_a_plan_needs_a_pod():
         (("--search=mesh", "--step=decode"), "--step does not go with --search, which plans train steps; leave it out"),
         (("--search=mesh", "--hlo=x"), "--hlo does not go with --search; leave it out"),
         (("--step=decode", "--tokens=1e9"), "--tokens does not go with --step=decode; leave it out"),
+        (("--num_sessions=4",), "--num_sessions does not go with a train step; leave it out"),
     ],
 )
 def test_flags_that_would_be_ignored_are_refused(flags: tuple[str, ...], message: str):

@@ -281,8 +281,10 @@ def test_a_task_of_skypilot_installs_with_a_python_that_the_package_takes(app, t
     (least,) = re.findall(r'python_requires=">=(.*)"', (ROOT / "setup.py").read_text())
     assert (code / "called").read_text().splitlines() == [
         f"uv venv --seed --allow-existing --python {least} .venv",
-        "pip install --quiet --editable .[gpu,serve]",
+        "pip install --quiet --editable .[gpu,tiktoken]",
     ]
+    extras = re.findall(r'^        "(\w+)": ', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert {"gpu", "tpu", "tiktoken"} <= set(extras)
 
 
 @pytest.mark.parametrize(
