@@ -1,6 +1,7 @@
 """A tiny Inkling beside `transformers`' with the same weights on CPU: training, one decoded token, eight appended ones.
 
-Run: python -m tests.bench.bench_inkling [--rounds=12] [--only=training|decode|append] [--experts=eager|grouped_mm].
+Run: GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1 python -m tests.bench.bench_inkling [--rounds=12]
+[--only=training|decode|append] [--experts=eager|grouped_mm], twice, for the reasons that bench_moe names.
 Six layers of width 256 (the first dense, of 1024; the last global), 4/2 heads of 64, window 128, extent 256, 32 experts
 top-6 and 2 shared of width 256, vocabulary 8192, float32. Training: 8 rows of 512, cross entropy, backward, AdamW.
 Decoding and appending: one session with 256 positions cached. The weights are imported from what `transformers` saves;
@@ -74,7 +75,7 @@ Timed = Callable[[], None]
 
 def text_rows(tokens_BS: np.ndarray) -> Batch:
     """Rows of one segment of text each, every position with the next token as its target."""
-    batch = empty_rows(*tokens_BS.shape, 0, MODEL)
+    batch = empty_rows(*tokens_BS.shape, 1, MODEL)  # a model with eyes wants places for tiles
     batch.tokens_BS[:], batch.kinds_BS[:], batch.segment_ids_BS[:] = tokens_BS, Kind.TOKEN, 1
     batch.positions_BS[:] = np.arange(tokens_BS.shape[1])
     batch.targets_BS[:, :-1] = tokens_BS[:, 1:]

@@ -11,7 +11,7 @@ from tiny import randomised, rows_of, tiny_layout, tiny_model, tiny_session
 
 from tml.config import ComputeDtype, MatmulBackend, ModelConfig, Remat
 from tml.model import transformer
-from tml.params import init_params, spec_leaves
+from tml.params import init_params, map_specs, spec_leaves
 
 
 def params_of(model: ModelConfig):
@@ -106,8 +106,10 @@ def value_and_grads(params, batch, model: ModelConfig) -> jax.Array:
         pytest.param({}, {"remat": Remat.LAYER}, marks=pytest.mark.slow),
         (RUNS, {"moe": dataclasses.replace(tiny_model().moe, backend=MatmulBackend.DENSE)}),
         (RUNS, {"remat": Remat.EXPERTS, "row_parts": 2}),
+        (RUNS, {"scan_layers": False}),
+        (RUNS, {"scan_layers": False, "remat": Remat.LAYER}),
     ],
-    ids=["recomputed", "dense", "loops over equal layers, in parts of rows"],
+    ids=["recomputed", "dense", "loops over equal layers, in parts of rows", "written out", "written out, recomputed"],
 )
 def test_equal_value_and_gradients_whichever_way_it_runs(shape: dict, changes: dict) -> None:
     model = dataclasses.replace(tiny_model(), **shape)
@@ -121,6 +123,18 @@ def test_equal_value_and_gradients_whichever_way_it_runs(shape: dict, changes: d
     names = [name for name, _ in spec_leaves(transformer.specs(model))]
     dead = [name for name, grad in zip(names, jax.tree.leaves(grads), strict=True) if not np.any(grad)]
     assert all("router_bias" in name for name in dead), dead
+
+
+@pytest.mark.parametrize(("remat", "num_routers"), [(Remat.NONE, 3), (Remat.EXPERTS, 2)])
+def test_layers_are_a_loop_or_written_out(remat: Remat, num_routers: int) -> None:
+    looped = dataclasses.replace(tiny_model(), **RUNS, remat=remat)
+    batch = rows_of(looped, tiny_layout(looped), [[tiny_session(looped, 6)]], 64)
+    specs = map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), transformer.specs(looped))
+    programs = [
+        str(jax.make_jaxpr(transformer.apply, static_argnums=2)(specs, batch, model))
+        for model in (looped, dataclasses.replace(looped, scan_layers=False))
+    ]
+    assert [program.count("top_k[") for program in programs] == [num_routers, 6]
 
 
 def test_load_counts_only_real_positions_and_the_bias_follows_it() -> None:

@@ -27,7 +27,7 @@ LiveCarry = tuple[Float[Array, "B W D"], list[LayerState]]
 
 
 class Stage(NamedTuple):
-    """Consecutive layers of given kinds, repeated as a group; one `lax.scan` when repeated."""
+    """Consecutive layers of given kinds, repeated as a group; one `lax.scan` when repeated and `cfg.scan_layers`."""
 
     kinds: tuple[LayerKind, ...]
     repeats: int
@@ -209,19 +209,20 @@ def run_layers(
     loads: list[moe.Load] = []
     for index, stage in enumerate(layer_stages(cfg)):
         runs = [(kind, len(list(run))) for kind, run in itertools.groupby(stage.kinds)]
-        runs = runs if cfg.remat is not Remat.NONE else [(kind, 1) for kind in stage.kinds]
+        runs = runs if cfg.remat is not Remat.NONE and cfg.scan_layers else [(kind, 1) for kind in stage.kinds]
+        in_loop = cfg.scan_layers and stage.repeats > 1
 
         def group(
             parts: list[jax.Array],
             run_params: PyTree,
             runs: list[tuple[LayerKind, int]] = runs,
-            repeats: int = stage.repeats,
+            in_loop: bool = in_loop,
         ) -> tuple[list[jax.Array], moe.Load | None]:
             group_loads = []
             for (kind, count), of_run in zip(runs, run_params, strict=True):
 
                 def layer(
-                    parts: list[jax.Array], params: PyTree, kind: LayerKind = kind, in_loop: bool = repeats * count > 1
+                    parts: list[jax.Array], params: PyTree, kind: LayerKind = kind, in_loop: bool = in_loop or count > 1
                 ) -> tuple[list[jax.Array], moe.Load | None]:
                     return _layer(params, parts, kind, functions, cfg, mesh, in_loop)
 
@@ -231,11 +232,14 @@ def run_layers(
             return parts, _join(group_loads) if group_loads else None
 
         layers = _stack_runs(_as_multiplied(stages[index], stage, cfg), runs)
-        if stage.repeats == 1:
-            parts, load = group(parts, jax.tree.map(lambda leaf: leaf[0], layers))
-            load = _add_axis(load)
-        else:
+        if in_loop:
             parts, load = jax.lax.scan(group, parts, layers)
+        else:
+            group_loads = []
+            for of_group in _unstack(layers, stage.repeats):
+                parts, load = group(parts, of_group)
+                group_loads.append(_add_axis(load))
+            load = _join(group_loads)
         if load is not None:
             # In the order of the layers: repetition by repetition, then place by place.
             loads.append(jax.tree.map(lambda x_LG: x_LG.reshape(-1, *x_LG.shape[2:]), load))
@@ -327,6 +331,13 @@ def _stack_runs(places: list[PyTree], runs: list[tuple[LayerKind, int]]) -> list
         of_run = [next(rest) for _ in range(count)]
         stacked.append(of_run[0] if count == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *of_run))
     return stacked
+
+
+def _unstack(tree: PyTree, repeats: int) -> list[PyTree]:
+    """Each group's own parameters. Their gradients are stacked in one copy; those of indexing are added up in turn."""
+    leaves, structure = jax.tree.flatten(tree)
+    pieces = [jax.lax.split(leaf, (1,) * repeats) for leaf in leaves]
+    return [jax.tree.unflatten(structure, [of_leaf[index][0] for of_leaf in pieces]) for index in range(repeats)]
 
 
 def _add_axis(tree: PyTree) -> PyTree:
