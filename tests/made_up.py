@@ -51,7 +51,13 @@ def made_up_batch(experiment: Experiment, step: int) -> Batch:
     """Two segments a row with every kind of target; the next token is the target, so that it can be learnt."""
     drawn = np.random.default_rng([experiment.seed, step])
     data, model = experiment.data, experiment.model
-    batch = empty_rows(data.rows_per_batch, data.row_slots, 0, model, data.row_slots // 2 if model.has_voice else 0)
+    batch = empty_rows(
+        data.rows_per_batch,
+        data.row_slots,
+        min(1, model.video.max_tiles_per_turn),
+        model,
+        data.row_slots // 2 if model.has_voice else 0,
+    )
     shape = batch.tokens_BS.shape
     batch.tokens_BS[:] = np.cumsum(drawn.integers(1, 3, shape), axis=1) % model.vocab_size
     batch.kinds_BS[:] = np.where(drawn.random(shape) < 0.3, Kind.AUDIO, Kind.TOKEN)
