@@ -95,14 +95,17 @@ def a_batch(experiment: Experiment) -> Batch:
 
 
 @functools.cache
-def some_params() -> PyTree:
-    specs = transformer.specs(an_experiment(MeshConfig()).model)
-    return jax.device_get(randomised(init_params(specs, jax.random.key(0))))
+def some_params(num_layers: int) -> PyTree:
+    model = an_experiment(MeshConfig()).model
+    model = dataclasses.replace(model, num_layers=num_layers, global_layers=tuple(range(1, num_layers)))
+    return jax.device_get(randomised(init_params(transformer.specs(model), jax.random.key(0))))
 
 
 def gradients_of(experiment: Experiment) -> tuple[PyTree, dict[str, float], np.ndarray, int]:
     mesh = make_mesh(experiment.mesh, jax.devices()[: experiment.mesh.num_devices])
-    params = jax.device_put(some_params(), param_sharding(transformer.specs(experiment.model), mesh))
+    params = jax.device_put(
+        some_params(experiment.model.num_layers), param_sharding(transformer.specs(experiment.model), mesh)
+    )
     found = jax.jit(make_gradients(experiment, mesh))(params, to_devices(a_batch(experiment), mesh))
     grads, sums, load = jax.device_get(found)
     means = {name: float(mean.total) / max(float(mean.count), 1.0) for name, mean in sums.items()}
@@ -157,6 +160,20 @@ def test_gradients_equal_those_of_one_device(
     dispatch: ExpertDispatch, sizes: dict[str, int], block: int, row_parts: int
 ) -> None:
     assert_equals_the_reference(an_experiment(MeshConfig(**sizes), dispatch, block, row_parts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [Remat.NONE, Remat.EXPERTS])
+def test_layers_written_out_on_a_mesh_equal_the_loop(remat: Remat) -> None:
+    experiment = an_experiment(MeshConfig(fsdp=2, expert=2), RING)
+    model = dataclasses.replace(experiment.model, num_layers=3, global_layers=(1, 2), remat=remat)
+    looped, written_out = (
+        gradients_of(dataclasses.replace(experiment, model=dataclasses.replace(model, scan_layers=scan)))
+        for scan in (True, False)
+    )
+    np.testing.assert_array_equal(written_out[2], looped[2])
+    for found, wanted in zip(jax.tree.leaves(written_out[0]), jax.tree.leaves(looped[0]), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=2e-5 * np.abs(wanted).max() + 1e-7)
 
 
 @pytest.mark.slow
