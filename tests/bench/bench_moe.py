@@ -47,7 +47,7 @@ def mixtral_like(num_experts: int) -> Experiment:
                 num_shared_experts=0,
                 expert_dim=512,
                 # Half of the copies that an expert gets, or fewer: the last block of every expert is partly padding.
-                block_rows=min(256, 4_096 // num_experts),
+                block_rows=min(64, 4_096 // num_experts),
             ),
             audio=AudioConfig(num_mels=1, num_levels=2),
             scan_layers=False,

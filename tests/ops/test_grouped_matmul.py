@@ -12,12 +12,11 @@ from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu
 from tml.ops.expert_blocks import multiply_blocks
 from tml.ops.grouped_matmul import (
     GroupedKernels,
-    collect,
-    dispatch,
     grouped_matmul_reference,
     kernel_grouped_matmul,
     multiply_rows_of_layer_reference,
     plan_blocks,
+    plan_of_rows,
 )
 
 ROUTINGS = {
@@ -41,40 +40,68 @@ def test_every_copy_stands_once_in_a_block_of_its_expert(experts: np.ndarray, bl
     assert (np.asarray(plan.token_of_row)[empty] == len(experts)).all()
 
 
-@functools.partial(jax.jit, static_argnums=5)
-@functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
-def blocked(x, gate_up, down, experts, cotangent, block_rows: int) -> jax.Array:
-    plan = plan_blocks(experts, 5, block_rows)
-    out = multiply_blocks(dispatch(x, plan), gate_up, down, plan.expert_of_block)
-    return jnp.sum(collect(out, plan) * cotangent)
+def gated(multiply: Callable[..., jax.Array]) -> Callable:
+    """(x, gates, gate_up, down, experts, cotangent, static) to the weighted sum of the outputs, and its gradients."""
+
+    def total(x, gates, gate_up, down, experts, cotangent, static: int) -> jax.Array:
+        return jnp.sum(multiply(x, gates, gate_up, down, experts, static) * cotangent)
+
+    return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)), static_argnums=6)
 
 
-@jax.jit
-@functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
-def looped(x, gate_up, down, experts, cotangent) -> jax.Array:
-    out = jnp.zeros(cotangent.shape)
+@gated
+def blocked(x, gates, gate_up, down, experts, block_rows: int) -> jax.Array:
+    return multiply_blocks(x, gates, gate_up, down, plan_blocks(experts, 5, block_rows))
+
+
+@gated
+def blocked_in_a_small_buffer(x, gates, gate_up, down, experts, block_rows: int) -> jax.Array:
+    return multiply_blocks(x, gates, gate_up, down, plan_blocks(experts, 5, block_rows, num_blocks=24 // block_rows))
+
+
+@gated
+def looped(x, gates, gate_up, down, experts, _: int) -> jax.Array:
+    out = jnp.zeros_like(x)
     for expert in range(5):
         hidden = jax.nn.silu(x @ gate_up[expert, :, :7]) * (x @ gate_up[expert, :, 7:])
-        out = out + jnp.where((experts == expert)[:, :, None], (hidden @ down[expert])[:, None], 0.0)
-    return jnp.sum(out * cotangent)
+        out += hidden @ down[expert] * jnp.sum(jnp.where(experts == expert, gates, 0.0), axis=1)[:, None]
+    return out
+
+
+def blocks_case(experts: np.ndarray) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, gates = jax.random.normal(keys[0], (len(experts), 6)), jax.random.normal(keys[1], experts.shape)
+    gate_up, down = jax.random.normal(keys[2], (5, 6, 14)), jax.random.normal(keys[3], (5, 7, 6))
+    return x, gates, gate_up, down, jnp.asarray(experts, jnp.int32), jax.random.normal(keys[4], x.shape)
+
+
+def assert_close(ours, reference) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, reference)
 
 
 @pytest.mark.parametrize("experts", ROUTINGS.values(), ids=ROUTINGS.keys())
 @pytest.mark.parametrize("block_rows", [1, 4])
 def test_blocks_of_experts_and_their_gradients_equal_a_loop(experts: np.ndarray, block_rows: int) -> None:
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (len(experts), 6))
-    gate_up, down = jax.random.normal(keys[1], (5, 6, 14)), jax.random.normal(keys[2], (5, 7, 6))
-    cotangent = jax.random.normal(keys[3], (*experts.shape, 6))
-
-    arguments = x, gate_up, down, jnp.asarray(experts, jnp.int32), cotangent
-    ours, reference = blocked(*arguments, block_rows), looped(*arguments)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, reference)
+    arguments = blocks_case(experts)
+    assert_close(blocked(*arguments, block_rows), looped(*arguments, 0))
 
 
-def test_rows_of_blocks_without_an_expert_are_zero() -> None:
+@pytest.mark.parametrize("block_rows", [1, 4])
+def test_copies_without_a_row_add_nothing_and_get_no_gradient(block_rows: int) -> None:
+    experts = np.where(np.arange(48).reshape(24, 2) % 3 == 0, -1, ROUTINGS["random"])
+    plan = plan_blocks(jnp.asarray(experts, jnp.int32), 5, block_rows, num_blocks=24 // block_rows)
+    found = np.where(np.asarray(plan.row_of_copy) < 24, experts, -1)
+    assert (found < 0).sum() > (experts < 0).sum()
+    ours = blocked_in_a_small_buffer(*blocks_case(experts), block_rows)
+    assert_close(ours, looped(*blocks_case(found), 0))
+    np.testing.assert_array_equal(np.asarray(ours[1][1])[found < 0], 0.0)
+
+
+def test_rows_that_stand_in_blocks_already_keep_their_places() -> None:
     x, gate_up, down = jnp.ones((6, 4)), jnp.ones((2, 4, 6)), jnp.ones((2, 3, 4))
-    out = jax.jit(multiply_blocks)(x, gate_up, down, jnp.array([0, 1, 2], jnp.int32))
+    plan = plan_of_rows(6, jnp.array([0, 1, 2], jnp.int32))
+    out = jax.jit(multiply_blocks)(x, jnp.ones((6, 1)), gate_up, down, plan)
+    # Blocks of no expert give zeros.
     assert (np.asarray(out) != 0.0).any(axis=1).tolist() == [True] * 4 + [False] * 2
 
 

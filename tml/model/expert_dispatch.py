@@ -14,12 +14,14 @@ from tml.model.remat import kept
 from tml.ops.collectives import index_along
 from tml.ops.expert_blocks import multiply_blocks
 from tml.ops.grouped_matmul import (
+    BlockPlan,
     collect,
     dispatch,
     grouped_matmul,
     kernels_of,
     multiply_groups_of_rows,
     plan_blocks,
+    plan_of_rows,
 )
 from tml.ops.projection import project
 from tml.ops.ragged_exchange import AXIS, bring_back, plan_exchange, send
@@ -94,8 +96,14 @@ def sorted_experts(
     if cfg.backend is not MatmulBackend.BLOCKED:
         return kernel_experts(weights, h_TD, gates_TK, experts_TK, experts_TK.size, experts_TK.size, cfg)
     plan = plan_blocks(experts_TK, cfg.num_experts, cfg.block_rows)
-    down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
-    return Dispatched(jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1), jnp.int32(0))
+    return Dispatched(blocked_experts(weights, h_TD, gates_TK, plan), jnp.int32(0))
+
+
+def blocked_experts(
+    weights: Mapping[str, jax.Array], h_TD: Float[Array, "t D"], gates_TK: Float[Array, "t k"], plan: BlockPlan
+) -> Float[Array, "t D"]:
+    """The experts here on their copies, by XLA."""
+    return multiply_blocks(h_TD, gates_TK, _fused(weights["gate_up"]), weights["down"], plan)
 
 
 def kernel_experts(
@@ -158,8 +166,7 @@ def ring_experts(
         return here._replace(out_TD=jax.lax.psum_scatter(here.out_TD, AXIS, scatter_dimension=0, tiled=True))
     num_blocks = buffer_blocks(experts_TK.size // mesh.expert, cfg, mesh)
     plan = plan_blocks(jnp.where(is_here_TK, place_TK, -1), num_local, cfg.block_rows, num_blocks)
-    down = run_blocks(weights, dispatch(h_TD, plan), plan.expert_of_block, cfg)
-    out_TD = jnp.sum(collect(down, plan) * gates_TK[:, :, None], axis=1)
+    out_TD = blocked_experts(weights, h_TD, gates_TK, plan)
     num_placed = jnp.sum((plan.row_of_copy < num_blocks * cfg.block_rows).astype(jnp.int32))
     num_dropped = jnp.sum(is_here_TK.astype(jnp.int32)) - num_placed
     return Dispatched(jax.lax.psum_scatter(out_TD, AXIS, scatter_dimension=0, tiled=True), num_dropped)
@@ -232,7 +239,7 @@ def run_blocks(
 ) -> Float[Array, "r D"]:
     """The gated MLP of each block's expert over the block's rows: all that a strategy asks of the matmuls."""
     if cfg.backend is MatmulBackend.BLOCKED:
-        return multiply_blocks(x_RD, _fused(weights["gate_up"]), weights["down"], expert_of_block)
+        return blocked_experts(weights, x_RD, jnp.ones_like(x_RD[:, :1]), plan_of_rows(x_RD.shape[0], expert_of_block))
     # Blocks stand in the order of their experts.
     owner_CE = jax.nn.one_hot(expert_of_block, weights["down"].shape[0], dtype=jnp.int32)
     group_sizes_E = jnp.sum(owner_CE, axis=0) * (x_RD.shape[0] // expert_of_block.shape[0])

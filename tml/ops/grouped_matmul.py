@@ -79,6 +79,12 @@ def plan_blocks(
     )
 
 
+def plan_of_rows(num_rows: int, expert_of_block: Int32[Array, "C"]) -> BlockPlan:
+    """The plan of tokens that stand in the blocks of their one expert already."""
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    return BlockPlan(rows[:, None], rows, rows, expert_of_block, holds_all=True)
+
+
 def _rows_or_zero(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="fill", fill_value=0)
 
