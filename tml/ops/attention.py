@@ -22,7 +22,7 @@ from tml.ops.projection import project
 SLIDING_BLOCK_SLOTS = 64
 """The most queries in one block of sliding attention; a block sees its own keys and a window's worth before them."""
 
-GLOBAL_BLOCK_SLOTS = 128
+GLOBAL_BLOCK_SLOTS = 64
 """Queries of one block of global attention: the blocks before a query's end cost, those after do not."""
 
 LANES = 128
@@ -279,15 +279,21 @@ def _attend(
     q = q_BSNH.swapaxes(1, 2).reshape(num_rows, num_kv_heads, -1, head_dim)
     k, v = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     logits = jnp.einsum("BKXH,BKTH->BKXT", q, k, preferred_element_type=jnp.float32)
-    weights = _weights(logits, bias_BNST, seen_BST).astype(v.dtype)
-    out = jnp.einsum("BKXT,BKTH->BKXH", weights, v)
+    weights, sums = _weights(logits, bias_BNST, seen_BST)
+    out = jnp.einsum("BKXT,BKTH->BKXH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = (out / sums).astype(v.dtype)
     return out.reshape(num_rows, num_heads, num_queries, head_dim).swapaxes(1, 2)
 
 
-def _weights(logits: jax.Array, bias_BNST: jax.Array, seen_BST: jax.Array) -> jax.Array:
-    """The softmax of biased logits over the keys that are seen, in the shape of the logits."""
+def _weights(logits: jax.Array, bias_BNST: jax.Array, seen_BST: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the keys that are seen, in the shape of the logits, but undivided; and the sums to divide by.
+
+    The output is a fraction of the logits' size, and the way back asks for no sum of the weights' gradients.
+    """
     biased_BNST = logits.reshape(bias_BNST.shape) + bias_BNST.astype(jnp.float32)
-    return jax.nn.softmax(jnp.where(seen_BST[:, None], biased_BNST, MASKED), axis=-1).reshape(logits.shape)
+    logits = jnp.where(seen_BST[:, None], biased_BNST, MASKED).reshape(logits.shape)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    return weights, jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def _attend_heads_at_once(
@@ -306,7 +312,9 @@ def _attend_heads_at_once(
     q = q.reshape(num_rows, num_heads * num_queries, num_kv_heads * head_dim)
     k, v = (x.reshape(num_rows, num_keys, num_kv_heads * head_dim) for x in (k_BTKH, v_BTKH))
     logits = jnp.einsum("BXC,BTC->BXT", q, k, preferred_element_type=jnp.float32)
-    out = jnp.einsum("BXT,BTC->BXC", _weights(logits, bias_BNST, seen_BST).astype(v.dtype), v)
+    weights, sums = _weights(logits, bias_BNST, seen_BST)
+    out = jnp.einsum("BXT,BTC->BXC", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = (out / sums).astype(v.dtype)
     out = out.reshape(num_rows, num_kv_heads, -1, num_queries, num_kv_heads, head_dim)
     return jnp.einsum("BKGSJH,KJ->BSKGH", out, own_KK).reshape(q_BSNH.shape)
 
