@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tml.config import MeshConfig
 from tml.mesh import make_mesh
 from tml.ops.collectives import sum_over
-from tml.ops.cross_entropy import TokenLosses, token_losses, token_losses_in_blocks
+from tml.ops.cross_entropy import TokenLosses, token_losses, token_losses_in_blocks, token_losses_of
 
 NUM_LOGITS, VOCABULARY = 13, 16
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -41,6 +41,30 @@ def assert_alike(found, gradients) -> None:
 
 def as_it_is(part_DV: jax.Array) -> jax.Array:
     return part_DV
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_products_of_whole_logits_equal_the_definition(scale: float) -> None:
+    # Logits far beyond what exp can take must not matter; the definition is scaled alike.
+    def products(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, TokenLosses]:
+        losses = token_losses_of(h_BSD * scale, unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
+        return weighted(losses), losses
+
+    def defined(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, TokenLosses]:
+        losses = token_losses(h_BSD * scale @ unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
+        return weighted(losses), losses
+
+    (_, found), gradients = jax.jit(jax.value_and_grad(products, (0, 1), has_aux=True))(H_BSD, UNEMBED_DV)
+    (_, expected), expected_gradients = jax.value_and_grad(defined, (0, 1), has_aux=True)(H_BSD, UNEMBED_DV)
+    for value, wanted in zip((*found, *gradients), (*expected, *expected_gradients), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_the_way_back_makes_no_array_like_the_logits() -> None:
+    losses, way_back = jax.vjp(lambda h, w: token_losses_of(h, w, TARGETS_BS), H_BSD, UNEMBED_DV)
+    text = str(jax.make_jaxpr(way_back)(TokenLosses(*(jnp.ones_like(value) for value in losses))))
+    assert f"f32[18,{VOCABULARY}] = " not in text.split("in (")[0].split("let")[1]
+    assert "dot_general" in text
 
 
 @pytest.mark.parametrize("block", [5, 8, 100])

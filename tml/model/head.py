@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from tml.config import MeshConfig, ModelConfig
 from tml.ops.collectives import gather_params
-from tml.ops.cross_entropy import TokenLosses, token_losses_in_blocks
-from tml.ops.cross_entropy import token_losses as losses_of_logits
+from tml.ops.cross_entropy import TokenLosses, token_losses_in_blocks, token_losses_of
 from tml.ops.projection import project
 from tml.params import ParamSpec, PyTree, Update, param, scale
 
@@ -59,14 +58,14 @@ def token_losses(
         mesh: sizes of the axes.
     """
     spec, part_DV = specs(cfg)["unembed"], params["unembed"].astype(h_BSD.dtype)
+    h_BSD = h_BSD / cfg.mup_width_multiplier
     if mesh.tensor == 1 and not vocab_block:
         unembed_DV = gather_params(part_DV, spec, mesh, h_BSD.dtype)
-        return losses_of_logits(unembed(unembed_DV, h_BSD, cfg), targets_BS)
+        return token_losses_of(h_BSD, unembed_DV[:, : cfg.num_logits], targets_BS)
     width = min(vocab_block or part_DV.shape[1], part_DV.shape[1])
     block_spec = dataclasses.replace(spec, shape=(cfg.d_model, width * mesh.tensor))
 
     def gather(block_DV: jax.Array) -> jax.Array:
         return gather_params(block_DV, block_spec, mesh, h_BSD.dtype)
 
-    h_BSD = h_BSD / cfg.mup_width_multiplier
     return token_losses_in_blocks(h_BSD, part_DV, targets_BS, cfg.num_logits, width, gather, mesh)
