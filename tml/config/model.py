@@ -180,8 +180,8 @@ class MoEConfig:
     """Step of the selection bias towards under-loaded experts (Wang et al. 2024, aux-loss-free)."""
     backend: MatmulBackend = MatmulBackend.BLOCKED
     block_rows: int = 128
-    """Rows of one block of the padded expert buffer. `BLOCKED` multiplies four of them as one where an expert has as many:
-    small blocks waste less, and 64 was best on CPU where experts get hundreds of rows."""
+    """Rows of one block of the padded expert buffer. `BLOCKED` multiplies four of them as one where an expert has as
+    many, so small blocks cost little and waste less: 64 was best on CPU where experts get hundreds of rows."""
     dispatch: ExpertDispatch = ExpertDispatch.GATHERED_WEIGHTS
     capacity_factor: float = 1.25
     """Copies that a device's experts take at most, over its share at balanced load, where copies travel (`RING`,
