@@ -11,7 +11,7 @@ from tml.batch import Batch, empty_rows
 from tml.config import LossConfig, MeshConfig, ModelConfig
 from tml.microturn import Target
 from tml.objective import ACCURACIES, STREAMS, objective, objective_ahead, targets_ahead, total_weight
-from tml.ops.cross_entropy import token_losses
+from tml.ops.cross_entropy import token_losses_reference
 
 NUM_ROWS, NUM_SLOTS, NUM_TOKENS = 4, 24, 17
 
@@ -37,7 +37,7 @@ def made_up() -> tuple[np.ndarray, Batch]:
 
 @functools.partial(jax.jit, static_argnums=3)
 def loss_of(logits: jax.Array, batch: Batch, weight: jax.Array, cfg: LossConfig) -> tuple[jax.Array, dict]:
-    return objective(token_losses(logits, batch.targets_BS), batch, weight, cfg)
+    return objective(token_losses_reference(logits, batch.targets_BS), batch, weight, cfg)
 
 
 def reference(logits: np.ndarray, batch: Batch, z_loss_weight: float) -> dict[str, float]:
@@ -154,7 +154,7 @@ def test_the_loss_ahead_equals_the_float64_reference():
     cfg = LossConfig(z_loss_weight=1e-3, mtp_weight=0.3)
     logits = np.random.default_rng(3).normal(size=(num_blocks * NUM_ROWS, NUM_SLOTS, NUM_TOKENS)) * 3
     ahead = targets_ahead(batch, num_blocks, MeshConfig())
-    losses = token_losses(jnp.asarray(logits.astype(np.float32)), ahead.targets_BS)
+    losses = token_losses_reference(jnp.asarray(logits.astype(np.float32)), ahead.targets_BS)
     loss, metrics = objective_ahead(losses, ahead, num_blocks, total_weight(batch), cfg)
     total, plain = 0.0, []
     for block in range(num_blocks):

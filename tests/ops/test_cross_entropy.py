@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tml.config import MeshConfig
 from tml.mesh import make_mesh
 from tml.ops.collectives import sum_over
-from tml.ops.cross_entropy import TokenLosses, token_losses, token_losses_in_blocks, token_losses_of
+from tml.ops.cross_entropy import TokenLosses, token_losses, token_losses_in_blocks, token_losses_reference
 
 NUM_LOGITS, VOCABULARY = 13, 16
 KEYS = jax.random.split(jax.random.key(0), 5)
@@ -28,7 +28,7 @@ def weighted(losses: TokenLosses) -> jax.Array:
 
 
 def whole(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, TokenLosses]:
-    losses = token_losses(h_BSD @ unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
+    losses = token_losses_reference(h_BSD @ unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
     return weighted(losses), losses
 
 
@@ -47,11 +47,11 @@ def as_it_is(part_DV: jax.Array) -> jax.Array:
 def test_products_of_whole_logits_equal_the_definition(scale: float) -> None:
     # Logits far beyond what exp can take must not matter; the definition is scaled alike.
     def products(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, TokenLosses]:
-        losses = token_losses_of(h_BSD * scale, unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
+        losses = token_losses(h_BSD * scale, unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
         return weighted(losses), losses
 
     def defined(h_BSD: jax.Array, unembed_DV: jax.Array) -> tuple[jax.Array, TokenLosses]:
-        losses = token_losses(h_BSD * scale @ unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
+        losses = token_losses_reference(h_BSD * scale @ unembed_DV[:, :NUM_LOGITS], TARGETS_BS)
         return weighted(losses), losses
 
     (_, found), gradients = jax.jit(jax.value_and_grad(products, (0, 1), has_aux=True))(H_BSD, UNEMBED_DV)
@@ -61,7 +61,7 @@ def test_products_of_whole_logits_equal_the_definition(scale: float) -> None:
 
 
 def test_the_way_back_makes_no_array_like_the_logits() -> None:
-    losses, way_back = jax.vjp(lambda h, w: token_losses_of(h, w, TARGETS_BS), H_BSD, UNEMBED_DV)
+    losses, way_back = jax.vjp(lambda h, w: token_losses(h, w, TARGETS_BS), H_BSD, UNEMBED_DV)
     text = str(jax.make_jaxpr(way_back)(TokenLosses(*(jnp.ones_like(value) for value in losses))))
     assert f"f32[18,{VOCABULARY}] = " not in text.split("in (")[0].split("let")[1]
     assert "dot_general" in text

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from tml.config import MeshConfig, ModelConfig
 from tml.ops.collectives import gather_params
-from tml.ops.cross_entropy import TokenLosses, token_losses_in_blocks, token_losses_of
+from tml.ops.cross_entropy import TokenLosses, token_losses_in_blocks
+from tml.ops.cross_entropy import token_losses as losses_of_whole_logits
 from tml.ops.projection import project
 from tml.params import ParamSpec, PyTree, Update, param, scale
 
@@ -61,7 +62,7 @@ def token_losses(
     h_BSD = h_BSD / cfg.mup_width_multiplier
     if mesh.tensor == 1 and not vocab_block:
         unembed_DV = gather_params(part_DV, spec, mesh, h_BSD.dtype)
-        return token_losses_of(h_BSD, unembed_DV[:, : cfg.num_logits], targets_BS)
+        return losses_of_whole_logits(h_BSD, unembed_DV[:, : cfg.num_logits], targets_BS)
     width = min(vocab_block or part_DV.shape[1], part_DV.shape[1])
     block_spec = dataclasses.replace(spec, shape=(cfg.d_model, width * mesh.tensor))
 

@@ -34,8 +34,8 @@ class TokenLosses(NamedTuple):
     is_right_BS: Float32[Array, "*b"]
 
 
-def token_losses(logits_BSV: Float32[Array, "B S V"], targets_BS: Int32[Array, "B S"]) -> TokenLosses:
-    """The definition, over whole logits."""
+def token_losses_reference(logits_BSV: Float32[Array, "B S V"], targets_BS: Int32[Array, "B S"]) -> TokenLosses:
+    """The definition, over whole logits; what the others are tested against."""
     highest_BS1 = jax.lax.stop_gradient(jnp.max(logits_BSV, axis=-1, keepdims=True))
     shifted_BSV = logits_BSV - highest_BS1
     log_sum_BS = jnp.log(jnp.sum(jnp.exp(shifted_BSV), axis=-1))
@@ -47,18 +47,24 @@ def token_losses(logits_BSV: Float32[Array, "B S V"], targets_BS: Int32[Array, "
 
 
 @jax.custom_vjp
-def token_losses_of(
+def token_losses(
     h_BSD: Float[Array, "B S D"], unembed_DV: Float[Array, "D v"], targets_BS: Int32[Array, "B S"]
 ) -> TokenLosses:
-    """The same of whole logits h W, with a backward pass that makes no array of their size.
+    """Of whole logits h W, with a backward pass that makes no array of their size.
 
     It multiplies exp(z - max) as the forward pass leaves it; what depends on the position alone, and the targets'
-    entries, are put to the factors and to the products. Gathers and scatters, so: fast on CPU.
+    entries, are put to the factors and to the products. It gathers and scatters, which suits CPUs; where logits are
+    large, and on TPUs, `token_losses_in_blocks` is the way.
+
+    Args:
+        h_BSD: inputs of the unembedding.
+        unembed_DV: the unembedding, the entries that count alone.
+        targets_BS: token to predict.
     """
-    return _token_losses_of_fwd(h_BSD, unembed_DV, targets_BS)[0]
+    return _token_losses_fwd(h_BSD, unembed_DV, targets_BS)[0]
 
 
-def _token_losses_of_fwd(
+def _token_losses_fwd(
     h_BSD: jax.Array, unembed_DV: jax.Array, targets_BS: jax.Array
 ) -> tuple[TokenLosses, tuple[jax.Array, ...]]:
     h_TD, targets_T = h_BSD.reshape(targets_BS.size, -1), targets_BS.reshape(-1)
@@ -73,7 +79,7 @@ def _token_losses_of_fwd(
     return losses, (h_BSD, unembed_DV, targets_BS, exp_TV.astype(h_BSD.dtype), sum_T)
 
 
-def _token_losses_of_bwd(saved: tuple[jax.Array, ...], grads: TokenLosses) -> tuple[jax.Array, jax.Array, None]:
+def _token_losses_bwd(saved: tuple[jax.Array, ...], grads: TokenLosses) -> tuple[jax.Array, jax.Array, None]:
     h_BSD, unembed_DV, targets_BS, exp_TV, sum_T = saved
     h_TD, targets_T = h_BSD.reshape(sum_T.size, -1), targets_BS.reshape(-1)
     grad_nll_T1 = grads.nll_BS.reshape(-1, 1)
@@ -88,7 +94,7 @@ def _token_losses_of_bwd(saved: tuple[jax.Array, ...], grads: TokenLosses) -> tu
     return grad_h_TD.astype(h_BSD.dtype).reshape(h_BSD.shape), grad_DV.astype(unembed_DV.dtype), None
 
 
-token_losses_of.defvjp(_token_losses_of_fwd, _token_losses_of_bwd)
+token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
 
 
 Gather = Callable[[jax.Array], jax.Array]
