@@ -50,11 +50,11 @@ def token_losses_reference(logits_BSV: Float32[Array, "B S V"], targets_BS: Int3
 def token_losses(
     h_BSD: Float[Array, "B S D"], unembed_DV: Float[Array, "D v"], targets_BS: Int32[Array, "B S"]
 ) -> TokenLosses:
-    """Of whole logits h W, with a backward pass that makes no array of their size.
+    """Of whole logits h W, with a backward pass that on CPU makes no array of their size.
 
     It multiplies exp(z - max) as the forward pass leaves it; what depends on the position alone, and the targets'
-    entries, are put to the factors and to the products. It gathers and scatters, which suits CPUs; where logits are
-    large, and on TPUs, `token_losses_in_blocks` is the way.
+    entries, are put to the factors and to the products, by gathers and scatters. Elsewhere these are slow, and what
+    makes the gradient of logits is fused into the matmuls.
 
     Args:
         h_BSD: inputs of the unembedding.
@@ -70,7 +70,7 @@ def _token_losses_fwd(
     h_TD, targets_T = h_BSD.reshape(targets_BS.size, -1), targets_BS.reshape(-1)
     logits_TV = jnp.matmul(h_TD, unembed_DV, preferred_element_type=jnp.float32)
     highest_T = jnp.max(logits_TV, axis=-1)
-    picked_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
+    picked_T = jax.lax.platform_dependent(logits_TV, targets_T, cpu=_gathered, default=_selected)
     exp_TV = jnp.exp(logits_TV - highest_T[:, None])
     sum_T = jnp.sum(exp_TV, axis=-1)
     log_norm_T = jnp.log(sum_T) + highest_T
@@ -79,19 +79,57 @@ def _token_losses_fwd(
     return losses, (h_BSD, unembed_DV, targets_BS, exp_TV.astype(h_BSD.dtype), sum_T)
 
 
+def _gathered(logits_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
+
+
+def _selected(logits_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(_is_target(logits_TV, targets_T), logits_TV, 0.0), axis=-1)
+
+
+def _is_target(logits_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
+    return jnp.arange(logits_TV.shape[-1], dtype=jnp.int32)[None] == targets_T[:, None]
+
+
 def _token_losses_bwd(saved: tuple[jax.Array, ...], grads: TokenLosses) -> tuple[jax.Array, jax.Array, None]:
     h_BSD, unembed_DV, targets_BS, exp_TV, sum_T = saved
-    h_TD, targets_T = h_BSD.reshape(sum_T.size, -1), targets_BS.reshape(-1)
+    h_TD = h_BSD.reshape(sum_T.size, -1)
     grad_nll_T1 = grads.nll_BS.reshape(-1, 1)
     share_T1 = (grad_nll_T1 + grads.log_norm_BS.reshape(-1, 1)) / sum_T[:, None]
-    grad_h_TD = share_T1 * jax.lax.dot_general(
-        exp_TV, unembed_DV, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    grad_h_TD -= grad_nll_T1 * unembed_DV[:, targets_T].T
-    weighted_TD = (share_T1 * h_TD).astype(h_BSD.dtype)
-    grad_DV = jax.lax.dot_general(weighted_TD, exp_TV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    grad_DV = grad_DV.at[:, targets_T].add(-(grad_nll_T1 * h_TD).T)
+    factors = h_TD, unembed_DV, targets_BS.reshape(-1), exp_TV, share_T1, grad_nll_T1
+    grad_h_TD, grad_DV = jax.lax.platform_dependent(*factors, cpu=_products_of_exp, default=_products_of_gradient)
     return grad_h_TD.astype(h_BSD.dtype).reshape(h_BSD.shape), grad_DV.astype(unembed_DV.dtype), None
+
+
+def _products_of_exp(
+    h_TD: jax.Array,
+    unembed_DV: jax.Array,
+    targets_T: jax.Array,
+    exp_TV: jax.Array,
+    share_T1: jax.Array,
+    grad_nll_T1: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    grad_h_TD = share_T1 * _sum_over(1, exp_TV, 1, unembed_DV) - grad_nll_T1 * unembed_DV[:, targets_T].T
+    grad_DV = _sum_over(0, (share_T1 * h_TD).astype(h_TD.dtype), 0, exp_TV)
+    return grad_h_TD, grad_DV.at[:, targets_T].add(-(grad_nll_T1 * h_TD).T)
+
+
+def _products_of_gradient(
+    h_TD: jax.Array,
+    unembed_DV: jax.Array,
+    targets_T: jax.Array,
+    exp_TV: jax.Array,
+    share_T1: jax.Array,
+    grad_nll_T1: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    grad_TV = share_T1 * exp_TV - jnp.where(_is_target(exp_TV, targets_T), grad_nll_T1, 0.0)
+    grad_TV = grad_TV.astype(h_TD.dtype)
+    return _sum_over(1, grad_TV, 1, unembed_DV), _sum_over(0, h_TD, 0, grad_TV)
+
+
+def _sum_over(left_axis: int, left: jax.Array, right_axis: int, right: jax.Array) -> jax.Array:
+    summed = ((left_axis,), (right_axis,)), ((), ())
+    return jax.lax.dot_general(left, right, summed, preferred_element_type=jnp.float32)
 
 
 token_losses.defvjp(_token_losses_fwd, _token_losses_bwd)
