@@ -91,40 +91,48 @@ def _is_target(logits_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
     return jnp.arange(logits_TV.shape[-1], dtype=jnp.int32)[None] == targets_T[:, None]
 
 
+class _Found(NamedTuple):
+    """What the gradients by h and W are made of.
+
+    Attributes:
+        h_TD: inputs of the unembedding.
+        unembed_DV: the unembedding.
+        targets_T: tokens to predict.
+        exp_TV: exp(z - max).
+        share_T1: gradient by a logit over its exp, but for the target's.
+        grad_nll_T1: what the target's gradient is less.
+    """
+
+    h_TD: jax.Array
+    unembed_DV: jax.Array
+    targets_T: jax.Array
+    exp_TV: jax.Array
+    share_T1: jax.Array
+    grad_nll_T1: jax.Array
+
+
 def _token_losses_bwd(saved: tuple[jax.Array, ...], grads: TokenLosses) -> tuple[jax.Array, jax.Array, None]:
     h_BSD, unembed_DV, targets_BS, exp_TV, sum_T = saved
     h_TD = h_BSD.reshape(sum_T.size, -1)
     grad_nll_T1 = grads.nll_BS.reshape(-1, 1)
     share_T1 = (grad_nll_T1 + grads.log_norm_BS.reshape(-1, 1)) / sum_T[:, None]
-    factors = h_TD, unembed_DV, targets_BS.reshape(-1), exp_TV, share_T1, grad_nll_T1
-    grad_h_TD, grad_DV = jax.lax.platform_dependent(*factors, cpu=_products_of_exp, default=_products_of_gradient)
+    found = _Found(h_TD, unembed_DV, targets_BS.reshape(-1), exp_TV, share_T1, grad_nll_T1)
+    grad_h_TD, grad_DV = jax.lax.platform_dependent(found, cpu=_products_of_exp, default=_products_of_gradient)
     return grad_h_TD.astype(h_BSD.dtype).reshape(h_BSD.shape), grad_DV.astype(unembed_DV.dtype), None
 
 
-def _products_of_exp(
-    h_TD: jax.Array,
-    unembed_DV: jax.Array,
-    targets_T: jax.Array,
-    exp_TV: jax.Array,
-    share_T1: jax.Array,
-    grad_nll_T1: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _products_of_exp(found: _Found) -> tuple[jax.Array, jax.Array]:
+    h_TD, unembed_DV, targets_T, exp_TV, share_T1, grad_nll_T1 = found
     grad_h_TD = share_T1 * _sum_over(1, exp_TV, 1, unembed_DV) - grad_nll_T1 * unembed_DV[:, targets_T].T
     grad_DV = _sum_over(0, (share_T1 * h_TD).astype(h_TD.dtype), 0, exp_TV)
     return grad_h_TD, grad_DV.at[:, targets_T].add(-(grad_nll_T1 * h_TD).T)
 
 
-def _products_of_gradient(
-    h_TD: jax.Array,
-    unembed_DV: jax.Array,
-    targets_T: jax.Array,
-    exp_TV: jax.Array,
-    share_T1: jax.Array,
-    grad_nll_T1: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    grad_TV = share_T1 * exp_TV - jnp.where(_is_target(exp_TV, targets_T), grad_nll_T1, 0.0)
-    grad_TV = grad_TV.astype(h_TD.dtype)
-    return _sum_over(1, grad_TV, 1, unembed_DV), _sum_over(0, h_TD, 0, grad_TV)
+def _products_of_gradient(found: _Found) -> tuple[jax.Array, jax.Array]:
+    is_target_TV = _is_target(found.exp_TV, found.targets_T)
+    grad_TV = found.share_T1 * found.exp_TV - jnp.where(is_target_TV, found.grad_nll_T1, 0.0)
+    grad_TV = grad_TV.astype(found.h_TD.dtype)
+    return _sum_over(1, grad_TV, 1, found.unembed_DV), _sum_over(0, found.h_TD, 0, grad_TV)
 
 
 def _sum_over(left_axis: int, left: jax.Array, right_axis: int, right: jax.Array) -> jax.Array:
