@@ -2,8 +2,8 @@
 
 A product with an axis of blocks runs on one core there, and wants a copy of its expert's matrices for every block. Here
 each expert's matrices are read once and their gradients are added up where they stay. A block gathers its tokens itself
-and multiplies its gates into the hidden units, so that neither copies of tokens nor their gradients nor ungated results
-are ever written out; and what a block makes hardly leaves the cache. Blocks that no expert owns cost nothing.
+and multiplies its gates into the hidden units, so that neither copies of tokens nor gradients of results nor ungated
+results are ever written out; and what a block makes hardly leaves the cache. Blocks that no expert owns cost nothing.
 """
 
 import functools
