@@ -11,12 +11,13 @@ import pytest
 from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu
 from tml.ops.expert_blocks import multiply_blocks
 from tml.ops.grouped_matmul import (
-    GroupedKernels,
+    gpu_kernels,
     grouped_matmul_reference,
     kernel_grouped_matmul,
     multiply_rows_of_layer_reference,
     plan_blocks,
     plan_of_rows,
+    tpu_kernels,
 )
 
 ROUTINGS = {
@@ -131,19 +132,12 @@ class GroupedMatmulTests:
         np.testing.assert_array_equal(out, np.where(np.arange(8)[:, None] < 5, np.full((8, 3), 4.0), 0.0))
 
 
-def kernels_of(module, **options) -> functools.partial:
-    rows, groups = (
-        functools.partial(f, interpret=True, **options) for f in (module.multiply_rows, module.multiply_groups)
-    )
-    return functools.partial(kernel_grouped_matmul, GroupedKernels(rows, groups))
-
-
 class TestTPU(GroupedMatmulTests):
-    grouped_matmul = staticmethod(kernels_of(grouped_matmul_tpu, unit=8))
+    grouped_matmul = staticmethod(functools.partial(kernel_grouped_matmul, tpu_kernels(unit=8, interpret=True)))
 
 
 class TestGPU(GroupedMatmulTests):
-    grouped_matmul = staticmethod(kernels_of(grouped_matmul_gpu))
+    grouped_matmul = staticmethod(functools.partial(kernel_grouped_matmul, gpu_kernels(interpret=True)))
 
 
 LAYER_KERNELS = {

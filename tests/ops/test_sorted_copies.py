@@ -1,4 +1,4 @@
-"""Rows sorted by expert, and the sums of every token's rows, against loops over copies."""
+"""Rows sorted by expert, against loops over copies."""
 
 import functools
 
@@ -7,16 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tml.ops import grouped_matmul_tpu
-from tml.ops.grouped_matmul import sums_of_groups_reference
-from tml.ops.sorted_copies import BLOCK_TOKENS, count_copies, rows_of_tokens, sort_copies, sum_of_rows
+from tml.ops.sorted_copies import count_copies, sort_copies
 
 EXPERTS, CHOICES = 5, 2
 FIND_ROWS = {"sorted": sort_copies, "counted": count_copies}
-SUMS = {
-    "reference": sums_of_groups_reference,
-    "TPU": functools.partial(grouped_matmul_tpu.multiply_groups, unit=8, interpret=True),
-}
 
 
 def routing(num_tokens: int) -> np.ndarray:
@@ -57,31 +51,3 @@ def test_counting_finds_the_rows_of_sorting(num_tokens: int) -> None:
     for name in ("is_row", "group_sizes_E", "block_sizes", "num_dropped"):
         np.testing.assert_array_equal(getattr(by_sort, name), getattr(by_count, name), name)
     assert sorted(by_count.row_by_token.tolist()) == list(range(num_tokens))
-
-
-@pytest.mark.parametrize("find_rows", FIND_ROWS.values(), ids=FIND_ROWS.keys())
-@pytest.mark.parametrize("sum_groups", SUMS.values(), ids=SUMS.keys())
-def test_sums_and_gradients_equal_a_loop_over_copies(sum_groups, find_rows) -> None:
-    num_tokens, num_rows = 2 * BLOCK_TOKENS + 40, 160
-    experts = routing(num_tokens)
-    experts[80:] = np.where(np.arange(num_tokens - 80)[:, None] % 9, -1, experts[80:])
-    copies = np.array(rows_of(experts, num_rows))
-    assert 100 < len(copies) < num_rows, "rows of no expert are there"
-    drawn = np.random.default_rng(2)
-    x, gates, cotangent = (
-        drawn.standard_normal(shape, np.float32) for shape in ((num_tokens, 8), experts.shape, (num_tokens, 8))
-    )
-
-    def ours(x, gates):
-        plan, gate_R = find_rows(jnp.asarray(experts), gates, EXPERTS, num_rows)
-        y_RD = jnp.square(rows_of_tokens(sum_groups, x, plan)) * gate_R[:, None]
-        # As kernels leave rows of no expert.
-        y_RD = jnp.where(plan.is_row[:, None], y_RD, jnp.nan)
-        return jnp.sum(sum_of_rows(sum_groups, y_RD, plan) * cotangent)
-
-    def looped(x, gates):
-        y_RD = jnp.square(x[copies // CHOICES]) * gates.reshape(-1)[copies][:, None]
-        return jnp.sum(jnp.zeros_like(x).at[copies // CHOICES].add(y_RD) * cotangent)
-
-    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, gates) for f in (ours, looped))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)

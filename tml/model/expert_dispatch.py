@@ -13,19 +13,19 @@ from tml.config import ExpertDispatch, MatmulBackend, MeshConfig, MoEConfig
 from tml.model.remat import kept
 from tml.ops.collectives import index_along
 from tml.ops.expert_blocks import multiply_blocks
+from tml.ops.expert_rows import multiply_sorted
 from tml.ops.grouped_matmul import (
     BlockPlan,
     collect,
     dispatch,
     grouped_matmul,
     kernels_of,
-    multiply_groups_of_rows,
     plan_blocks,
     plan_of_rows,
 )
 from tml.ops.projection import project
 from tml.ops.ragged_exchange import AXIS, bring_back, plan_exchange, send
-from tml.ops.sorted_copies import count_copies, rows_of_tokens, sort_copies, sum_of_rows
+from tml.ops.sorted_copies import count_copies, sort_copies
 
 
 class Dispatched(NamedTuple):
@@ -114,33 +114,29 @@ def kernel_experts(
     num_rows: int,
     usual_rows: int,
     cfg: MoEConfig,
+    axis: str | None = None,
 ) -> Dispatched:
     """The experts here on their copies, at most `num_rows` of them, by a platform's kernels.
 
-    Gates multiply the hidden units: then nothing of the second matmul is needed again for their gradient. XLA wants
-    whole blocks of one expert each; kernels begin a tile where an expert begins.
+    XLA wants whole blocks of one expert each; kernels begin a tile where an expert begins.
 
     Args:
         weights: those of the experts here.
-        h_TD: tokens.
-        gates_TK: gate of each choice.
+        h_TD: this device's tokens.
+        gates_TK: gate of each choice of all tokens along the axis.
         experts_TK: which of the experts here; negative for those that are elsewhere.
         num_rows: copies that find room.
         usual_rows: copies at balanced load, for the stated cost.
         cfg: the experts.
+        axis: mesh axis along which tokens come together; none where they are all here.
     """
-    kernels = kernels_of(cfg.backend, usual_rows)
     find_rows = count_copies if cfg.backend is MatmulBackend.GPU else sort_copies
     plan, gate_R = find_rows(experts_TK, gates_TK, weights["down"].shape[0], num_rows)
-    x_RD = rows_of_tokens(kernels.groups, h_TD, plan)
-    both_RF = multiply_groups_of_rows(kernels, False, x_RD, _fused(weights["gate_up"]), plan.group_sizes_E)
-    # Rows of no expert hold anything from here on; no kernel reads them, and no sum.
-    gate_RF, up_RF = jnp.split(both_RF, 2, axis=-1)
-    hidden_RF = jax.nn.silu(gate_RF) * up_RF * gate_R[:, None]
     # As the matrices are gathered: with the split dimension before the other (`collectives.gather_params`).
     down_EDF = weights["down"].swapaxes(1, 2)
-    y_RD = multiply_groups_of_rows(kernels, True, hidden_RF, down_EDF, plan.group_sizes_E)
-    return Dispatched(sum_of_rows(kernels.groups, y_RD, plan), plan.num_dropped)
+    kernels, gate_up_EDF = kernels_of(cfg.backend, usual_rows), _fused(weights["gate_up"])
+    out_TD = multiply_sorted(kernels, axis, h_TD, gate_R, gate_up_EDF, down_EDF, plan)
+    return Dispatched(out_TD, plan.num_dropped)
 
 
 def ring_experts(
@@ -156,17 +152,17 @@ def ring_experts(
     Wins when a token chooses many experts compared to the size of the group.
     """
     num_local = cfg.num_experts // mesh.expert
-    h_TD, gates_TK, experts_TK = (jax.lax.all_gather(x, AXIS, axis=0, tiled=True) for x in (h_TD, gates_TK, experts_TK))
+    gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=0, tiled=True)
+    gates_TK, experts_TK = gather(gates_TK), gather(experts_TK)
     place_TK = experts_TK - index_along(AXIS, mesh) * num_local
     is_here_TK = (place_TK >= 0) & (place_TK < num_local)
     if cfg.backend is not MatmulBackend.BLOCKED:
         balanced = experts_TK.size // mesh.expert
         num_rows, place_TK = buffer_rows(balanced, cfg, mesh), jnp.where(is_here_TK, place_TK, -1)
-        here = kernel_experts(weights, h_TD, gates_TK, place_TK, num_rows, balanced, cfg)
-        return here._replace(out_TD=jax.lax.psum_scatter(here.out_TD, AXIS, scatter_dimension=0, tiled=True))
+        return kernel_experts(weights, h_TD, gates_TK, place_TK, num_rows, balanced, cfg, AXIS)
     num_blocks = buffer_blocks(experts_TK.size // mesh.expert, cfg, mesh)
     plan = plan_blocks(jnp.where(is_here_TK, place_TK, -1), num_local, cfg.block_rows, num_blocks)
-    out_TD = blocked_experts(weights, h_TD, gates_TK, plan)
+    out_TD = blocked_experts(weights, gather(h_TD), gates_TK, plan)
     num_placed = jnp.sum((plan.row_of_copy < num_blocks * cfg.block_rows).astype(jnp.int32))
     num_dropped = jnp.sum(is_here_TK.astype(jnp.int32)) - num_placed
     return Dispatched(jax.lax.psum_scatter(out_TD, AXIS, scatter_dimension=0, tiled=True), num_dropped)

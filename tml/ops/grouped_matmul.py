@@ -8,7 +8,7 @@ that every block belongs to one expert: the cost follows the copies, not the num
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from tml.config import MatmulBackend
-from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu
+from tml.ops import grouped_matmul_gpu, grouped_matmul_tpu, row_gather_tpu
 from tml.params import Leaf
 
 
@@ -146,7 +146,7 @@ def grouped_matmul(
     Example:
         >>> grouped_matmul(x_RD, w_EDF, jnp.array([3, 0, 5], jnp.int32), MatmulBackend.TPU)
     """
-    return kernel_grouped_matmul(KERNELS[backend], x_RD, w_EDF, group_sizes_E)
+    return kernel_grouped_matmul(kernels_of(backend), x_RD, w_EDF, group_sizes_E)
 
 
 def grouped_matmul_reference(
@@ -192,16 +192,32 @@ def _expert_of_row(num_rows: int, group_sizes_E: jax.Array) -> jax.Array:
     return jnp.sum((row_R[:, None] >= jnp.cumsum(group_sizes_E)[None]).astype(jnp.int32), axis=1)
 
 
+def _as_it_is(x_TD: jax.Array) -> jax.Array:
+    return x_TD
+
+
+def _gather(x_TD: jax.Array, place_R: jax.Array, num_used: jax.Array, like: jax.Array) -> jax.Array:
+    # All places are there: checked, every row would be written twice.
+    return x_TD.at[place_R].get(mode="promise_in_bounds")
+
+
 class GroupedKernels(NamedTuple):
-    """The two products that a platform's kernels compute; rows of no group may come out as anything.
+    """What a platform's kernels do with rows of groups; those of no group may come out as anything.
 
     Attributes:
         rows: (x_RD, w_EDF, group_sizes_E, is_transposed) to x_R w_E for the expert of each row.
         groups: (x_RD, y_RF, group_sizes_E) to the sum over each expert's rows of x_R^T y_R.
+        rows_for_gather: the first, with a result that `gather` reads.
+        for_gather: (x_TD) to what `gather` reads.
+        gather: (x_TP, place_R, num_used, like) to the rows at the first so many places, anything behind them, of the
+            width and type of `like`.
     """
 
     rows: Callable[..., jax.Array]
     groups: Callable[..., jax.Array]
+    rows_for_gather: Callable[..., jax.Array]
+    for_gather: Callable[[jax.Array], jax.Array] = _as_it_is
+    gather: Callable[..., jax.Array] = _gather
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -248,20 +264,33 @@ def kernel_grouped_matmul(
     return jnp.where(has_group_R1, y_RF, jnp.zeros((), y_RF.dtype))
 
 
-KERNELS: dict[MatmulBackend, GroupedKernels] = {
-    MatmulBackend.DENSE: GroupedKernels(grouped_matmul_reference, sums_of_groups_reference),
-    MatmulBackend.TPU: GroupedKernels(grouped_matmul_tpu.multiply_rows, grouped_matmul_tpu.multiply_groups),
-    MatmulBackend.GPU: GroupedKernels(grouped_matmul_gpu.multiply_rows, grouped_matmul_gpu.multiply_groups),
-}
-"""Kernels for groups of any size, and their definition."""
+def dense_kernels() -> GroupedKernels:
+    """The definitions."""
+    return GroupedKernels(grouped_matmul_reference, sums_of_groups_reference, grouped_matmul_reference)
 
 
-def kernels_of(backend: MatmulBackend, usual_rows: int) -> GroupedKernels:
+def tpu_kernels(**options: Any) -> GroupedKernels:
+    """The kernels for TPU, with options that all of them have: `usual_rows`, `unit`, `interpret`."""
+    rows, groups, gather = (
+        functools.partial(kernel, **options)
+        for kernel in (grouped_matmul_tpu.multiply_rows, grouped_matmul_tpu.multiply_groups, row_gather_tpu.gather_rows)
+    )
+    for_gather = functools.partial(row_gather_tpu.pair_halves, unit=options.get("unit", row_gather_tpu.LANES))
+    return GroupedKernels(rows, groups, functools.partial(rows, is_gathered_next=True), for_gather, gather)
+
+
+def gpu_kernels(**options: Any) -> GroupedKernels:
+    """The kernels for GPU, with options that all of them have: `usual_rows`, `interpret`."""
+    rows = functools.partial(grouped_matmul_gpu.multiply_rows, **options)
+    return GroupedKernels(rows, functools.partial(grouped_matmul_gpu.multiply_groups, **options), rows)
+
+
+def kernels_of(backend: MatmulBackend, usual_rows: int | None = None) -> GroupedKernels:
     """The kernels of a platform; their stated cost counts `usual_rows`, where groups usually leave some rows over."""
-    kernels = KERNELS[backend]
     if backend is MatmulBackend.DENSE:
-        return kernels
-    return GroupedKernels(*(functools.partial(kernel, usual_rows=usual_rows) for kernel in kernels))
+        return dense_kernels()
+    make = {MatmulBackend.TPU: tpu_kernels, MatmulBackend.GPU: gpu_kernels}[backend]
+    return make(usual_rows=usual_rows)
 
 
 LAYER_KERNELS: dict[MatmulBackend, Callable[..., jax.Array]] = {

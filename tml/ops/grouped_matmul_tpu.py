@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
+
+from tml.ops.row_gather_tpu import is_paired, pair
 
 LANES = 128
 """Lanes of a vector register: tiles are multiples of it."""
@@ -82,13 +84,19 @@ def _is_in_group(visits: _Visits, visit: jax.Array, tile_rows: int) -> jax.Array
 
 
 def _rows_kernel(*refs: Ref, is_transposed: bool) -> None:
-    visits, (x_ref, w_ref, out_ref) = _Visits(*refs[:4]), refs[4:]
+    visits, (x_ref, *w_refs, out_ref) = _Visits(*refs[:4]), refs[4:]
     own = _is_in_group(visits, pl.program_id(1), x_ref.shape[0])
     summed = (((1,), (1 if is_transposed else 0,)), ((), ()))
     precision = _precision(x_ref.dtype)
-    y = jax.lax.dot_general(x_ref[...], w_ref[...], summed, precision, preferred_element_type=jnp.float32)
+    halves = [
+        jax.lax.dot_general(x_ref[...], w_ref[...], summed, precision, preferred_element_type=jnp.float32)
+        for w_ref in w_refs
+    ]
     # Groups before this one have written their rows of the tile; those behind will.
-    out_ref[...] = jnp.where(own, y, out_ref[...].astype(jnp.float32)).astype(out_ref.dtype)
+    if len(halves) == 2:
+        out_ref[...] = jnp.where(own, pair(*halves), out_ref[...])
+    else:
+        out_ref[...] = jnp.where(own, *halves, out_ref[...].astype(jnp.float32)).astype(out_ref.dtype)
 
 
 def _groups_kernel(*refs: Ref) -> None:
@@ -141,10 +149,11 @@ def multiply_rows(
     w_EDF: Float[Array, "E _ _"],
     group_sizes_E: Int32[Array, "E"],
     is_transposed: bool = False,
+    is_gathered_next: bool = False,
     usual_rows: int | None = None,
     unit: int = LANES,
     interpret: bool = False,
-) -> Float[Array, "R F"]:
+) -> Shaped[Array, "R _"]:
     """Every row times the matrix of its group (or its transpose), summed in float32; anything in rows of no group.
 
     Args:
@@ -152,19 +161,29 @@ def multiply_rows(
         w_EDF: matrices.
         group_sizes_E: rows of each group.
         is_transposed: whether the matrices come as E x F x D.
+        is_gathered_next: whether the result is as `row_gather_tpu.gather_rows` wants it: R x W instead of R x F.
         usual_rows: rows that the stated cost counts, where groups usually leave some of R over; R by default.
         unit: what tiles are multiples of.
         interpret: runs the kernel operation by operation, on any platform, for tests.
     """
     num_rows, width = x_RD.shape[0], w_EDF.shape[1 if is_transposed else 2]
-    x, w = _padded(x_RD, (unit, unit)), _padded(w_EDF, (1, unit, unit))
+    num_parts = 2 if is_gathered_next and is_paired(x_RD.dtype) else 1
+    width_unit = num_parts * unit
+    w_units = (1, width_unit, unit) if is_transposed else (1, unit, width_unit)
+    x, w = _padded(x_RD, (unit, unit)), _padded(w_EDF, w_units)
     depth, full_width = x.shape[1], w.shape[1 if is_transposed else 2]
-    tile_rows, tile_width = _tile(x.shape[0], unit, TILE_ROWS), _tile(full_width, unit, TILE_WIDTH)
-    num_tiles, num_widths = x.shape[0] // tile_rows, full_width // tile_width
+    out_width = full_width // num_parts
+    tile_rows, tile_width = _tile(x.shape[0], unit, TILE_ROWS), _tile(out_width, unit, TILE_WIDTH // num_parts)
+    num_tiles, num_widths = x.shape[0] // tile_rows, out_width // tile_width
     visits, num_visits = _plan_visits(group_sizes_E, num_tiles, tile_rows, 0)
-    w_block = (None, tile_width, depth) if is_transposed else (None, depth, tile_width)
     rows = num_rows if usual_rows is None else usual_rows
     x_bytes, w_bytes = _bytes(x, w)
+
+    def part_of_matrix(part: int) -> pl.BlockSpec:
+        if is_transposed:
+            return pl.BlockSpec((None, tile_width, depth), lambda n, v, group, *_: (group[v], n + part * num_widths, 0))
+        return pl.BlockSpec((None, depth, tile_width), lambda n, v, group, *_: (group[v], 0, n + part * num_widths))
+
     out = pl.pallas_call(
         functools.partial(_rows_kernel, is_transposed=is_transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -172,11 +191,11 @@ def multiply_rows(
             grid=(num_widths, num_visits),
             in_specs=[
                 pl.BlockSpec((tile_rows, depth), lambda n, v, group, tile, *_: (tile[v], 0)),
-                pl.BlockSpec(w_block, lambda n, v, group, *_: (group[v], n, 0) if is_transposed else (group[v], 0, n)),
+                *map(part_of_matrix, range(num_parts)),
             ],
             out_specs=pl.BlockSpec((tile_rows, tile_width), lambda n, v, group, tile, *_: (tile[v], n)),
         ),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], full_width), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], out_width), jnp.uint32 if num_parts == 2 else x.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
@@ -189,8 +208,8 @@ def multiply_rows(
         ),
         interpret=interpret,
         name="grouped_matmul_rows",
-    )(*visits, x, w)
-    return out[:num_rows, :width]
+    )(*visits, x, *[w] * num_parts)
+    return out[:num_rows] if is_gathered_next else out[:num_rows, :width]
 
 
 def multiply_groups(

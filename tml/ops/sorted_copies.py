@@ -3,12 +3,10 @@
 Where rows come from is found by two sorts, of copies by expert and of rows by token: nothing is counted along the
 copies one by one, and nothing is scattered, which TPUs do slowly. GPUs scatter fast, and XLA's sort for them is
 hundreds of kernels; there copies are counted (`count_copies`), with the same result. The way back adds up the rows
-of every token: rows in the order of their tokens times a matrix of ones, which is a grouped matmul whose groups are
-blocks of tokens. So a device gathers only the rows that it has, however many tokens it looks at.
+of every token in blocks of tokens (`expert_rows`): so a device gathers only the rows that it has, however many tokens
+it looks at.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.struct
@@ -20,9 +18,6 @@ from tml.params import Leaf
 
 BLOCK_TOKENS = 128
 """Tokens whose rows are added up by one group of the matmul: few, because its work is their number times the rows."""
-
-SumGroups = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(x_RD, y_RF, group_sizes_E) to the sum over each group's rows of x_R^T y_R, as `GroupedKernels.groups`."""
 
 
 @flax.struct.dataclass
@@ -214,30 +209,3 @@ def _cut_or_pad(values: jax.Array, size: int, fill: int) -> jax.Array:
 def _rows(x: jax.Array, places: jax.Array) -> jax.Array:
     # All places are there: checked, every row would be written twice.
     return x.at[places].get(mode="promise_in_bounds")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rows_of_tokens(sum_groups: SumGroups, x_TD: Float[Array, "t D"], plan: SortedCopies) -> Float[Array, "r D"]:
-    """The token of every row; rows of no expert hold any token's."""
-    return _rows(x_TD, plan.token_of_row)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sum_of_rows(sum_groups: SumGroups, y_RD: Float[Array, "r D"], plan: SortedCopies) -> Float[Array, "t D"]:
-    """The sum of every token's rows, in float32; what stands in rows of no expert does not matter."""
-    ones = jax.nn.one_hot(plan.place_by_token, BLOCK_TOKENS, dtype=y_RD.dtype)
-    sums = sum_groups(ones, _rows(y_RD, plan.row_by_token), plan.block_sizes)
-    return sums.reshape(-1, y_RD.shape[1])[: plan.num_tokens]
-
-
-def _rows_fwd(sum_groups: SumGroups, x_TD: jax.Array, plan: SortedCopies) -> tuple[jax.Array, SortedCopies]:
-    return rows_of_tokens(sum_groups, x_TD, plan), plan
-
-
-def _sum_fwd(sum_groups: SumGroups, y_RD: jax.Array, plan: SortedCopies) -> tuple[jax.Array, SortedCopies]:
-    return sum_of_rows(sum_groups, y_RD, plan), plan
-
-
-# Each is the other's transpose, but for rows of no expert, from which nothing is asked either way.
-rows_of_tokens.defvjp(_rows_fwd, lambda sum_groups, plan, grad: (sum_of_rows(sum_groups, grad, plan), None))
-sum_of_rows.defvjp(_sum_fwd, lambda sum_groups, plan, grad: (rows_of_tokens(sum_groups, grad, plan), None))

@@ -41,8 +41,8 @@ result, or of an update the second operand."""
 FREE_CALLS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ConcatBitcast")
 MATMUL_CALLS = ("__cublas", "__onednn$matmul")
 
-SCOPES = {"attend": ATTENTION, "router": ROUTER, "update": OPTIMIZER}
-"""Named scopes of the model and of the train step, and where their time counts."""
+SCOPES = {"attend": ATTENTION, "router": ROUTER, "update": OPTIMIZER, "gather_rows": GATHER}
+"""Named scopes of the model and of the train step, and a kernel's name, and where their time counts."""
 EXPERTS = "experts"
 """The scope whose matmuls are grouped."""
 
