@@ -1,6 +1,6 @@
 """Static cycles of the TPU attention kernel and of jax's splash attention, compiled for an absent v5p.
 
-Run: python tests/bench/bench_attention_kernel.py [512|full ...]   (needs libtpu; three minutes and 3 GB each)
+Run: python -m tests.bench.bench_attention_kernel [512|full ...]   (needs libtpu; three minutes and 3 GB each)
 
 One row of 4096, 32 query and 8 key/value heads of 128, bfloat16, segment ids, forward and backward; splash in blocks
 of 512 with its fused backward pass, and without the relative bias, which it has not. The compiler's last schedule
@@ -9,68 +9,36 @@ those before the row. Splash is counted low: of each grid step only the largest 
 all the rest once.
 """
 
-import os
-import re
 import sys
-import tempfile
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-DUMP = Path(tempfile.mkdtemp(prefix="llo-"))
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
 
 import jax
 import jax.numpy as jnp
-from absent_targets import tpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from tests.bench.static_schedule import clear, compile_for_v5p, pieces
 from tml.ops import attention_tpu
 
 SLOTS, HEADS, KV_HEADS, HEAD_DIM, RANK = 4_096, 32, 8, 128, 16
 SPLASH_BLOCK = 512
-BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(\S\S)?\s*:([ >]*)")
 
 
-def compile_for_v5p(function, *shapes: tuple[int, ...]) -> None:
-    """Compiles forward and backward; leaves the schedules in DUMP."""
-    device = tpu("v5p:2x2x1")
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=device) for shape in shapes]
-    segments = jax.ShapeDtypeStruct((1, SLOTS), jnp.int32, sharding=device)
+def compile_both_ways(function, *shapes: tuple[int, ...]) -> None:
+    """Compiles forward and backward of a function of bfloat16 arrays and of segment ids."""
 
-    def both(segments, *arrays):
+    def both(*arrays):
+        *arrays, segments = arrays
         out, vjp = jax.vjp(lambda *a: function(*a, segments), *arrays)
         return vjp(out)
 
-    jax.jit(both).lower(segments, *arrays).compile()
-
-
-def pieces(kernel: str) -> list[tuple[int, int]]:
-    """Loop depth and bundles of every straight piece of a kernel's last schedule."""
-    (path,) = (p for p in DUMP.glob(f"*{kernel}*-final_bundles.txt") if "schedule-analysis" not in p.name)
-    found = [[0, 0]]
-    for line in path.read_text().splitlines():
-        bundle = BUNDLE.match(line)
-        if bundle:
-            depth = bundle[2].count(">")
-            if bundle[1] or depth != found[-1][0]:
-                found.append([depth, 0])
-            found[-1][1] += 1
-    return [(depth, bundles) for depth, bundles in found]
-
-
-def clear() -> None:
-    """Removes the schedules of the last program."""
-    for path in DUMP.iterdir():
-        path.unlink()
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    compile_for_v5p(both, *arrays, jax.ShapeDtypeStruct((1, SLOTS), jnp.int32))
 
 
 def our_cycles(window: int | None) -> tuple[int, int]:
     """Forward and backward of `attend_tpu`."""
     span = window or 1_024
-    compile_for_v5p(
+    compile_both_ways(
         lambda q, k, v, r, profiles, segments: attention_tpu.attend_tpu(q, k, v, r, profiles, segments, window),
         (1, SLOTS, HEADS, HEAD_DIM),
         (1, SLOTS, KV_HEADS, HEAD_DIM),
@@ -107,7 +75,7 @@ def splash_cycles(window: int | None) -> tuple[int, int]:
         masks.MultiHeadMask([mask] * HEADS), head_shards=1, q_seq_shards=1, block_sizes=sizes
     )
     kv_shape = (KV_HEADS, SLOTS, HEAD_DIM)
-    compile_for_v5p(
+    compile_both_ways(
         lambda q, k, v, segments: kernel(q, k, v, splash.SegmentIds(segments[0], segments[0])),
         (HEADS, SLOTS, HEAD_DIM),
         kv_shape,

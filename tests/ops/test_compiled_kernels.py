@@ -10,7 +10,9 @@ from absent_targets import gpu, tpu
 
 from tml.config import AttentionBackend, MatmulBackend
 from tml.ops.attention import attend
-from tml.ops.grouped_matmul import LAYER_KERNELS, grouped_matmul
+from tml.ops.expert_rows import multiply_sorted
+from tml.ops.grouped_matmul import LAYER_KERNELS, grouped_matmul, kernels_of
+from tml.ops.sorted_copies import sort_copies
 
 SLOTS, HEADS, KV_HEADS, HEAD_DIM, RANK = 1_024, 4, 2, 128, 16
 TARGETS = {
@@ -78,6 +80,23 @@ def test_grouped_matmul_compiles(target: str) -> None:
     # Beyond the gradients themselves: no expert's product for every row.
     memory = run.lower(*arrays).compile(compiler_options=options).memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 1_000 * 384 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_experts_over_sorted_rows_compile(target: str, dtype: jnp.dtype) -> None:
+    device, backend, options = TARGETS[target]
+    sharding = device()
+    shapes = ((1_000, 256), (1_000, 2), (4, 256, 2 * 384), (4, 256, 384))
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape in shapes]
+    experts = jax.ShapeDtypeStruct((1_000, 2), jnp.int32, sharding=sharding)
+
+    def run(x, gates, gate_up, down, experts):
+        plan, gate_R = sort_copies(experts, gates, 4, 1_500)
+        return multiply_sorted(kernels_of(MatmulBackend(backend)), None, x, gate_R, gate_up, down, plan)
+
+    jax.jit(lambda *a: forward_and_backward(run, *a)).lower(*arrays, experts).compile(compiler_options=options)
 
 
 @pytest.mark.slow
