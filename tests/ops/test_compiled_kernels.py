@@ -94,7 +94,7 @@ def test_experts_over_sorted_rows_compile(target: str, dtype: jnp.dtype) -> None
 
     def run(x, gates, gate_up, down, experts):
         plan, gate_R = sort_copies(experts, gates, 4, 1_500)
-        return multiply_sorted(kernels_of(MatmulBackend(backend)), None, x, gate_R, gate_up, down, plan)
+        return multiply_sorted(kernels_of(MatmulBackend(backend)), None, None, x, gate_R, gate_up, down, plan, ())
 
     jax.jit(lambda *a: forward_and_backward(run, *a)).lower(*arrays, experts).compile(compiler_options=options)
 

@@ -44,26 +44,37 @@ def routing(num_tokens: int) -> np.ndarray:
     return np.where(drawn == 2, -1, drawn).astype(np.int32)
 
 
-def case(num_tokens: int, dtype: jnp.dtype) -> tuple[np.ndarray, ...]:
-    """Tokens, gates, gate_up, down, and what the result is multiplied by."""
-    shapes = (num_tokens, WIDTH), (num_tokens, CHOICES), (EXPERTS, WIDTH, 2 * HIDDEN), (EXPERTS, WIDTH, HIDDEN)
+def case(num_tokens: int, dtype: jnp.dtype, num_experts: int = EXPERTS) -> tuple[np.ndarray, ...]:
+    """Tokens, gates, gate_up, down, what is computed beside with, and what the result is multiplied by."""
+    shapes = (
+        (num_tokens, WIDTH),
+        (num_tokens, CHOICES),
+        (num_experts, WIDTH, 2 * HIDDEN),
+        (num_experts, WIDTH, HIDDEN),
+        (WIDTH, WIDTH),
+        (num_tokens, WIDTH),
+    )
     drawn = np.random.default_rng(2)
-    return tuple(drawn.standard_normal(shape).astype(dtype) for shape in (*shapes, shapes[0]))
+    return tuple(drawn.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+def beside(x_TD: jax.Array, w_DD: jax.Array) -> jax.Array:
+    return jnp.tanh(x_TD @ w_DD)
 
 
 def total(kernels: GroupedKernels, find_rows: Callable, experts: np.ndarray, *arrays) -> jax.Array:
-    x, gates, gate_up, down, cotangent = arrays
+    x, gates, gate_up, down, w, cotangent = arrays
     plan, gate_R = find_rows(jnp.asarray(experts), gates, EXPERTS, ROWS)
-    return jnp.sum(multiply_sorted(kernels, None, x, gate_R, gate_up, down, plan) * cotangent)
+    return jnp.sum(multiply_sorted(kernels, None, beside, x, gate_R, gate_up, down, plan, (w,)) * cotangent)
 
 
 def looped(experts: np.ndarray, *arrays) -> jax.Array:
     """One expert after another on all tokens; copies beyond ROWS are left out."""
-    x, gates, gate_up, down, cotangent = arrays
+    x, gates, gate_up, down, w, cotangent = arrays
     order = [copy for expert in range(EXPERTS) for copy in np.flatnonzero(experts.reshape(-1) == expert)]
     has_row = np.zeros(experts.size, bool)
     has_row[order[:ROWS]] = True
-    out = jnp.zeros_like(x)
+    out = beside(x, w)
     for expert in range(EXPERTS):
         chosen = (experts == expert) & has_row.reshape(experts.shape)
         gate = jnp.sum(jnp.where(chosen, gates, jnp.zeros_like(gates)), axis=1)[:, None]
@@ -88,8 +99,8 @@ def test_paired_rows_change_nothing_but_the_last_bits_of_bfloat16(find_rows: Cal
     num_tokens = 2 * BLOCK_TOKENS + 40
     experts, arrays = routing(num_tokens), case(num_tokens, jnp.bfloat16)
     exact = [np.asarray(array, np.float32) for array in arrays]
-    found = jax.jit(jax.grad(functools.partial(total, KERNELS["TPU"], find_rows, experts), range(4)))(*arrays)
-    expected = jax.jit(jax.grad(functools.partial(looped, experts), range(4)))(*exact)
+    found = jax.jit(jax.grad(functools.partial(total, KERNELS["TPU"], find_rows, experts), range(5)))(*arrays)
+    expected = jax.jit(jax.grad(functools.partial(looped, experts), range(5)))(*exact)
     for ours, reference in zip(found, expected, strict=True):
         assert ours.dtype == jnp.bfloat16
         error = np.abs(np.asarray(ours, np.float32) - reference).max()
@@ -101,28 +112,34 @@ def test_paired_rows_change_nothing_but_the_last_bits_of_bfloat16(find_rows: Cal
 def test_devices_that_bring_their_tokens_together_get_the_sums_of_all_experts(name: str, dtype: jnp.dtype) -> None:
     devices, num_tokens = 2, 64
     experts = np.random.default_rng(3).integers(0, 2 * EXPERTS, (num_tokens, CHOICES)).astype(np.int32)
-    drawn = np.random.default_rng(4)
-    shapes = ((num_tokens, WIDTH), experts.shape, (2 * EXPERTS, WIDTH, 2 * HIDDEN), (2 * EXPERTS, WIDTH, HIDDEN))
-    arrays = [drawn.standard_normal(shape).astype(dtype) for shape in (*shapes, shapes[0])]
+    arrays = case(num_tokens, dtype, 2 * EXPERTS)
 
-    def gradients(axis: str | None, num_experts: int, *arrays):
-        def total(x, gates, gate_up, down):
-            first = 0 if axis is None else jax.lax.axis_index(axis) * num_experts
-            chosen = arrays[-2]
+    def gradients(axis: str | None, num_experts: int, experts: jax.Array, *arrays):
+        def total(x, gates, gate_up, down, w):
+            first, chosen = 0, experts
             if axis is not None:
+                first = jax.lax.axis_index(axis) * num_experts
                 chosen, gates = (jax.lax.all_gather(x, axis, axis=0, tiled=True) for x in (chosen, gates))
             here = chosen - first
             here = jnp.where((here >= 0) & (here < num_experts), here, -1)
-            plan, gate_R = sort_copies(here, gates, num_experts, experts.size)
-            return jnp.sum(multiply_sorted(KERNELS[name], axis, x, gate_R, gate_up, down, plan) * arrays[-1])
+            plan, gate_R = sort_copies(here, gates, num_experts, num_tokens * CHOICES)
+            args = (x, gate_R, gate_up, down, plan, (w,))
+            return jnp.sum(multiply_sorted(KERNELS[name], axis, beside, *args) * arrays[-1])
 
-        return jax.grad(total, range(4))(*arrays[:4])
+        *grads, grad_w = jax.grad(total, range(5))(*arrays[:5])
+        return *grads, grad_w if axis is None else jax.lax.psum(grad_w, axis)
 
-    together = [*arrays[:4], experts, arrays[4]]
     mesh, split = Mesh(np.array(jax.devices()[:devices]), ("expert",)), PartitionSpec("expert")
-    run = functools.partial(gradients, "expert", EXPERTS)
-    several = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(split,) * 6, out_specs=split, check_vma=False))(*together)
-    alone = jax.jit(functools.partial(gradients, None, 2 * EXPERTS))(*together)
+    whole = PartitionSpec()
+    run = jax.shard_map(
+        functools.partial(gradients, "expert", EXPERTS),
+        mesh=mesh,
+        in_specs=(split, split, split, split, split, whole, split),
+        out_specs=(split, split, split, split, whole),
+        check_vma=False,
+    )
+    several = jax.jit(run)(experts, *arrays)
+    alone = jax.jit(functools.partial(gradients, None, 2 * EXPERTS))(experts, *arrays)
     tolerance = 0.02 if dtype == jnp.bfloat16 else 1e-5
     for ours, reference in zip(several, alone, strict=True):
         ours, reference = np.asarray(ours, np.float32), np.asarray(reference, np.float32)

@@ -40,28 +40,66 @@ class Dispatched(NamedTuple):
     num_dropped: Int32[Array, ""]
 
 
+SharedFunction = Callable[[Float[Array, "t D"], Mapping[str, Any], Float[Array, "t A"]], Float[Array, "t D"]]
+"""(tokens, weights, gate of each shared expert) to the gated sum over the shared experts."""
+
+
+class SharedExperts(NamedTuple):
+    """The shared experts of a layer: what a device computes of its own tokens alone.
+
+    Attributes:
+        function: how they run.
+        weights: their matrices.
+        gates_TA: each token's gates.
+    """
+
+    function: SharedFunction
+    weights: Mapping[str, Any]
+    gates_TA: Float[Array, "t A"]
+
+
+def with_shared(shared: SharedExperts | None, routed: Dispatched, h_TD: Float[Array, "t D"]) -> Dispatched:
+    """The sum of shared experts, if there are any, on top of the routed ones'."""
+    if shared is None:
+        return routed
+    return routed._replace(out_TD=routed.out_TD + shared.function(h_TD, shared.weights, shared.gates_TA))
+
+
 ExpertFunction = Callable[
-    [Mapping[str, Any], Float[Array, "t D"], Float[Array, "t k"], Int32[Array, "t k"], MoEConfig], Dispatched
+    [
+        Mapping[str, Any],
+        Float[Array, "t D"],
+        Float[Array, "t k"],
+        Int32[Array, "t k"],
+        MoEConfig,
+        SharedExperts | None,
+    ],
+    Dispatched,
 ]
-"""(weights, tokens, gate of each choice, expert of each choice, config) to the gated sum over the choices.
+"""(weights, tokens, gate of each choice, expert of each choice, config, shared experts) to the gated sum over all.
 
 Weights are arrays, or in live sessions `LayerOfStack`s."""
 
 
-SharedFunction = Callable[[Mapping[str, Any], Float[Array, "t D"], Float[Array, "t A"]], Float[Array, "t D"]]
-"""(weights, tokens, gate of each shared expert) to the gated sum over the shared experts."""
-
-
 def expert_function(cfg: MoEConfig, mesh: MeshConfig) -> ExpertFunction:
     """The way experts run on training rows: `cfg.dispatch` where a mesh splits experts, else on the device's own."""
-    local = dense_experts if cfg.backend is MatmulBackend.DENSE else sorted_experts
-    travelling = {ExpertDispatch.RING: ring_experts, ExpertDispatch.RAGGED_ALL_TO_ALL: ragged_experts}
-    strategy = travelling.get(cfg.dispatch)
-    if mesh.expert == 1 or strategy is None:
-        return local
+    strategy = dense_experts if cfg.backend is MatmulBackend.DENSE else sorted_experts
+    if mesh.expert > 1 and cfg.dispatch is ExpertDispatch.RING:
+        by_blocks = cfg.backend is MatmulBackend.BLOCKED
+        strategy = functools.partial(ring_by_blocks if by_blocks else ring_by_kernels, mesh=mesh)
+    if mesh.expert > 1 and cfg.dispatch is ExpertDispatch.RAGGED_ALL_TO_ALL:
+        strategy = functools.partial(ragged_experts, mesh=mesh)
 
-    def run(weights: Mapping[str, jax.Array], h: jax.Array, gates: jax.Array, experts: jax.Array, cfg: MoEConfig):
-        return strategy(weights, h, gates, experts, cfg, mesh)
+    def run(
+        weights: Mapping[str, jax.Array],
+        h_TD: jax.Array,
+        gates_TK: jax.Array,
+        experts_TK: jax.Array,
+        cfg: MoEConfig,
+        shared: SharedExperts | None,
+    ) -> Dispatched:
+        with jax.named_scope("experts"):
+            return strategy(weights, h_TD, gates_TK, experts_TK, cfg, shared)
 
     return run
 
@@ -77,12 +115,14 @@ def dense_experts(
     gates_TK: Float[Array, "t k"],
     experts_TK: Int32[Array, "t k"],
     cfg: MoEConfig,
+    shared: SharedExperts | None = None,
 ) -> Dispatched:
     """The definition: every expert on every token, weighted by its gate or by zero."""
     both = jnp.einsum("tD,EDZF->tEZF", h_TD, weights["gate_up"])
     out_TED = jnp.einsum("tEF,EFD->tED", jax.nn.silu(both[:, :, 0]) * both[:, :, 1], weights["down"])
     choice_TKE = jax.nn.one_hot(experts_TK, cfg.num_experts, dtype=gates_TK.dtype)
-    return Dispatched(jnp.einsum("tED,tk,tkE->tD", out_TED, gates_TK, choice_TKE), jnp.int32(0))
+    routed = Dispatched(jnp.einsum("tED,tk,tkE->tD", out_TED, gates_TK, choice_TKE), jnp.int32(0))
+    return with_shared(shared, routed, h_TD)
 
 
 def sorted_experts(
@@ -91,12 +131,13 @@ def sorted_experts(
     gates_TK: Float[Array, "t k"],
     experts_TK: Int32[Array, "t k"],
     cfg: MoEConfig,
+    shared: SharedExperts | None,
 ) -> Dispatched:
     """All experts are here: copies sorted by expert, so that cost follows active experts."""
     if cfg.backend is not MatmulBackend.BLOCKED:
-        return kernel_experts(weights, h_TD, gates_TK, experts_TK, experts_TK.size, experts_TK.size, cfg)
+        return kernel_experts(weights, h_TD, gates_TK, experts_TK, experts_TK.size, experts_TK.size, cfg, shared)
     plan = plan_blocks(experts_TK, cfg.num_experts, cfg.block_rows)
-    return Dispatched(blocked_experts(weights, h_TD, gates_TK, plan), jnp.int32(0))
+    return with_shared(shared, Dispatched(blocked_experts(weights, h_TD, gates_TK, plan), jnp.int32(0)), h_TD)
 
 
 def blocked_experts(
@@ -114,6 +155,7 @@ def kernel_experts(
     num_rows: int,
     usual_rows: int,
     cfg: MoEConfig,
+    shared: SharedExperts | None,
     axis: str | None = None,
 ) -> Dispatched:
     """The experts here on their copies, at most `num_rows` of them, by a platform's kernels.
@@ -128,6 +170,7 @@ def kernel_experts(
         num_rows: copies that find room.
         usual_rows: copies at balanced load, for the stated cost.
         cfg: the experts.
+        shared: what is added.
         axis: mesh axis along which tokens come together; none where they are all here.
     """
     find_rows = count_copies if cfg.backend is MatmulBackend.GPU else sort_copies
@@ -135,37 +178,61 @@ def kernel_experts(
     # As the matrices are gathered: with the split dimension before the other (`collectives.gather_params`).
     down_EDF = weights["down"].swapaxes(1, 2)
     kernels, gate_up_EDF = kernels_of(cfg.backend, usual_rows), _fused(weights["gate_up"])
-    out_TD = multiply_sorted(kernels, axis, h_TD, gate_R, gate_up_EDF, down_EDF, plan)
+    beside, *beside_args = (None,) if shared is None else shared
+    out_TD = multiply_sorted(kernels, axis, beside, h_TD, gate_R, gate_up_EDF, down_EDF, plan, tuple(beside_args))
     return Dispatched(out_TD, plan.num_dropped)
 
 
-def ring_experts(
+def ring_by_kernels(
     weights: Mapping[str, jax.Array],
     h_TD: Float[Array, "t D"],
     gates_TK: Float[Array, "t k"],
     experts_TK: Int32[Array, "t k"],
     cfg: MoEConfig,
+    shared: SharedExperts | None,
     mesh: MeshConfig,
 ) -> Dispatched:
     """The group's tokens come to every device, which adds up its own experts' share; the sums go back to the tokens.
 
     Wins when a token chooses many experts compared to the size of the group.
     """
-    num_local = cfg.num_experts // mesh.expert
-    gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=0, tiled=True)
-    gates_TK, experts_TK = gather(gates_TK), gather(experts_TK)
-    place_TK = experts_TK - index_along(AXIS, mesh) * num_local
-    is_here_TK = (place_TK >= 0) & (place_TK < num_local)
-    if cfg.backend is not MatmulBackend.BLOCKED:
-        balanced = experts_TK.size // mesh.expert
-        num_rows, place_TK = buffer_rows(balanced, cfg, mesh), jnp.where(is_here_TK, place_TK, -1)
-        return kernel_experts(weights, h_TD, gates_TK, place_TK, num_rows, balanced, cfg, AXIS)
-    num_blocks = buffer_blocks(experts_TK.size // mesh.expert, cfg, mesh)
-    plan = plan_blocks(jnp.where(is_here_TK, place_TK, -1), num_local, cfg.block_rows, num_blocks)
-    out_TD = blocked_experts(weights, gather(h_TD), gates_TK, plan)
+    balanced = experts_TK.size
+    gates_TK, place_TK = _choices_here(gates_TK, experts_TK, cfg, mesh)
+    num_rows = buffer_rows(balanced, cfg, mesh)
+    return kernel_experts(weights, h_TD, gates_TK, place_TK, num_rows, balanced, cfg, shared, AXIS)
+
+
+def ring_by_blocks(
+    weights: Mapping[str, jax.Array],
+    h_TD: Float[Array, "t D"],
+    gates_TK: Float[Array, "t k"],
+    experts_TK: Int32[Array, "t k"],
+    cfg: MoEConfig,
+    shared: SharedExperts | None,
+    mesh: MeshConfig,
+) -> Dispatched:
+    """The same by XLA."""
+    num_blocks = buffer_blocks(experts_TK.size, cfg, mesh)
+    gates_TK, place_TK = _choices_here(gates_TK, experts_TK, cfg, mesh)
+    plan = plan_blocks(place_TK, cfg.num_experts // mesh.expert, cfg.block_rows, num_blocks)
+    out_TD = blocked_experts(weights, _of_group(h_TD), gates_TK, plan)
     num_placed = jnp.sum((plan.row_of_copy < num_blocks * cfg.block_rows).astype(jnp.int32))
-    num_dropped = jnp.sum(is_here_TK.astype(jnp.int32)) - num_placed
-    return Dispatched(jax.lax.psum_scatter(out_TD, AXIS, scatter_dimension=0, tiled=True), num_dropped)
+    num_dropped = jnp.sum((place_TK >= 0).astype(jnp.int32)) - num_placed
+    routed = Dispatched(jax.lax.psum_scatter(out_TD, AXIS, scatter_dimension=0, tiled=True), num_dropped)
+    return with_shared(shared, routed, h_TD)
+
+
+def _of_group(x: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(x, AXIS, axis=0, tiled=True)
+
+
+def _choices_here(
+    gates_TK: jax.Array, experts_TK: jax.Array, cfg: MoEConfig, mesh: MeshConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Gates of all tokens of the group, and which of the experts here each choice is; -1 for those elsewhere."""
+    num_local = cfg.num_experts // mesh.expert
+    place_TK = _of_group(experts_TK) - index_along(AXIS, mesh) * num_local
+    return _of_group(gates_TK), jnp.where((place_TK >= 0) & (place_TK < num_local), place_TK, -1)
 
 
 def ragged_experts(
@@ -174,6 +241,7 @@ def ragged_experts(
     gates_TK: Float[Array, "t k"],
     experts_TK: Int32[Array, "t k"],
     cfg: MoEConfig,
+    shared: SharedExperts | None,
     mesh: MeshConfig,
 ) -> Dispatched:
     """Each copy goes to the device of its expert, right into the expert's blocks, and its result comes back."""
@@ -185,7 +253,8 @@ def ragged_experts(
     exchange = plan_exchange(counts_GE, index_along(AXIS, mesh), cfg.block_rows, num_blocks, num_copies)
     down = run_blocks(weights, send(dispatch(h_TD, plan), exchange), exchange.expert_of_block, cfg)
     out_TKD = collect(bring_back(down, exchange), plan)
-    return Dispatched(jnp.sum(out_TKD * gates_TK[:, :, None], axis=1), exchange.num_dropped)
+    routed = Dispatched(jnp.sum(out_TKD * gates_TK[:, :, None], axis=1), exchange.num_dropped)
+    return with_shared(shared, routed, h_TD)
 
 
 def buffer_blocks(balanced_copies: int, cfg: MoEConfig, mesh: MeshConfig) -> int:
@@ -210,8 +279,9 @@ def output_projection(out_BSNH: Float[Array, "B S N H"], o_NHD: Float[Array, "N 
     return project(out_BSNH, o_NHD, num_summed=2)
 
 
+@jax.named_scope("shared_experts")
 def shared_experts(
-    weights: Mapping[str, jax.Array], h_TD: Float[Array, "t D"], gates_TA: Float[Array, "t A"]
+    h_TD: Float[Array, "t D"], weights: Mapping[str, jax.Array], gates_TA: Float[Array, "t A"]
 ) -> Float[Array, "t D"]:
     """Every shared expert on every token, as two plain matmuls, the second of which adds the experts up in float32.
 

@@ -14,7 +14,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from tml.config import MatmulBackend, MoEConfig
-from tml.model.expert_dispatch import Dispatched, ExpertFunction, SharedFunction, output_projection, shared_experts
+from tml.model.expert_dispatch import (
+    Dispatched,
+    ExpertFunction,
+    SharedExperts,
+    SharedFunction,
+    output_projection,
+    shared_experts,
+    with_shared,
+)
 from tml.ops.grouped_matmul import LAYER_KERNELS
 from tml.params import PyTree
 
@@ -71,11 +79,22 @@ def experts_chosen(num_tokens: int, cfg: MoEConfig) -> float:
 def streaming_experts(valid_BW: Bool[Array, "B W"], backend: MatmulBackend) -> ExpertFunction:
     """The way experts run on the next slots of live sessions: only chosen ones are read, by a kernel or one by one."""
 
-    def run(weights: Mapping[str, LayerOfStack], h: jax.Array, gates: jax.Array, experts: jax.Array, cfg: MoEConfig):
+    def run(
+        weights: Mapping[str, LayerOfStack],
+        h_TD: jax.Array,
+        gates_TK: jax.Array,
+        experts_TK: jax.Array,
+        cfg: MoEConfig,
+        shared: SharedExperts | None,
+    ) -> Dispatched:
         valid_T = valid_BW.reshape(-1)
-        if backend not in LAYER_KERNELS:
-            return chosen_experts(weights, h, gates, experts, valid_T, cfg)
-        return served_experts(weights, h, gates, experts, valid_T, experts_chosen(valid_T.size, cfg), backend)
+        with jax.named_scope("experts"):
+            if backend not in LAYER_KERNELS:
+                routed = chosen_experts(weights, h_TD, gates_TK, experts_TK, valid_T, cfg)
+            else:
+                usual = experts_chosen(valid_T.size, cfg)
+                routed = served_experts(weights, h_TD, gates_TK, experts_TK, valid_T, usual, backend)
+        return with_shared(shared, routed, h_TD)
 
     return run
 
@@ -157,9 +176,10 @@ def _gated_mlps(
 def streaming_shared_experts(backend: MatmulBackend) -> SharedFunction:
     """The way shared experts run in live sessions: for a kernel, they are experts that every token chooses."""
 
-    def run(weights: Mapping[str, LayerOfStack], h_TD: jax.Array, gates_TA: jax.Array) -> jax.Array:
+    @jax.named_scope("shared_experts")
+    def run(h_TD: jax.Array, weights: Mapping[str, LayerOfStack], gates_TA: jax.Array) -> jax.Array:
         if backend not in LAYER_KERNELS:
-            return shared_experts({name: each.cut() for name, each in weights.items()}, h_TD, gates_TA)
+            return shared_experts(h_TD, {name: each.cut() for name, each in weights.items()}, gates_TA)
         num_tokens, num_shared = gates_TA.shape
         sizes_A = jnp.full(num_shared, num_tokens, jnp.int32)
         y_RD = _gated_mlps(weights, jnp.concatenate([h_TD] * num_shared), sizes_A, float(num_shared), backend)

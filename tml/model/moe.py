@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from tml.config import ModelConfig, MoEConfig
-from tml.model.expert_dispatch import ExpertFunction, SharedFunction
+from tml.model.expert_dispatch import ExpertFunction, SharedExperts, SharedFunction
 from tml.model.remat import kept
 from tml.ops.projection import project
 from tml.params import Init, ParamSpec, PyTree, Update, param, scale
@@ -82,7 +82,9 @@ def route(
     z_TE = kept(jnp.einsum("tD,DE->tE", h_f32, params["router"], precision="highest"))
     preference_TE = jax.lax.stop_gradient(jax.nn.sigmoid(z_TE) + params["router_bias"][None])
     _, experts_TK = jax.lax.top_k(preference_TE, cfg.num_experts_per_token)
-    chosen_TK = jnp.take_along_axis(z_TE, experts_TK, axis=1)
+    # The sum of one value and zeros: TPUs gather single numbers slowly.
+    is_choice_TKE = experts_TK[:, :, None] == jnp.arange(cfg.num_experts, dtype=jnp.int32)[None, None]
+    chosen_TK = jnp.sum(jnp.where(is_choice_TKE, z_TE[:, None], 0.0), axis=2)
     if cfg.num_shared_experts:
         z_TA = jnp.einsum("tD,DA->tA", h_f32, params["shared_router"], precision="highest")
         chosen_TK = jnp.concatenate([chosen_TK, z_TA], axis=1)
@@ -106,13 +108,12 @@ def apply_moe(
         experts_TK, gates_TK, shared_gates_TA = route(params, h_TD, cfg)
         choice_TKE = jax.nn.one_hot(experts_TK, cfg.num_experts, dtype=jnp.float32)
         load_E = jnp.einsum("tkE,t->E", choice_TKE, valid_BS.reshape(-1).astype(jnp.float32))
-    with jax.named_scope("experts"):
-        weights = {name: params[name].astype(dtype) for name in ("gate_up", "down")}
-        out_TD, num_dropped = experts(weights, h_TD, gates_TK.astype(dtype), experts_TK, cfg)
-    if cfg.num_shared_experts:
-        with jax.named_scope("shared_experts"):
-            weights = {name: params[f"shared_{name}"].astype(dtype) for name in ("gate_up", "down")}
-            out_TD = out_TD + shared_experts(weights, h_TD, shared_gates_TA)
+    weights, shared_weights = (
+        {name: params[f"{which}{name}"].astype(dtype) for name in ("gate_up", "down") if f"{which}{name}" in params}
+        for which in ("", "shared_")
+    )
+    shared = SharedExperts(shared_experts, shared_weights, shared_gates_TA) if shared_weights else None
+    out_TD, num_dropped = experts(weights, h_TD, gates_TK.astype(dtype), experts_TK, cfg, shared)
     return kept(add_shards(out_TD)).reshape(h_BSD.shape), Load(load_E, num_dropped)
 
 

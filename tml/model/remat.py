@@ -14,6 +14,9 @@ KEPT = "kept"
 ATTENTION_RESULTS = ("attention_out", "attention_lse")
 """What attention kernels name of their results."""
 
+EXPERT_RESULTS = ("expert_rows", "expert_units")
+"""What experts over sorted rows name of theirs (`ops/expert_rows.py`)."""
+
 MADE_ANEW = ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim")
 """Operations on the way from a stored parameter to a matmul."""
 
@@ -23,7 +26,7 @@ def kept(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, KEPT)
 
 
-def recomputed(layer: Callable, remat: Remat, mesh: MeshConfig, in_loop: bool) -> Callable:
+def recomputed(layer: Callable, remat: Remat, mesh: MeshConfig, in_loop: bool, is_global: bool) -> Callable:
     """The layer, with what its backward pass recomputes.
 
     Args:
@@ -32,11 +35,13 @@ def recomputed(layer: Callable, remat: Remat, mesh: MeshConfig, in_loop: bool) -
         mesh: sizes of the axes; on one device nothing need be recomputed.
         in_loop: whether a loop over layers runs it. Then the backward pass is a loop of its own, which XLA cannot
             merge with the first; a barrier against that would keep weights from being gathered ahead.
+        is_global: whether its attention is.
     """
     if remat is Remat.LAYER:
         return jax.checkpoint(layer, prevent_cse=not in_loop)
-    if remat is Remat.EXPERTS:
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT, *ATTENTION_RESULTS)
+    if remat in (Remat.EXPERTS, Remat.SLIDING_EXPERTS):
+        of_experts = EXPERT_RESULTS if is_global and remat is Remat.SLIDING_EXPERTS else ()
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT, *ATTENTION_RESULTS, *of_experts)
         return jax.checkpoint(layer, prevent_cse=not in_loop, policy=policy)
     return layer if mesh.num_devices == 1 else jax.checkpoint(layer, policy=is_no_weight)
 

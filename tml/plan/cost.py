@@ -43,8 +43,8 @@ MATMUL_CALLS = ("__cublas", "__onednn$matmul")
 
 SCOPES = {"attend": ATTENTION, "router": ROUTER, "update": OPTIMIZER, "gather_rows": GATHER}
 """Named scopes of the model and of the train step, and a kernel's name, and where their time counts."""
-EXPERTS = "experts"
-"""The scope whose matmuls are grouped."""
+EXPERTS, SHARED_EXPERTS = "experts", "shared_experts"
+"""The scope whose matmuls are grouped, but for those in the second."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class CostModel:
         scopes = set(re.split(r"[/()]", instruction.op_name))
         scoped = next((name for scope, name in SCOPES.items() if scope in scopes), None)
         if flops:
-            return scoped or (GROUPED_MATMUL if EXPERTS in scopes else MATMUL)
+            is_grouped = EXPERTS in scopes and SHARED_EXPERTS not in scopes
+            return scoped or (GROUPED_MATMUL if is_grouped else MATMUL)
         opcodes = {inner.opcode for _, inner in self._inside(computation, instruction)}
         if opcodes & GATHERING:
             return GATHER
