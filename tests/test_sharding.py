@@ -30,8 +30,9 @@ from tml.config import (
 )
 from tml.mesh import batch_sharding, copy_axes, make_mesh, param_sharding, split_axes
 from tml.microturn import Kind
-from tml.model import transformer
+from tml.model import expert_dispatch, transformer
 from tml.ops.collectives import PACK_LANES, with_next
+from tml.ops.grouped_matmul import tpu_kernels
 from tml.params import PyTree, init_params, spec_leaves
 from tml.train_step import abstract_state, make_gradients, make_train_step, to_devices
 
@@ -160,6 +161,20 @@ def test_gradients_equal_those_of_one_device(
     dispatch: ExpertDispatch, sizes: dict[str, int], block: int, row_parts: int
 ) -> None:
     assert_equals_the_reference(an_experiment(MeshConfig(**sizes), dispatch, block, row_parts))
+
+
+@pytest.mark.parametrize(
+    "remat",
+    [Remat.SLIDING_EXPERTS, *(pytest.param(remat, marks=pytest.mark.slow) for remat in (Remat.NONE, Remat.EXPERTS))],
+)
+def test_gradients_by_the_kernels_of_tpus_equal_those_of_one_device(
+    remat: Remat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreted = tpu_kernels(unit=8, interpret=True)
+    monkeypatch.setattr(expert_dispatch, "kernels_of", lambda backend, usual_rows: interpreted)
+    experiment = an_experiment(MeshConfig(fsdp=2, expert=4), RING, 10, backend=MatmulBackend.TPU)
+    model = dataclasses.replace(experiment.model, remat=remat)
+    assert_equals_the_reference(dataclasses.replace(experiment, model=model))
 
 
 @pytest.mark.slow

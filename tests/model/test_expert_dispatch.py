@@ -15,7 +15,8 @@ from tml.model.expert_dispatch import (
     buffer_rows,
     dense_experts,
     ragged_experts,
-    ring_experts,
+    ring_by_blocks,
+    ring_by_kernels,
     sorted_experts,
 )
 
@@ -65,8 +66,8 @@ def fitting(experts: np.ndarray, cfg: MoEConfig) -> np.ndarray:
 @pytest.mark.parametrize(
     ("strategy", "backend"),
     [
-        (ring_experts, MatmulBackend.BLOCKED),
-        (ring_experts, MatmulBackend.DENSE),
+        (ring_by_blocks, MatmulBackend.BLOCKED),
+        (ring_by_kernels, MatmulBackend.DENSE),
         (ragged_experts, MatmulBackend.BLOCKED),
     ],
 )
@@ -90,7 +91,7 @@ def test_what_fits_is_exact_and_the_rest_is_counted(strategy, backend: MatmulBac
         )
         def run(weights, h, gates, experts, cotangent):
             def loss(weights, h, gates):
-                out, num_dropped = strategy(weights, h, gates, experts, config(capacity_factor, backend), MESH)
+                out, num_dropped = strategy(weights, h, gates, experts, config(capacity_factor, backend), None, MESH)
                 return jnp.sum(out * cotangent), (out, num_dropped[None])
 
             grads, (out, num_dropped) = jax.grad(loss, (0, 1, 2), has_aux=True)(weights, h, gates)

@@ -150,8 +150,8 @@ def blocked_experts(
 def kernel_experts(
     weights: Mapping[str, jax.Array],
     h_TD: Float[Array, "t D"],
-    gates_TK: Float[Array, "t k"],
-    experts_TK: Int32[Array, "t k"],
+    gates_TK: Float[Array, "g k"],
+    experts_TK: Int32[Array, "g k"],
     num_rows: int,
     usual_rows: int,
     cfg: MoEConfig,

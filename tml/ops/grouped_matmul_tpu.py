@@ -96,7 +96,7 @@ def _rows_kernel(*refs: Ref, is_transposed: bool) -> None:
     if len(halves) == 2:
         out_ref[...] = jnp.where(own, pair(*halves), out_ref[...])
     else:
-        out_ref[...] = jnp.where(own, *halves, out_ref[...].astype(jnp.float32)).astype(out_ref.dtype)
+        out_ref[...] = jnp.where(own, halves[0], out_ref[...].astype(jnp.float32)).astype(out_ref.dtype)
 
 
 def _groups_kernel(*refs: Ref) -> None:
