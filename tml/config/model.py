@@ -27,8 +27,6 @@ class Remat(enum.StrEnum):
     """Nothing."""
     EXPERTS = "experts"
     """Routed experts, and what is no matmul: results of attention and of all other matmuls are kept."""
-    SLIDING_EXPERTS = "sliding_experts"
-    """The same, but that global layers keep their routed experts' rows and units too."""
     LAYER = "layer"
     """Every layer from its input."""
 

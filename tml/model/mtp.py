@@ -99,7 +99,7 @@ def apply(
             return apply_block(block_params, h_BSD, told_BSD, kind, ahead, cfg)
 
         # All blocks get the whole, so that one copy of it is kept for the backward pass.
-        block_of = recomputed(run, cfg.remat, mesh, in_loop=False, is_global=kind.is_global)
+        block_of = recomputed(run, cfg.remat, mesh, in_loop=False)
         h_BSD = block_of(params["blocks"][number], h_BSD, told_BTD)
         if cfg.mtp.chain is MtpChain.NORMED:
             h_BSD = rms_norm(h_BSD, shared["chain_norm"], cfg.norm_eps)

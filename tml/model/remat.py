@@ -14,9 +14,6 @@ KEPT = "kept"
 ATTENTION_RESULTS = ("attention_out", "attention_lse")
 """What attention kernels name of their results."""
 
-EXPERT_RESULTS = ("expert_rows", "expert_units")
-"""What experts over sorted rows name of theirs (`ops/expert_rows.py`)."""
-
 MADE_ANEW = ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim")
 """Operations on the way from a stored parameter to a matmul."""
 
@@ -26,7 +23,7 @@ def kept(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, KEPT)
 
 
-def recomputed(layer: Callable, remat: Remat, mesh: MeshConfig, in_loop: bool, is_global: bool) -> Callable:
+def recomputed(layer: Callable, remat: Remat, mesh: MeshConfig, in_loop: bool) -> Callable:
     """The layer, with what its backward pass recomputes.
 
     Args:
@@ -35,13 +32,11 @@ def recomputed(layer: Callable, remat: Remat, mesh: MeshConfig, in_loop: bool, i
         mesh: sizes of the axes; on one device nothing need be recomputed.
         in_loop: whether a loop over layers runs it. Then the backward pass is a loop of its own, which XLA cannot
             merge with the first; a barrier against that would keep weights from being gathered ahead.
-        is_global: whether its attention is.
     """
     if remat is Remat.LAYER:
         return jax.checkpoint(layer, prevent_cse=not in_loop)
-    if remat in (Remat.EXPERTS, Remat.SLIDING_EXPERTS):
-        of_experts = EXPERT_RESULTS if is_global and remat is Remat.SLIDING_EXPERTS else ()
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT, *ATTENTION_RESULTS, *of_experts)
+    if remat is Remat.EXPERTS:
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT, *ATTENTION_RESULTS)
         return jax.checkpoint(layer, prevent_cse=not in_loop, policy=policy)
     return layer if mesh.num_devices == 1 else jax.checkpoint(layer, policy=is_no_weight)
 

@@ -366,7 +366,7 @@ def _layer(
         after, _, loads = zip(*results, strict=True)
         return list(after), None if kind.is_dense else jax.tree.map(lambda *of_part: sum(of_part), *loads)
 
-    return recomputed(run, cfg.remat, mesh, in_loop, kind.is_global)(params, parts)
+    return recomputed(run, cfg.remat, mesh, in_loop)(params, parts)
 
 
 def move_router_bias(

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from tml.ops.grouped_matmul import GroupedKernels
@@ -63,8 +62,7 @@ def _forward(
     # Tokens travel when the matrices are there, not before: behind what came before, links are free.
     x_TD, gate_up_EDF, down_EDF = jax.lax.optimization_barrier((x_TD, gate_up_EDF, down_EDF))
     x_RD = _rows_of_tokens(kernels, _all_tokens(kernels, axis, x_TD), x_TD, plan)
-    x_RD = checkpoint_name(x_RD, "expert_rows")
-    both_RF = checkpoint_name(kernels.rows(x_RD, gate_up_EDF, plan.group_sizes_E), "expert_units")
+    both_RF = kernels.rows(x_RD, gate_up_EDF, plan.group_sizes_E)
     y_RP = kernels.rows_for_gather(_hidden(both_RF, gate_R), down_EDF, plan.group_sizes_E, is_transposed=True)
     out_TD = _sums_of_rows(kernels, axis, y_RP, x_TD, plan)
     beside_vjp = None
