@@ -102,7 +102,7 @@ def test_what_fits_is_exact_and_the_rest_is_counted(strategy, backend: MatmulBac
     @jax.jit
     def definition(weights, h, gates, experts, fits):
         def loss(weights, h, gates):
-            out = dense_experts(weights, h, jnp.where(fits, gates, 0.0), experts, config(1.0)).out_TD
+            out = dense_experts(weights, h, jnp.where(fits, gates, 0.0), experts, config(1.0), None).out_TD
             return jnp.sum(out * cotangent), out
 
         return jax.grad(loss, (0, 1, 2), has_aux=True)(weights, h, gates)
@@ -131,7 +131,7 @@ def test_copies_sorted_by_expert_give_the_definition(backend):
     h, gates = jax.random.normal(keys[2], (9, 4)), jax.random.uniform(keys[3], (9, 2))
     experts = jnp.argsort(jax.random.uniform(keys[4], (9, 5)), axis=1)[:, :2].astype(jnp.int32)
     ours, expected = (
-        jax.jit(jax.grad(lambda w, h, g, f=f: jnp.sum(jnp.square(f(w, h, g, experts, cfg).out_TD)), (0, 1, 2)))(
+        jax.jit(jax.grad(lambda w, h, g, f=f: jnp.sum(jnp.square(f(w, h, g, experts, cfg, None).out_TD)), (0, 1, 2)))(
             weights, h, gates
         )
         for f in (sorted_experts, dense_experts)

@@ -29,10 +29,10 @@ from tml.ops.sorted_copies import count_copies, sort_copies
 
 
 class Dispatched(NamedTuple):
-    """What the routed experts give.
+    """What experts give.
 
     Attributes:
-        out_TD: the gated sum over each token's choices.
+        out_TD: the gated sum over each token's choices, and over the shared experts.
         num_dropped: copies that found no room, of this device's tokens or among this device's experts.
     """
 
@@ -89,19 +89,7 @@ def expert_function(cfg: MoEConfig, mesh: MeshConfig) -> ExpertFunction:
         strategy = functools.partial(ring_by_blocks if by_blocks else ring_by_kernels, mesh=mesh)
     if mesh.expert > 1 and cfg.dispatch is ExpertDispatch.RAGGED_ALL_TO_ALL:
         strategy = functools.partial(ragged_experts, mesh=mesh)
-
-    def run(
-        weights: Mapping[str, jax.Array],
-        h_TD: jax.Array,
-        gates_TK: jax.Array,
-        experts_TK: jax.Array,
-        cfg: MoEConfig,
-        shared: SharedExperts | None,
-    ) -> Dispatched:
-        with jax.named_scope("experts"):
-            return strategy(weights, h_TD, gates_TK, experts_TK, cfg, shared)
-
-    return run
+    return jax.named_scope("experts")(strategy)
 
 
 def keeps_experts_split(cfg: MoEConfig, mesh: MeshConfig) -> bool:
@@ -115,7 +103,7 @@ def dense_experts(
     gates_TK: Float[Array, "t k"],
     experts_TK: Int32[Array, "t k"],
     cfg: MoEConfig,
-    shared: SharedExperts | None = None,
+    shared: SharedExperts | None,
 ) -> Dispatched:
     """The definition: every expert on every token, weighted by its gate or by zero."""
     both = jnp.einsum("tD,EDZF->tEZF", h_TD, weights["gate_up"])
