@@ -22,7 +22,7 @@ def test_streamed_tokens_get_their_experts_whatever_the_others_choose() -> None:
     run = jax.jit(chosen_experts, static_argnums=5)
     stacks = {name: LayerOfStack(jnp.stack([jnp.zeros_like(each), each]), 1) for name, each in weights.items()}
     out = run(stacks, h, gates, experts, everyone, cfg).out_TD
-    np.testing.assert_allclose(out, dense_experts(weights, h, gates, experts, cfg).out_TD, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out, dense_experts(weights, h, gates, experts, cfg, None).out_TD, rtol=1e-5, atol=1e-5)
     # Another token that overflows, chooses differently or is not there leaves the first two as they are, to the bit.
     others = run(stacks, h.at[2:].set(1e38), gates, experts.at[2:].set(4), everyone, cfg).out_TD
     alone = run(stacks, h, gates, experts, jnp.arange(4) < 2, cfg).out_TD
