@@ -42,6 +42,12 @@ def pieces(kernel: str) -> list[tuple[int, int]]:
     return [(depth, bundles) for depth, bundles in found]
 
 
+def is_on_one_core(kernel: str) -> bool:
+    """Whether a kernel runs on the first of a v5p's two cores alone."""
+    (path,) = DUMP.glob(f"*-{kernel}*-02-original.txt")
+    return "PrimaryCoreRegion" in path.read_text()
+
+
 def clear() -> None:
     """Removes the schedules of the last program."""
     for path in DUMP.iterdir():

@@ -14,7 +14,10 @@ KEPT = "kept"
 ATTENTION_RESULTS = ("attention_out", "attention_lse")
 """What attention kernels name of their results."""
 
-MADE_ANEW = ("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim")
+MADE_ANEW = (
+    *("all_gather", "convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"),
+    "optimization_barrier",
+)
 """Operations on the way from a stored parameter to a matmul."""
 
 

@@ -59,8 +59,9 @@ def _forward(
     plan: SortedCopies,
     beside_args: tuple[PyTree, ...],
 ) -> tuple[jax.Array, tuple]:
-    # Tokens travel when the matrices are there, not before: behind what came before, links are free.
-    x_TD, gate_up_EDF, down_EDF = jax.lax.optimization_barrier((x_TD, gate_up_EDF, down_EDF))
+    if axis is not None:
+        # Tokens travel when the matrices are there, not before: behind what came before, links are free.
+        x_TD, gate_up_EDF, down_EDF = jax.lax.optimization_barrier((x_TD, gate_up_EDF, down_EDF))
     x_RD = _rows_of_tokens(kernels, _all_tokens(kernels, axis, x_TD), x_TD, plan)
     both_RF = kernels.rows(x_RD, gate_up_EDF, plan.group_sizes_E)
     y_RP = kernels.rows_for_gather(_hidden(both_RF, gate_R), down_EDF, plan.group_sizes_E, is_transposed=True)
@@ -79,10 +80,11 @@ def _backward(
     sizes_E = plan.group_sizes_E
     all_grads_TP = _all_tokens(kernels, axis, grad_TD)
     grad_x_TD, *grad_beside_args = [jnp.zeros_like(grad_TD)] if beside is None else beside_vjp(grad_TD)
-    # First what needs no other device's gradients: nothing else is there to do while they travel.
-    all_grads_TP, grad_x_TD, grad_beside_args = jax.lax.optimization_barrier(
-        (all_grads_TP, grad_x_TD, grad_beside_args)
-    )
+    if axis is not None:
+        # First what needs no other device's gradients: nothing else is there to do while they travel.
+        all_grads_TP, grad_x_TD, grad_beside_args = jax.lax.optimization_barrier(
+            (all_grads_TP, grad_x_TD, grad_beside_args)
+        )
     grad_y_RD = _rows_of_tokens(kernels, all_grads_TP, grad_TD, plan)
     hidden_RF, hidden_vjp = jax.vjp(_hidden, both_RF, gate_R)
     grad_both_RF, grad_gate_R = hidden_vjp(kernels.rows(grad_y_RD, down_EDF, sizes_E))

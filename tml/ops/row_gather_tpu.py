@@ -2,7 +2,7 @@
 
 A row of 16-bit numbers cannot be copied by itself, because two rows share a register's lines. So the source comes
 paired: in every 32-bit number stand one of the row's first half and one of its second. XLA's own gather takes such
-rows apart in vector registers, at a third of the bandwidth of main memory (`tests/bench/bench_row_gather.py`).
+rows apart in vector registers, at half of the bandwidth of main memory (`tests/bench/bench_row_gather.py`).
 """
 
 import functools
@@ -22,6 +22,9 @@ CHUNK_ROWS = 128
 
 TILE_BYTES = 8 * 2**20
 """The largest tile of rows: it is in vector memory three times, as it comes and twice as it goes."""
+
+CORES = 2
+"""Cores among which tiles are dealt out: those of a v5p. A grid of one axis, as long as it turns out, is one core's."""
 
 UNROLLED_ROWS = 8
 """Copies that are started between two jumps."""
@@ -110,33 +113,38 @@ def gather_rows(
         num_used: how many are asked for.
         like: rows of the width and type that these had before they were paired.
         usual_rows: rows that the stated cost counts; all by default.
-        unit: rows of a chunk are a multiple of it in tests; `LANES` otherwise.
+        unit: the most rows of a chunk; for tests.
         interpret: runs the kernel operation by operation, on any platform, for tests.
     """
     num_rows, chunk = place_R.shape[0], min(CHUNK_ROWS, unit)
     paired = is_paired(like.dtype)
     full_width = x_TP.shape[1] * (2 if paired else 1)
     most = max(1, TILE_BYTES // (full_width * like.dtype.itemsize * chunk))
-    num_chunks = -(-num_rows // chunk)
-    per_tile = max(part for part in range(1, min(most, num_chunks) + 1) if num_chunks % part == 0)
-    tile_rows, num_tiles = per_tile * chunk, num_chunks // per_tile
-    places = jnp.pad(place_R, (0, num_chunks * chunk - num_rows)).reshape(num_tiles, 1, tile_rows)
+    per_tile = min(most, -(-num_rows // (CORES * chunk)))
+    tile_rows = per_tile * chunk
+    num_tiles = -(-num_rows // tile_rows)
+    places = jnp.pad(place_R, (0, num_tiles * tile_rows - num_rows)).reshape(num_tiles, 1, tile_rows)
     rows = num_rows if usual_rows is None else usual_rows
+
+    def tile(core: jax.Array, index: jax.Array) -> jax.Array:
+        # Of an odd number of tiles, the last is gathered by both cores.
+        return jnp.minimum(CORES * index + core, num_tiles - 1)
+
     out = pl.pallas_call(
         functools.partial(_gather_kernel, chunk=chunk),
-        grid=(jnp.minimum(-(-num_used // tile_rows), num_tiles),),
+        grid=(CORES, -(-num_used // (CORES * tile_rows))),
         in_specs=[
-            pl.BlockSpec((None, 1, tile_rows), lambda i: (i, 0, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec((None, 1, tile_rows), lambda core, i: (tile(core, i), 0, 0), memory_space=pltpu.SMEM),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
-        out_specs=pl.BlockSpec((tile_rows, full_width), lambda i: (i, 0)),
+        out_specs=pl.BlockSpec((tile_rows, full_width), lambda core, i: (tile(core, i), 0)),
         scratch_shapes=[
             pltpu.VMEM((tile_rows, x_TP.shape[1]), x_TP.dtype),
             pltpu.SemaphoreType.DMA((per_tile,)),
         ],
-        out_shape=jax.ShapeDtypeStruct((num_tiles * tile_rows, full_width), like.dtype),
+        out_shape=jax.ShapeDtypeStruct((num_rows, full_width), like.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
+            dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT_BYTES,
             # Checked, to start a copy would take twice the time.
             disable_bounds_checks=True,
@@ -147,4 +155,4 @@ def gather_rows(
         interpret=interpret,
         name="gather_rows",
     )(places, x_TP)
-    return out[:num_rows, : like.shape[-1]]
+    return out[:, : like.shape[-1]]
