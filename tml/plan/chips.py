@@ -79,8 +79,7 @@ CHIPS: dict[str, Chip] = {
             clock_hz=1.75e9,
             is_cycles_trusted=True,
             row_gather_cycles=(3.55, 0.002065),
-            source=_TPU_SOURCES
-            + "; row gathers: fitted to the compiler's static schedules, on two cores, of bfloat16 rows of 512 to 8,192 bytes",
+            source=_TPU_SOURCES + "; row gathers: the compiler's static schedules, half of the rows on either core",
         ),
         Chip(
             name="v5e",
