@@ -59,8 +59,7 @@ def _forward(
     plan: SortedCopies,
     beside_args: tuple[PyTree, ...],
 ) -> tuple[jax.Array, tuple]:
-    if axis is not None:
-        # Tokens travel when the matrices are there, not before: behind what came before, links are free.
+    if axis is not None and kernels.are_matrices_first:
         x_TD, gate_up_EDF, down_EDF = jax.lax.optimization_barrier((x_TD, gate_up_EDF, down_EDF))
     x_RD = _rows_of_tokens(kernels, _all_tokens(kernels, axis, x_TD), x_TD, plan)
     both_RF = kernels.rows(x_RD, gate_up_EDF, plan.group_sizes_E)

@@ -211,6 +211,8 @@ class GroupedKernels(NamedTuple):
         for_gather: (x_TD) to what `gather` reads.
         gather: (x_TP, place_R, num_used, like) to the rows at the first so many places, anything behind them, of the
             width and type of `like`.
+        are_matrices_first: whether tokens travel when the layer's matrices are there, not before: one queue takes both
+            on TPU, and is empty while attention runs. On GPU matrices come by another network.
     """
 
     rows: Callable[..., jax.Array]
@@ -218,6 +220,7 @@ class GroupedKernels(NamedTuple):
     rows_for_gather: Callable[..., jax.Array]
     for_gather: Callable[[jax.Array], jax.Array] = _as_it_is
     gather: Callable[..., jax.Array] = _gather
+    are_matrices_first: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -276,7 +279,7 @@ def tpu_kernels(**options: Any) -> GroupedKernels:
         for kernel in (grouped_matmul_tpu.multiply_rows, grouped_matmul_tpu.multiply_groups, row_gather_tpu.gather_rows)
     )
     for_gather = functools.partial(row_gather_tpu.pair_halves, unit=options.get("unit", row_gather_tpu.LANES))
-    return GroupedKernels(rows, groups, functools.partial(rows, is_gathered_next=True), for_gather, gather)
+    return GroupedKernels(rows, groups, functools.partial(rows, is_gathered_next=True), for_gather, gather, True)
 
 
 def gpu_kernels(**options: Any) -> GroupedKernels:
