@@ -318,6 +318,13 @@ def test_a_transfer_under_way_counts_once_however_it_is_written(text: str):
     assert found.seconds == pytest.approx(again.link_seconds)
 
 
+def test_a_collective_beside_the_cores_has_the_line_of_what_it_runs():
+    metadata = 'metadata={op_name="layer/gather/all_gather" source_file="m.py" source_line=7}'
+    text = ON_SPARSE_CORES.replace("dimensions={0}", f"dimensions={{0}}, {metadata}")
+    (start,) = [line for line in estimate(parse(text), cube()).lines if line.name == "start"]
+    assert (start.source, start.scope) == ("m.py:7", "layer/gather/all_gather")
+
+
 EXCHANGED = f"""HloModule m, is_scheduled=true, num_partitions=8
 
 ENTRY %main (a: bf16[8192,128], b: bf16[12288,128], n: s32[64]) -> bf16[8192,128] {{
@@ -373,3 +380,14 @@ def test_sums_agree_with_the_lines():
     assert sum(line.seconds for line in found.by_category().values()) == pytest.approx(found.seconds)
     assert sum(line.seconds for line in found.top(10_000)) == pytest.approx(found.seconds)
     assert np.all(np.diff([line.seconds for line in found.top(10)]) <= 0)
+
+
+def test_what_one_line_costs_in_two_scopes_is_told_apart():
+    def thrice(x: jax.Array) -> jax.Array:
+        for scope in ("first", "second", "second"):
+            with jax.named_scope(scope):
+                x = x @ x
+        return x
+
+    top = estimate(compile_program(thrice, array((256, 256), mesh_of(data=1))), cube()).top(10)
+    assert [(line.scope.split("/")[-2], line.count) for line in top] == [("second", 2), ("first", 1)]

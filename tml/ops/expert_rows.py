@@ -101,22 +101,26 @@ def _backward(
 multiply_sorted.defvjp(_forward, _backward)
 
 
+@jax.named_scope("hidden")
 def _hidden(both_RF: jax.Array, gate_R: jax.Array) -> jax.Array:
     gate_RF, up_RF = jnp.split(both_RF, 2, axis=-1)
     return jax.nn.silu(gate_RF) * up_RF * gate_R[:, None]
 
 
+@jax.named_scope("all_tokens")
 def _all_tokens(kernels: GroupedKernels, axis: str | None, x_TD: jax.Array) -> jax.Array:
     """The tokens of all devices along the axis, which travel as they are gathered next."""
     x_TP = kernels.for_gather(x_TD)
     return x_TP if axis is None else jax.lax.all_gather(x_TP, axis, axis=0, tiled=True)
 
 
+@jax.named_scope("rows_of_tokens")
 def _rows_of_tokens(kernels: GroupedKernels, x_TP: jax.Array, like_TD: jax.Array, plan: SortedCopies) -> jax.Array:
     """The token of every row."""
     return kernels.gather(x_TP, plan.token_of_row, jnp.sum(plan.group_sizes_E), like=like_TD)
 
 
+@jax.named_scope("sums_of_rows")
 def _sums_of_rows(
     kernels: GroupedKernels, axis: str | None, y_RP: jax.Array, like_TD: jax.Array, plan: SortedCopies
 ) -> jax.Array:

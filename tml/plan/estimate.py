@@ -12,6 +12,7 @@ and what a loop runs whose count is decided while it runs.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +35,8 @@ class Line:
     Attributes:
         name: as in the HLO.
         category: where its time counts.
-        source: file and line that asked for it.
-        scope: its path of named scopes.
+        source: file and line that asked for it, or for what it runs.
+        scope: the path of named scopes, likewise.
         count: how often it runs.
         flops: all of its runs together, as all that follows.
         hbm_bytes: moved to and from main memory.
@@ -95,10 +96,12 @@ class Estimate:
         return dict(sorted(sums.items(), key=lambda item: -item[1].seconds))
 
     def top(self, count: int) -> list[Line]:
-        """The lines that take longest, those of one source line and category together."""
-        merged: dict[tuple[str, str], Line] = {}
+        """The lines that take longest, those of one category, source line and innermost scope together."""
+        merged: dict[tuple[str, ...], Line] = {}
         for line in self.lines:
-            key = (line.category, line.source or line.scope or line.name)
+            # The last name is the operation's; jax writes the gradient of a scope as transpose(jvp(scope)).
+            innermost = [name for name in re.split(r"[/()]", line.scope) if name][-2:-1]
+            key = (line.category, line.source or line.scope or line.name, *innermost)
             if key not in merged:
                 merged[key] = dataclasses.replace(line)
                 continue
@@ -308,8 +311,7 @@ class _Replay:
 
     def _line(self, instruction: Instruction, category: str) -> Line:
         if instruction.name not in self.lines:
-            source = self.program.source_of(instruction)
-            self.lines[instruction.name] = Line(instruction.name, category, source, instruction.op_name)
+            self.lines[instruction.name] = Line(instruction.name, category, *self.program.origin_of(instruction))
         return self.lines[instruction.name]
 
 

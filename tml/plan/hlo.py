@@ -143,6 +143,20 @@ class Program:
     lines: dict[int, str]
     """By stack frame, the file and line that asked for an operation."""
 
+    def origin_of(self, instruction: Instruction) -> tuple[str, str]:
+        """Source line and path of scopes of an instruction, or of the first one inside it that has them.
+
+        A TPU's collectives that run beside the cores lose theirs; the sum that they make keeps its own.
+        """
+        source = next(filter(None, map(self.source_of, self._with_inner(instruction))), "")
+        return source, next(filter(None, (inner.op_name for inner in self._with_inner(instruction))), "")
+
+    def _with_inner(self, instruction: Instruction) -> Iterator[Instruction]:
+        yield instruction
+        for name in instruction.called.values():
+            for inner in self.computations[name].instructions.values():
+                yield from self._with_inner(inner)
+
     def source_of(self, instruction: Instruction) -> str:
         """File and line of ours, or of a library, that the instruction came from; empty where the compiler made it."""
         frame = _FRAME.search(instruction.attributes)
