@@ -42,13 +42,14 @@ def test_flags_that_would_be_ignored_are_refused(flags: tuple[str, ...], message
 def test_a_plan_for_eight_gpus(tmp_path: Path):
     pytest.importorskip("jax_cuda12_plugin")
     files = tmp_path / "plan.json", tmp_path / "step.hlo"
-    flags = ("--config.mesh.fsdp=8", "--topology=h100:1x1x8", f"--json={files[0]}", f"--hlo={files[1]}")
+    mesh = ("--config.mesh.fsdp=8", "--config.data.rows_per_batch=16")  # two parts of a row a GPU
+    flags = (*mesh, "--topology=h100:1x1x8", f"--json={files[0]}", f"--hlo={files[1]}")
     done = run(*TINY, *flags, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "quickstart, train step on h100:1x1x8: 8 chips, mesh fsdp=8" in done.stdout
     numbers = json.loads(files[0].read_text())
     assert numbers["fits"] is True
-    assert numbers["rows_per_chip"] == 1
+    assert numbers["rows_per_chip"] == 2
     assert 0 < numbers["mfu_estimate"] <= numbers["mfu_bound"] < 1
     assert numbers["step_seconds_lower"] <= numbers["step_seconds_estimate"]
     assert "all-gather" in {line["category"] for line in numbers["categories"]}

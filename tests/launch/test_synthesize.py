@@ -77,7 +77,7 @@ def test_prompts_prepares_the_human_sets_with_their_licences(tmp_path):
     flags = (f"--out={tmp_path}/human", f"--cache={tmp_path}/cache", "--num_silence=20", "--num_silence_heldout=10")
     done = run("prompts", *flags, "--num_digits=20")
     assert done.returncode == 0, done.stderr
-    assert "10 digits" in done.stdout
+    assert "digits: 20 sessions" in done.stdout
     for name, count in (("digits", 20), ("silence-train", 20), ("silence-heldout", 10)):
         manifest = read_manifest(tmp_path / "human" / name)
         assert manifest.num_records == count
