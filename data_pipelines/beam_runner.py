@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipelines.generate import GenerateSummary, SessionTask, shard_bounds, write_sessions
-from data_pipelines.records import RecordKind, Shard, commit, shard_name, stage
+from data_pipelines.record_writer import commit, stage
+from data_pipelines.records import RecordKind, Shard, shard_name
 
 LOCAL_OPTIONS = ("--runner=FnApiRunner", "--direct_running_mode=in_memory")
 """Beam's own local runner, in this process. (DirectRunner may fetch a program from the network and run that.)"""

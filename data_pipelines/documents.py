@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgpack
 
-from data_pipelines.records import RecordError, RecordKind, RecordSource, RecordWriter
+from data_pipelines.record_writer import RecordWriter
+from data_pipelines.records import RecordError, RecordKind, RecordSource
 
 SCHEMA_VERSION = 1
 DEFAULT_PIECE_CHARS = 8_192

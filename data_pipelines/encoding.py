@@ -26,20 +26,17 @@ from data_pipelines.encoded import (
     pack_stub,
     write_quarantine,
 )
+from data_pipelines.record_writer import UNCOMPRESSED, commit, stage, write_shard
 from data_pipelines.records import (
     MANIFEST_NAME,
-    UNCOMPRESSED,
     RecordError,
     RecordKind,
     RecordSource,
     Shard,
-    commit,
     faults,
     read_manifest,
     read_session,
     shard_name,
-    stage,
-    write_shard,
 )
 from data_pipelines.worker_process import end_with_parent
 from tml.codec.encode import encode_session

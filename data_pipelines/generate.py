@@ -15,7 +15,8 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from data_pipelines.records import UNCOMPRESSED, RecordKind, Shard, commit, shard_name, stage, write_shard
+from data_pipelines.record_writer import UNCOMPRESSED, commit, stage, write_shard
+from data_pipelines.records import RecordKind, Shard, shard_name
 from data_pipelines.worker_process import end_with_parent
 from tml.session import ExpectationKind, Session, session_to_bytes
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipelines.documents import DEFAULT_PIECE_CHARS, Document, read_texts, write_documents
-from data_pipelines.records import UNCOMPRESSED, RecordKind, commit, shard_name, stage, write_shard
+from data_pipelines.record_writer import UNCOMPRESSED, commit, stage, write_shard
+from data_pipelines.records import RecordKind, shard_name
 from tml.session import Session, Stream, session_to_bytes
 
 DEFAULT_MAX_FAILED_FRACTION = 0.01

@@ -6,8 +6,7 @@
       shard-00001-of-00002.array_record
 
 The manifest's counts, sizes and digests are the truth: array_record's own reader says that a
-truncated file holds 0 records. A data set is written into a hidden directory beside its place and
-renamed when it is whole, so a killed writer leaves no half data set.
+truncated file holds 0 records. `record_writer` writes them.
 """
 
 import bisect
@@ -15,24 +14,17 @@ import enum
 import hashlib
 import itertools
 import json
-import os
-import shutil
-import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from array_record.python import array_record_module
 
-from tml.session import Session, SessionError, session_from_bytes, session_to_bytes
+from tml.session import Session, SessionError, session_from_bytes
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "dataset.json"
-REPLACED = "-replaced"
-# One record a chunk: random reads are ten times faster than with 16 (3 % larger files).
-COMPRESSED = "group_size:1,zstd:1"
-UNCOMPRESSED = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
@@ -67,12 +59,21 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a data set is. `meta` holds strings about origin: licence, generator, seed."""
+    """What a data set is.
+
+    Attributes:
+        kind: what its records are.
+        name: for people.
+        shards: its files of records, in order.
+        meta: strings about origin: licence, generator, seed.
+        attachments: paths of the other files that were written with it.
+    """
 
     kind: RecordKind
     name: str
     shards: tuple[Shard, ...]
     meta: Mapping[str, str] = field(default_factory=dict)
+    attachments: tuple[str, ...] = ()
 
     @property
     def num_records(self) -> int:
@@ -100,7 +101,8 @@ def read_manifest(directory: Path | str) -> Manifest:
         version = body.pop("schema")
         if version == SCHEMA_VERSION:
             shards = tuple(Shard(**shard) for shard in body.pop("shards"))
-            return Manifest(**{**body, "kind": RecordKind(body["kind"]), "shards": shards})
+            kind, attachments = RecordKind(body.pop("kind")), tuple(body.pop("attachments", ()))
+            return Manifest(**body, kind=kind, shards=shards, attachments=attachments)
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a data set manifest: {error!r}") from error
     raise ValueError(f"{path} has schema {version}, this code reads {SCHEMA_VERSION}; prepare the data again")
@@ -109,182 +111,6 @@ def read_manifest(directory: Path | str) -> Manifest:
 def shard_name(index: int, num_shards: int) -> str:
     """The file name of one shard."""
     return f"shard-{index:05d}-of-{num_shards:05d}.array_record"
-
-
-def stage(directory: Path | str, *, overwrite: bool = False) -> Path:
-    """Makes the hidden directory in which a data set is written before `commit` puts it at `directory`.
-
-    Raises:
-        ValueError: something is at `directory` and `overwrite` is False.
-    """
-    directory = Path(directory).absolute()
-    host, own = socket.gethostname(), str(os.getpid())
-    for left in sorted(directory.parent.glob(f".{directory.name}.partial-{host}-*")):
-        number = left.name.removesuffix(REPLACED).rsplit("-", 1)[1]
-        if number != own and Path(f"/proc/{number}").exists():
-            continue
-        if left.name.endswith(REPLACED) and not directory.exists():
-            # Its writer ended between the two renames of an overwrite.
-            left.rename(directory)
-        else:
-            shutil.rmtree(left)
-    if not overwrite:
-        _refuse_existing(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = directory.with_name(f".{directory.name}.partial-{host}-{own}")
-    staging.mkdir()
-    return staging
-
-
-def write_shard(path: Path, records: Iterable[bytes], *, options: str = COMPRESSED) -> Shard:
-    """Writes one whole shard; worker processes may each write their own files of one staged data set."""
-    writer = array_record_module.ArrayRecordWriter(str(path), options)
-    count = 0
-    for record in records:
-        writer.write(record)
-        count += 1
-    writer.close()
-    return _sealed(path, count)
-
-
-def commit(
-    staging: Path,
-    directory: Path | str,
-    shards: Iterable[Shard],
-    *,
-    kind: RecordKind,
-    name: str,
-    meta: Mapping[str, str] | None = None,
-    attachments: Mapping[str, bytes] | None = None,
-    overwrite: bool = False,
-) -> Manifest:
-    """Writes attachments (by path) and the manifest beside the staged shards and renames the whole to `directory`.
-
-    Raises:
-        ValueError: something is at `directory` and `overwrite` is False.
-    """
-    directory = Path(directory).absolute()
-    manifest = Manifest(kind=RecordKind(kind), name=name, shards=tuple(shards), meta=dict(meta or {}))
-    for path, data in (attachments or {}).items():
-        (staging / path).parent.mkdir(parents=True, exist_ok=True)
-        (staging / path).write_bytes(data)
-    body = json.dumps({"schema": SCHEMA_VERSION, **asdict(manifest)}, indent=2)
-    with open(staging / MANIFEST_NAME, "w") as file:
-        file.write(body + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    if overwrite and directory.exists():
-        replaced = staging.with_name(f"{staging.name}{REPLACED}")
-        directory.rename(replaced)
-        staging.rename(directory)
-        shutil.rmtree(replaced)
-    else:
-        _refuse_existing(directory)
-        staging.rename(directory)
-    return manifest
-
-
-def _refuse_existing(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(
-            f"{directory} exists and is not empty; name another directory, remove it, or overwrite it (--overwrite)"
-        )
-
-
-def _sealed(path: Path, num_records: int) -> Shard:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(file=path.name, num_records=num_records, num_bytes=path.stat().st_size, sha256=digest)
-
-
-class RecordWriter:
-    """Writes a data set in one process; use it as a context manager.
-
-    Record i goes to shard i modulo `num_shards`. On an exception nothing is left behind.
-
-    Example:
-        with RecordWriter(path, kind=RecordKind.SESSIONS, name="prompts", num_shards=4) as writer:
-            writer.write(session_to_bytes(session))
-    """
-
-    def __init__(
-        self,
-        directory: Path | str,
-        *,
-        kind: RecordKind,
-        name: str,
-        num_shards: int = 1,
-        meta: Mapping[str, str] | None = None,
-        overwrite: bool = False,
-        options: str = COMPRESSED,
-    ) -> None:
-        if num_shards < 1:
-            raise ValueError(f"num_shards = {num_shards} must be at least 1")
-        self._directory, self._kind, self._name = Path(directory), RecordKind(kind), name
-        self._meta, self._overwrite = dict(meta or {}), overwrite
-        self._staging = stage(directory, overwrite=overwrite)
-        self._paths = [self._staging / shard_name(i, num_shards) for i in range(num_shards)]
-        self._writers = [array_record_module.ArrayRecordWriter(str(path), options) for path in self._paths]
-        self._count = 0
-
-    def __enter__(self) -> "RecordWriter":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        for writer in self._writers:
-            writer.close()
-        if kind is not None:
-            shutil.rmtree(self._staging)
-            return
-        counts = [len(range(i, self._count, len(self._paths))) for i in range(len(self._paths))]
-        shards = [_sealed(path, count) for path, count in zip(self._paths, counts, strict=True)]
-        commit(
-            self._staging,
-            self._directory,
-            shards,
-            kind=self._kind,
-            name=self._name,
-            meta=self._meta,
-            overwrite=self._overwrite,
-        )
-
-    def write(self, data: bytes) -> None:
-        """Appends one record."""
-        self._writers[self._count % len(self._writers)].write(data)
-        self._count += 1
-
-
-class SessionWriter:
-    """A `RecordWriter` of sessions.
-
-    Example:
-        with SessionWriter(path, name="espeak", num_shards=2, meta={"generator": "espeak"}) as writer:
-            writer.write(session)
-    """
-
-    def __init__(
-        self,
-        directory: Path | str,
-        *,
-        name: str,
-        num_shards: int = 1,
-        meta: Mapping[str, str] | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        self._writer = RecordWriter(
-            directory, kind=RecordKind.SESSIONS, name=name, num_shards=num_shards, meta=meta, overwrite=overwrite
-        )
-
-    def __enter__(self) -> "SessionWriter":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._writer.__exit__(kind, error, trace)
-
-    def write(self, session: Session) -> None:
-        """Appends one session. Raises SessionError when it is not consistent."""
-        self._writer.write(session_to_bytes(session))
 
 
 class RecordSource:

@@ -16,7 +16,8 @@ import numpy as np
 
 from data_pipelines.encoded import codec_header, encoded_directory, pack_header, pack_session, write_quarantine
 from data_pipelines.loader import RowLoader, process_batches
-from data_pipelines.records import UNCOMPRESSED, RecordKind, RecordWriter, commit, shard_name, stage, write_shard
+from data_pipelines.record_writer import UNCOMPRESSED, RecordWriter, commit, stage, write_shard
+from data_pipelines.records import RecordKind, shard_name
 from tml.codec.text import Tokenizer, train_tokenizer
 from tml.config import DataConfig, Experiment, ModelConfig, SourceConfig
 from tml.microturn import EncodedSession, EncodedText

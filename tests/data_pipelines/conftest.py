@@ -5,7 +5,7 @@ import pytest
 from small_sets import WORDS, encode_all, make_session
 
 from data_pipelines.documents import Document, write_documents
-from data_pipelines.records import SessionWriter
+from data_pipelines.record_writer import SessionWriter
 from tml.codec.text import Tokenizer, train_tokenizer
 from tml.config import DataConfig, Experiment, ModelConfig, SourceConfig, SourceKind
 

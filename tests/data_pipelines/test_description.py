@@ -5,7 +5,8 @@ from data_pipelines.description import describe
 from data_pipelines.documents import Document, write_documents
 from data_pipelines.encoded import encoded_directory
 from data_pipelines.encoding import encode_dataset
-from data_pipelines.records import SessionWriter, shard_name
+from data_pipelines.record_writer import SessionWriter
+from data_pipelines.records import shard_name
 from tml.config import AudioConfig, ModelConfig
 
 

@@ -11,7 +11,8 @@ from data_pipelines.documents import (
     read_texts,
     write_documents,
 )
-from data_pipelines.records import RecordError, RecordKind, RecordSource, RecordWriter
+from data_pipelines.record_writer import RecordWriter
+from data_pipelines.records import RecordError, RecordKind, RecordSource
 
 
 @given(st.text(alphabet="ab. \n", max_size=300), st.integers(1, 40))

@@ -11,15 +11,8 @@ from small_sets import make_session
 from data_pipelines.documents import Document, write_documents
 from data_pipelines.encoded import EncodedDocument, EncodedSource, HeaderError, codec_header, encoded_directory
 from data_pipelines.encoding import encode_dataset
-from data_pipelines.records import (
-    RecordError,
-    RecordKind,
-    RecordSource,
-    RecordWriter,
-    SessionWriter,
-    read_manifest,
-    shard_name,
-)
+from data_pipelines.record_writer import RecordWriter, SessionWriter
+from data_pipelines.records import RecordError, RecordKind, RecordSource, read_manifest, shard_name
 from tml.codec.encode import encode_session
 from tml.config import AudioConfig, ModelConfig, VideoConfig
 from tml.session import Stream, session_to_bytes

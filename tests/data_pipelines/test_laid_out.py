@@ -8,7 +8,7 @@ from data_pipelines.encoded import EncodedDocument, EncodedSource
 from data_pipelines.encoding import encode_dataset
 from data_pipelines.laid_out import laid_out_directory, lay_out_source, layout_hash, segments_of
 from data_pipelines.loader import RowLoader
-from data_pipelines.records import SessionWriter
+from data_pipelines.record_writer import SessionWriter
 from tml.config import Boundary, MicroTurnConfig
 from tml.microturn import Kind, Layout
 

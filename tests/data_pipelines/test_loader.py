@@ -18,7 +18,8 @@ from data_pipelines.loader import (
     eval_batches,
     process_batches,
 )
-from data_pipelines.records import RecordKind, SessionWriter, read_manifest
+from data_pipelines.record_writer import SessionWriter
+from data_pipelines.records import RecordKind, read_manifest
 from data_pipelines.rows import loss_weight_table
 from tml.batch import Batch, max_tiles_per_row
 from tml.codec.audio import pad_frames

@@ -9,7 +9,8 @@ from small_sets import encode_all, make_session
 from data_pipelines.encoded import HeaderError, codec_header, encoded_directory
 from data_pipelines.encoding import encode_dataset
 from data_pipelines.loader import RowLoader
-from data_pipelines.records import RecordKind, SessionWriter
+from data_pipelines.record_writer import SessionWriter
+from data_pipelines.records import RecordKind
 from tml.codec.encode import encode_session
 from tml.codec.own_sound import own_mels, silent_position
 from tml.codec.waveform import decode_clip, encode_clip

@@ -18,7 +18,7 @@ from data_pipelines.importing import import_as_documents
 from data_pipelines.laid_out import segments_of
 from data_pipelines.loader import RowLoader
 from data_pipelines.pictures_importer import PICTURE_SUFFIXES, read_picture
-from data_pipelines.records import SessionWriter
+from data_pipelines.record_writer import SessionWriter
 from tml.codec.text import Tokenizer
 from tml.codec.video import picture_tiles
 from tml.config import DataConfig, Experiment, SourceConfig, SourceKind, VideoConfig

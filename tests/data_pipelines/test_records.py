@@ -9,19 +9,8 @@ import time
 
 import pytest
 
-from data_pipelines.records import (
-    RecordError,
-    RecordKind,
-    RecordSource,
-    RecordWriter,
-    SessionWriter,
-    commit,
-    iter_sessions,
-    read_manifest,
-    shard_name,
-    stage,
-    write_shard,
-)
+from data_pipelines.record_writer import RecordWriter, SessionWriter, commit, stage, write_shard
+from data_pipelines.records import RecordError, RecordKind, RecordSource, iter_sessions, read_manifest, shard_name
 from tml.session import AudioClip, AudioEncoding, Session, Stream
 
 
@@ -84,6 +73,56 @@ def test_existing_target_is_refused_and_overwriting_replaces(data_set):
     assert [path.name for path in data_set.parent.iterdir()] == ["set"]
 
 
+def write_one(directory, **kwargs) -> None:
+    with RecordWriter(directory, kind=RecordKind.DOCUMENTS, name="one", **kwargs) as writer:
+        writer.write(b"one")
+
+
+def test_overwriting_takes_what_belongs_to_a_data_set_with_it(tmp_path):
+    target = tmp_path / "set"
+    staging = stage(target)
+    shard = write_shard(staging / shard_name(0, 1), records(3))
+    attachments = {"licences/a.txt": b"free"}
+    commit(staging, target, [shard], kind=RecordKind.DOCUMENTS, name="set", attachments=attachments)
+    assert read_manifest(target).attachments == ("licences/a.txt",)
+    write_one(target / "encoded-0123456789ab")
+    write_one(target, overwrite=True)
+    assert sorted(path.name for path in target.iterdir()) == ["dataset.json", shard_name(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("set/licences/mine.txt", "set holds licences/mine.txt beside its data set"),
+        ("set/other/dataset.json", "set holds other/dataset.json beside its data set"),
+        ("set/encoded/notes.txt", "set holds encoded/notes.txt beside its data set"),
+        ("wavs/one.wav", "wavs holds files, but no dataset.json"),
+        ("parent/set/dataset.json", "parent holds files, but no dataset.json"),
+        ("damaged/dataset.json", "is not a data set manifest"),
+        ("notes.txt", "notes.txt is a file; name a directory"),
+    ],
+)
+@pytest.mark.parametrize("comes_late", [False, True])
+def test_overwriting_deletes_nothing_else(data_set, name, said, comes_late):
+    file = data_set.parent / name
+    target = data_set.parent / name.split("/")[0]
+
+    def put() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+
+    def write() -> None:
+        with RecordWriter(target, kind=RecordKind.DOCUMENTS, name="again", overwrite=True):
+            put()
+
+    if not comes_late:
+        put()
+    with pytest.raises(ValueError, match=said):
+        write()
+    assert file.read_text() == "mine"
+    assert len(RecordSource(data_set)) == 20
+
+
 def test_failed_writer_leaves_nothing(tmp_path):
     with pytest.raises(TypeError), RecordWriter(tmp_path / "set", kind=RecordKind.DOCUMENTS, name="set") as writer:
         writer.write(3)
@@ -93,7 +132,7 @@ def test_failed_writer_leaves_nothing(tmp_path):
 def test_killed_writer_leaves_no_data_set(tmp_path):
     target = tmp_path / "set"
     code = (
-        "import sys, time; from data_pipelines.records import RecordWriter, RecordKind\n"
+        "import time; from data_pipelines.record_writer import RecordKind, RecordWriter\n"
         f"with RecordWriter({str(target)!r}, kind=RecordKind.DOCUMENTS, name='set') as writer:\n"
         "    writer.write(b'one'); print('written', flush=True); time.sleep(60)\n"
     )

@@ -13,7 +13,8 @@ from data_pipelines.clips_importer import find_clips, read_clip
 from data_pipelines.forced_alignment import ForcedAligner
 from data_pipelines.importing import write_sessions
 from data_pipelines.loader import RowLoader
-from data_pipelines.records import SessionWriter, iter_sessions
+from data_pipelines.record_writer import SessionWriter
+from data_pipelines.records import iter_sessions
 from tml.codec.text import Tokenizer, train_tokenizer
 from tml.config import DataConfig, Experiment, LossConfig, ModelConfig, SourceConfig
 from tml.microturn import Kind, Target

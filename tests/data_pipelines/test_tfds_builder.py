@@ -5,7 +5,8 @@ import pytest
 from small_sets import make_session
 
 from data_pipelines.documents import Document, decode_document, write_documents
-from data_pipelines.records import RecordError, RecordKind, RecordSource, SessionWriter
+from data_pipelines.record_writer import SessionWriter
+from data_pipelines.records import RecordError, RecordKind, RecordSource
 from data_pipelines.tfds_builder import TfdsRecords, write_tfds
 from tml.session import session_from_bytes
 

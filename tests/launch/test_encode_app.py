@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.documents import Document, write_documents
-from data_pipelines.records import SessionWriter, shard_name
+from data_pipelines.record_writer import SessionWriter
+from data_pipelines.records import shard_name
 from tml.codec.waveform import encode_clip
 from tml.session import Session, Stream, TextEvent
 

@@ -10,7 +10,7 @@ import pytest
 from small_model import small_model, small_session
 
 from data_pipelines.behaviours.task import BehaviourTask
-from data_pipelines.records import SessionWriter
+from data_pipelines.record_writer import SessionWriter
 from tml.config import MicroTurnConfig
 from tml.export import bundle
 from tml.session import Behaviour

@@ -15,7 +15,7 @@ import soundfile
 from PIL import Image
 from small_model import RATE_HZ, small_model, small_session, small_sound
 
-from data_pipelines.records import SessionWriter
+from data_pipelines.record_writer import SessionWriter
 from tml.checkpoint import Checkpoints
 from tml.export import bundle
 from tml.mesh import make_mesh

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.documents import Document, write_documents
-from data_pipelines.records import SessionWriter, read_manifest
+from data_pipelines.record_writer import SessionWriter
+from data_pipelines.records import read_manifest
 from tml.codec.waveform import encode_clip
 from tml.session import Session, Stream, TextEvent
 
