@@ -10,6 +10,7 @@ sound or pictures. `metadata.json` carries the manifest of the source.
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from tml.session import Session, SessionError, session_from_bytes
 FEATURE = "record"
 """The name of the only feature."""
 _VERSION = "1.0.0"
+OWN_FILES = re.compile(r"(dataset_info|features|metadata)\.json|LICENSE|tml_records-.*\.array_record-\d+-of-\d+")
+"""What TFDS writes; a directory that holds anything else is not replaced."""
 
 
 class TmlRecords(tfds.core.GeneratorBasedBuilder):
@@ -81,13 +84,16 @@ def write_tfds(source_dir: Path | str, data_dir: Path | str, *, overwrite: bool 
 
     Raises:
         FileNotFoundError: there is no data set at `source_dir`.
-        ValueError: the TFDS data set exists and `overwrite` is False.
+        ValueError: the TFDS data set exists, and `overwrite` is False or there are other files in it.
         RecordError: a record cannot be read.
     """
     with _silence():
         directory = Path(_builder(source_dir, data_dir).data_dir)
         if directory.exists() and not overwrite:
             raise ValueError(f"{directory} exists; name another --data_dir, remove it, or overwrite it (--overwrite)")
+        others = [path.name for path in directory.glob("*") if not OWN_FILES.fullmatch(path.name)]
+        if others:
+            raise ValueError(f"{directory} holds {min(others)}, which TFDS did not write; nothing was replaced")
         directory.parent.mkdir(parents=True, exist_ok=True)
         # Beside its place, so that what is there stays until the new one is whole.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".tml-tfds-") as staging:

@@ -3,7 +3,7 @@
 Question: does one tiny model learn to take turns, wait, stop, keep time, count what it sees, watch for a change,
 hear tone, delegate and act, and to speak with its own voice meanwhile, from synthetic sessions alone?
 
-Cost: at most 75 minutes of training on two cores, and about fifteen to make and encode the data. What is learnt soon
+Cost: at most 75 minutes of training on two cores, and five to eight to make and encode the data. What is learnt soon
 (turns, pauses, nods, repeating) gives its share of the training sessions to what is learnt late (watching, cues).
 Expected: see experiments/README.md.
 

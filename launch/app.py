@@ -16,6 +16,7 @@ import threading
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,29 @@ def run_app(main: Callable[[list[str]], int | None]) -> None:
     app.run(lambda argv: sys.exit(_guarded(main, argv)), flags_parser=_parse_flags)
 
 
+def new_folder(flag: str, folder: Path | str) -> Path:
+    """The folder that a command is to write; it may be there.
+
+    Raises:
+        app.UsageError: a file stands there, or where a folder above it would.
+    """
+    folder = Path(folder)
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        where = "is a file" if place == folder else f"is below {place}, which is a file"
+        raise app.UsageError(f"--{flag}={folder} {where}; name a folder")
+    return folder
+
+
+@contextmanager
+def as_usage() -> Iterator[None]:
+    """What is wrong with values of the command line is a usage error: a ValueError becomes an app.UsageError."""
+    try:
+        yield
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+
+
 def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     try:
         if len(argv) > 1:
@@ -144,6 +168,9 @@ def _readable(error: Exception) -> str:
     raised = re.search(r"Error whilst parsing config file:.*\nValueError: (.*)", text, re.DOTALL)
     if raised:
         return raised.group(1)
+    named = re.search(r"config=(\S+?\.py):(\S+): .*get_config\(\) takes 0 positional arguments", text, re.DOTALL)
+    if named:
+        return f"{named.group(1)} has no settings to choose of, so :{named.group(2)} says nothing; leave it out"
     found = re.search(r"Attempted \[[^]]*\]:\s*(\S+)\s*(\[Errno[^\n]*)", text)
     if not found:
         return text
@@ -151,7 +178,8 @@ def _readable(error: Exception) -> str:
     if file.exists():
         return f"config file {file} cannot be loaded: {found.group(2)}"
     folders = (file.parent, Path("experiments"))
-    known = sorted({str(other) for folder in folders for other in folder.glob("*.py") if other.stem != "__init__"})
+    found_there = {other for folder in folders for other in folder.glob("*.py")}
+    known = sorted(str(other) for other in found_there if "def get_config(" in other.read_text())
     return f"there is no config file {file}" + (f"; {nearest_keys(str(file), known)}" if known else "")
 
 

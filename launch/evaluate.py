@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from launch.app import prepare_jax, run_app
+from launch.app import new_folder, prepare_jax, run_app
 from launch.progress import Progress
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
     """Streams, scores, prints, writes."""
     if not _MODEL.value:
         raise app.UsageError("--model is missing; name a run folder or a bundle, as in --model=runs/quickstart")
-    if _OUT.value and Path(_OUT.value).exists() and not Path(_OUT.value).is_dir():
-        raise app.UsageError(f"--out={_OUT.value} is a file; name a folder")
+    if _OUT.value:
+        new_folder("out", _OUT.value)
     _refuse_flags(_SUITE.value)
     controls = _read_controls() if _SUITE.value == "duplex" else ()
     prepare_jax()

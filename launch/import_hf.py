@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from launch.app import prepare_jax, run_app
+from launch.app import new_folder, prepare_jax, run_app
 
 _HF_DIR = flags.DEFINE_string("hf_dir", "", "Folder with config.json and safetensors.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder that is made.")
@@ -28,12 +28,12 @@ def main(argv: list[str]) -> int:
     """Imports, and says what came in."""
     if not _HF_DIR.value or not _WORKDIR.value:
         raise app.UsageError("--hf_dir and --workdir are needed, as in --hf_dir=downloads/X --workdir=runs/x")
+    workdir = new_folder("workdir", _WORKDIR.value)
     prepare_jax()
     from tml.export.inkling_import import import_folder
     from tml.flops import param_table, param_table_text
     from tml.model import transformer
 
-    workdir = Path(_WORKDIR.value)
     model = import_folder(Path(_HF_DIR.value), workdir, _MAX_TILES_PER_TURN.value).model
     print(param_table_text(param_table(transformer.specs(model), model)))
     print(f"{workdir}: imported; a run starts from it with --config.train.init_from={workdir}")

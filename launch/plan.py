@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from launch.app import define_config, read_experiment, run_app
+from launch.app import as_usage, define_config, read_experiment, run_app
+from tml.plan.chips import read_topology
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError("--topology is missing; name a pod, as in --topology=v5p:8x8x8")
     _refuse_flags()
     experiment = read_experiment(_CONFIG)
+    with as_usage():
+        read_topology(_TOPOLOGY.value)
     os.environ["JAX_PLATFORMS"] = "cpu"  # jax reads it when it is imported; nothing runs here but compilers
     from tml.plan.report import decode_table, train_table
     from tml.plan.topology import open_topology

@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 from absl import app, flags
 
 from launch import pod_jobset, pod_skypilot, pod_slurm
-from launch.app import define_config, read_experiment, run_app
+from launch.app import as_usage, define_config, new_folder, read_experiment, run_app
 from launch.pod_job import PodJob, check_mesh, job_name, settings_for, train_command
-from launch.pod_topology import parse_topology
+from launch.pod_topology import Topology, parse_topology
 from tml.config import check_platform, config_hash
 from tml.xla_flags import xla_flags
 
@@ -74,9 +74,11 @@ def main(argv: list[str]) -> int:
     if target is None or not _TOPOLOGY.value or not _OUT.value:
         raise app.UsageError("--target, --topology and --out are needed, as in --target=gke --topology=v5p:8x8x8")
     check_flags(target)
-    job = read_job(target)
-    name, text, submit = RENDERERS[target](job)
-    file = Path(_OUT.value) / name
+    folder = new_folder("out", _OUT.value)
+    with as_usage():
+        job = read_job(target)
+        name, text, submit = RENDERERS[target](job)
+    file = folder / name
     if file.exists() and file.read_text() != text and not _OVERWRITE.value:
         raise ValueError(f"{file} is there and says something else; give another --out, or --overwrite")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,7 @@ def read_job(target: Target) -> PodJob:
     """
     experiment = read_experiment(_CONFIG)
     topology = parse_topology(_TOPOLOGY.value, _NUM_SLICES.value)
+    check_target(target, topology)
     if target is Target.SKYPILOT:
         topology = pod_skypilot.with_hosts(topology)
     check_mesh(experiment, topology)
@@ -131,6 +134,19 @@ def read_job(target: Target) -> PodJob:
     )
 
 
+def check_target(target: Target, topology: Topology) -> None:
+    """Checks that the target has machines of this kind.
+
+    Raises:
+        ValueError: it has none.
+    """
+    chip = topology.chip
+    if target is Target.GKE and not topology.machines.gke_name:
+        raise ValueError(f"--target=gke is for TPU slices; use --target=slurm or skypilot for {chip.name}")
+    if target is Target.SLURM and chip.is_tpu:
+        raise ValueError(f"--target=slurm is for GPUs; use --target=gke or skypilot for {chip.name}")
+
+
 def config_flags_of(argv: list[str]) -> list[str]:
     """The flags of the config, as they were given.
 
@@ -148,15 +164,11 @@ def config_flags_of(argv: list[str]) -> list[str]:
 
 
 def _gke(job: PodJob) -> tuple[str, str, Callable[[str], str]]:
-    if not job.topology.machines.gke_name:
-        raise ValueError(f"--target=gke is for TPU slices; use --target=slurm or skypilot for {job.topology.chip.name}")
     text = pod_jobset.jobset_text(job, _IMAGE.value, _CLAIM.value, _QUEUE.value)
     return "jobset.yaml", text, pod_jobset.submit_command
 
 
 def _slurm(job: PodJob) -> tuple[str, str, Callable[[str], str]]:
-    if job.topology.machines.gke_name:
-        raise ValueError(f"--target=slurm is for GPUs; use --target=gke or skypilot for {job.topology.chip.name}")
     pod_slurm.check_times(_TIME_LIMIT.value, job.grace_s, _START_TIMEOUT_S.value)
     text = pod_slurm.sbatch_text(job, _TIME_LIMIT.value, _PARTITION.value, _ACCOUNT.value)
     return "job.sbatch", text, pod_slurm.submit_command

@@ -97,7 +97,7 @@ def test_the_hash_depends_on_every_value_and_on_nothing_else():
         (lambda: LossConfig(heard_weight=float("inf")), r"loss.heard_weight = inf must be 0 or greater, and finite"),
         (
             lambda: Experiment(name="x", model=ModelConfig(row_parts=3)),
-            r"rows_per_batch = 8 .* model.row_parts \(3\) = 3; .* is 9; model.row_parts = 1 takes no parts",
+            r"rows_per_batch = 8 .* model.row_parts \(3\) = 3; .* is 9; or set model.row_parts = 1",
         ),
         (lambda: from_json('{"name": "x", "modle": {}}'), r"unknown key config.modle; did you mean model"),
         (

@@ -14,8 +14,9 @@ COMMON = {"name": "x", "split": "train", "num_sessions": 7, "num_shards": 3, "me
 @pytest.mark.slow
 def test_beam_writes_the_bytes_of_the_local_processes(tmp_path):
     task = BehaviourTask(seed=9)
-    beam = generate_with_beam(tmp_path / "beam", task, attachments={"licences/a.txt": b"free"}, **COMMON)
-    local = generate(tmp_path / "local", task, num_workers=1, **COMMON)
+    licences = {"licences/a.txt": b"free"}
+    beam = generate_with_beam(tmp_path / "beam", task, attachments=licences, **COMMON)
+    local = generate(tmp_path / "local", task, num_workers=1, attachments=licences, **COMMON)
     assert read_manifest(tmp_path / "beam") == read_manifest(tmp_path / "local")
     assert (beam.sessions, beam.audio_s, beam.tags, beam.answers) == (
         local.sessions, local.audio_s, local.tags, local.answers,

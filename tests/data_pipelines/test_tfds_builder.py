@@ -59,6 +59,10 @@ def test_documents_too_and_no_writing_over(tmp_path):
     write_documents(tmp_path / "texts", [Document(document_id="a", text="two")], name="texts", overwrite=True)
     assert write_tfds(tmp_path / "texts", tmp_path / "theirs", overwrite=True) == directory
     assert decode_document(TfdsRecords(directory)[0]).text == "two"
+    (directory / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which TFDS did not write"):
+        write_tfds(tmp_path / "texts", tmp_path / "theirs", overwrite=True)
+    assert (directory / "notes.txt").read_text() == "mine"
 
 
 def test_an_export_that_fails_leaves_the_old_one(tmp_path):

@@ -283,6 +283,13 @@ def test_an_export_writes_over_nothing_else(imported: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
+def test_an_import_begins_in_no_folder_of_others(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear reader")
+    with pytest.raises(ValueError, match=r"holds files, but no inkling/, so no import began there; name another"):
+        import_folder(saved, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
 def test_the_download_that_a_run_came_from_is_not_written_over(saved: Path, imported: Path, tmp_path: Path) -> None:
     download = shutil.copytree(saved, tmp_path / "download")
     (download / "README.md").write_text("of others")

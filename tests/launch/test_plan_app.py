@@ -38,6 +38,27 @@ def test_flags_that_would_be_ignored_are_refused(flags: tuple[str, ...], message
     assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
 
 
+@pytest.mark.parametrize(
+    ("config", "topology", "message"),
+    [
+        ("quickstart.py", "v5q:2x2x2", "unknown chip 'v5q'; did you mean v5p or v5e?"),
+        ("quickstart.py", "v5p:2x2", "must give 3 sizes"),
+        (
+            "interaction_1b.py:h100",
+            "h100:1x1x8",
+            "interaction_1b.py has no settings to choose of, so :h100 says nothing",
+        ),
+        ("interaction_276b.py:nope", "h100:1x1x8", "interaction_276b has no settings for pod 'nope'; choose of v5p"),
+        ("interaction_2b.py", "h100:1x1x8", "there is no config file experiments/interaction_2b.py; did you mean"),
+    ],
+)
+def test_what_is_no_pod_and_no_config_is_said_in_a_line(config: str, topology: str, message: str):
+    done = run(f"--config=experiments/{config}", f"--topology={topology}")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.slow
 def test_a_plan_for_eight_gpus(tmp_path: Path):
     pytest.importorskip("jax_cuda12_plugin")

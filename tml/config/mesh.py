@@ -91,7 +91,7 @@ def check_splits(mesh: MeshConfig, splits: Sequence[Split]) -> None:
             raise ValueError(
                 f"{split.name} = {split.size} is not a multiple of {' * '.join(factors)} = {divisor}; "
                 f"the nearest valid value is {nearest_multiple(split.size, divisor)}; "
-                f"{''.join(f'{name} = 1 takes no parts; ' for name, count in split.parts if count > 1)}"
+                f"{''.join(f'or set {name} = 1; ' for name, count in split.parts if count > 1)}"
                 f"{describe_nearest(mesh, mesh.num_devices, splits)}"
             )
 

@@ -64,7 +64,7 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int | None = 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: something that this import does not know, or that does not fit together.
-        CheckpointError: the run folder holds another checkpoint already.
+        CheckpointError: the folder holds another checkpoint already, or files that are no import of ours.
     """
     source = TensorFolder(folder)
     config = read_config(folder)
@@ -86,6 +86,10 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int | None = 
     if committed_steps(workdir):
         _refuse_another(source, workdir, experiment)
         return experiment
+    if not (workdir / KEEPSAKE).is_dir() and workdir.is_dir() and any(workdir.iterdir()):
+        raise CheckpointError(
+            f"{workdir} holds files, but no {KEEPSAKE}/, so no import began there; name another folder"
+        )
     _keep(source, workdir / KEEPSAKE)
     carry(voice, workdir)
     if tokenizer:
