@@ -155,9 +155,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _check_overrides(argv)
         return FLAGS(argv)
     except KeyError as error:
-        sys.exit(
-            _complain(f"a --config override names {error.args[0]}; only the config file can add such a key", EXIT_USAGE)
-        )
+        # ml_collections: the key, and sometimes: Did you mean "this" instead of "that"?
+        found = re.fullmatch(r"(.*?)(?:\s+Did you mean \"(.*)\" instead of .*)?", str(error.args[0]), re.DOTALL)
+        key, near = found.groups() if found else (error.args[0], None)
+        way_out = f"did you mean {near!r}?" if near else "only the config file can add such a key"
+        sys.exit(_complain(f"a --config override names {key}; {way_out}", EXIT_USAGE))
     except (flags.Error, app.UsageError, AttributeError, TypeError, ValueError, OSError) as error:
         sys.exit(_complain(_readable(error), EXIT_USAGE))
 
