@@ -181,16 +181,19 @@ class RecordWriter:
             shutil.rmtree(self._staging)
             return
         counts = [len(range(i, self._count, len(self._paths))) for i in range(len(self._paths))]
-        shards = [_sealed(path, count) for path, count in zip(self._paths, counts, strict=True)]
-        commit(
-            self._staging,
-            self._directory,
-            shards,
-            kind=self._kind,
-            name=self._name,
-            meta=self._meta,
-            overwrite=self._overwrite,
-        )
+        try:
+            commit(
+                self._staging,
+                self._directory,
+                [_sealed(path, count) for path, count in zip(self._paths, counts, strict=True)],
+                kind=self._kind,
+                name=self._name,
+                meta=self._meta,
+                overwrite=self._overwrite,
+            )
+        except BaseException:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            raise
 
     def write(self, data: bytes) -> None:
         """Appends one record."""

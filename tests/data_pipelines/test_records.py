@@ -121,6 +121,7 @@ def test_overwriting_deletes_nothing_else(data_set, name, said, comes_late):
         write()
     assert file.read_text() == "mine"
     assert len(RecordSource(data_set)) == 20
+    assert not list(data_set.parent.glob(".*")), "nothing unfinished is left"
 
 
 def test_failed_writer_leaves_nothing(tmp_path):
