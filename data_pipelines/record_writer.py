@@ -17,16 +17,15 @@ from pathlib import Path
 from array_record.python import array_record_module
 
 from data_pipelines.records import MANIFEST_NAME, SCHEMA_VERSION, Manifest, RecordKind, Shard, shard_name
+from tml.foreign_files import files_of, foreign_files
 from tml.session import Session, session_to_bytes
 
 REPLACED = "-replaced"
 # One record a chunk: random reads are ten times faster than with 16 (3 % larger files).
 COMPRESSED = "group_size:1,zstd:1"
 UNCOMPRESSED = "group_size:1,uncompressed"
-DERIVED = re.compile(r"\.?(encoded|layout|rows)-[0-9a-f]{12}")
-"""How the names begin of what is made of a data set: encoded records, their places under a layout, their rows."""
-MAX_NAMED = 3
-"""So many files an error names."""
+DERIVED = re.compile(r"\.?(encoded|layout|rows)-[0-9a-f]{12}([-.][^/]*)?/")
+"""How paths begin of what is made of a data set, unfinished or whole: encoded records, their layouts, their rows."""
 
 
 def stage(directory: Path | str, *, overwrite: bool = False) -> Path:
@@ -85,7 +84,7 @@ def commit(
         (staging / path).parent.mkdir(parents=True, exist_ok=True)
         (staging / path).write_bytes(data)
     shards = tuple(shards)
-    beside = tuple(name for name in _files(staging) if name not in {shard.file for shard in shards})
+    beside = tuple(name for name in files_of(staging) if name not in {shard.file for shard in shards})
     manifest = Manifest(kind=RecordKind(kind), name=name, shards=shards, meta=dict(meta or {}), attachments=beside)
     body = json.dumps({"schema": SCHEMA_VERSION, **asdict(manifest)}, indent=2)
     with open(staging / MANIFEST_NAME, "w") as file:
@@ -122,16 +121,9 @@ def _refuse_others(directory: Path, overwrite: bool) -> None:
         own = {MANIFEST_NAME, *(shard["file"] for shard in body["shards"]), *body.get("attachments", ())}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a data set manifest ({error!r}); {way_out}") from error
-    others = [name for name in _files(directory) if name not in own and not DERIVED.match(name)]
+    others = foreign_files(directory, lambda name: name in own or DERIVED.match(name))
     if others:
-        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
-        raise ValueError(f"{directory} holds {', '.join(others[:MAX_NAMED])}{more} beside its data set; {way_out}")
-
-
-def _files(directory: Path) -> list[str]:
-    """Relative paths of everything in a directory but directories."""
-    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.relative_to(directory).as_posix() for path in found)
+        raise ValueError(f"{directory} holds {others} beside its data set; {way_out}")
 
 
 def _sealed(path: Path, num_records: int) -> Shard:

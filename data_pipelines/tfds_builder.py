@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines.records import RecordError, RecordKind, RecordSource
+from tml.foreign_files import foreign_files
 from tml.session import Session, SessionError, session_from_bytes
 
 FEATURE = "record"
@@ -91,9 +92,9 @@ def write_tfds(source_dir: Path | str, data_dir: Path | str, *, overwrite: bool 
         directory = Path(_builder(source_dir, data_dir).data_dir)
         if directory.exists() and not overwrite:
             raise ValueError(f"{directory} exists; name another --data_dir, remove it, or overwrite it (--overwrite)")
-        others = [path.name for path in directory.glob("*") if not OWN_FILES.fullmatch(path.name)]
+        others = foreign_files(directory, OWN_FILES.fullmatch)
         if others:
-            raise ValueError(f"{directory} holds {min(others)}, which TFDS did not write; nothing was replaced")
+            raise ValueError(f"{directory} holds {others}, which TFDS did not write; nothing was replaced")
         directory.parent.mkdir(parents=True, exist_ok=True)
         # Beside its place, so that what is there stays until the new one is whole.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".tml-tfds-") as staging:

@@ -96,6 +96,7 @@ def test_overwriting_takes_what_belongs_to_a_data_set_with_it(tmp_path):
         ("set/licences/mine.txt", "set holds licences/mine.txt beside its data set"),
         ("set/other/dataset.json", "set holds other/dataset.json beside its data set"),
         ("set/encoded/notes.txt", "set holds encoded/notes.txt beside its data set"),
+        ("set/encoded-0123456789ab.txt", "set holds encoded-0123456789ab.txt beside its data set"),
         ("wavs/one.wav", "wavs holds files, but no dataset.json"),
         ("parent/set/dataset.json", "parent holds files, but no dataset.json"),
         ("damaged/dataset.json", "is not a data set manifest"),

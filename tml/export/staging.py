@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tml.foreign_files import files_of, foreign_files
+
 MARKER, FORMAT = "tml_export.json", 1
-MAX_NAMED = 3
-"""So many files an error names."""
 
 
 class Kind(enum.StrEnum):
@@ -46,7 +46,7 @@ def whole_folder(folder: Path, kind: Kind, error: type[ValueError]) -> Iterator[
     staging.mkdir(parents=True)
     try:
         yield staging
-        content = {"format": FORMAT, "kind": kind, "files": _files(staging)}
+        content = {"format": FORMAT, "kind": kind, "files": files_of(staging)}
         (staging / MARKER).write_text(json.dumps(content, indent=1) + "\n")
         _refuse_others(folder, kind, error)
     except BaseException:
@@ -76,13 +76,6 @@ def _refuse_others(folder: Path, kind: Kind, error: type[ValueError]) -> None:
         raise error(f"{folder / MARKER} cannot be read ({reason!r}); {way_out}") from reason
     if found != kind:
         raise error(f"{folder} is an export of kind {found}, not {kind}; {way_out}")
-    others = [name for name in _files(folder) if name not in listed]
+    others = foreign_files(folder, listed.__contains__)
     if others:
-        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
-        raise error(f"{folder} holds {', '.join(others[:MAX_NAMED])}{more}, which no export of tml wrote; {way_out}")
-
-
-def _files(folder: Path) -> list[str]:
-    """Relative paths of everything in a folder but folders; a link to a folder counts."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+        raise error(f"{folder} holds {others}, which no export of tml wrote; {way_out}")
