@@ -19,7 +19,7 @@ from data_pipelines.loader import (
     process_batches,
 )
 from data_pipelines.record_writer import SessionWriter
-from data_pipelines.records import RecordKind, read_manifest
+from data_pipelines.records import RecordKind, read_manifest, shard_name
 from data_pipelines.rows import loss_weight_table
 from tml.batch import Batch, max_tiles_per_row
 from tml.codec.audio import pad_frames
@@ -144,6 +144,19 @@ def test_rows_hold_what_the_layout_says(mixture, tokenizer, loader):
             place = here.stop
         for name in ("tokens_BS", "kinds_BS", "segment_ids_BS", "loss_weights_BS", "targets_BS", "levels_BSM"):
             assert not getattr(row, name)[0, place:].any()
+
+
+def test_what_a_loader_keeps_in_a_data_set_is_overwritten_with_it(mixture, loader, tmp_path):
+    loader.rows([0])
+    folders = [
+        shutil.copytree(source.path, tmp_path / name, symlinks=True) for name, source in mixture.data.sources.items()
+    ]
+    kept = {path.name.split("-")[0] for folder in folders for path in folder.rglob("*") if path.is_dir()}
+    assert kept == {"encoded", "layout", "rows"}
+    for folder in folders:
+        with SessionWriter(folder, name="again", overwrite=True):
+            pass
+        assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", shard_name(0, 1)]
 
 
 def test_loss_weights_come_from_the_config():
