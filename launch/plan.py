@@ -45,12 +45,14 @@ def main(argv: list[str]) -> int:
         raise app.UsageError("--topology is missing; name a pod, as in --topology=v5p:8x8x8")
     _refuse_flags()
     experiment = read_experiment(_CONFIG)
-    with as_usage():
-        read_topology(_TOPOLOGY.value)
     os.environ["JAX_PLATFORMS"] = "cpu"  # jax reads it when it is imported; nothing runs here but compilers
     from tml.plan.report import decode_table, train_table
+    from tml.plan.search import check_varied
     from tml.plan.topology import open_topology
 
+    with as_usage():
+        read_topology(_TOPOLOGY.value)
+        check_varied(_SEARCH.value)
     for file in filter(None, (_JSON.value, _HLO.value)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     topology = open_topology(_TOPOLOGY.value, _NUM_SLICES.value)

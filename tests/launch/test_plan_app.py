@@ -31,6 +31,7 @@ def test_a_plan_needs_a_pod():
         (("--search=mesh", "--hlo=x"), "--hlo does not go with --search; leave it out"),
         (("--step=decode", "--tokens=1e9"), "--tokens does not go with --step=decode; leave it out"),
         (("--num_sessions=4",), "--num_sessions does not go with a train step; leave it out"),
+        (("--search=mesk",), "search cannot vary 'mesk'; it can vary mesh, remat, rows"),
     ],
 )
 def test_flags_that_would_be_ignored_are_refused(flags: tuple[str, ...], message: str):

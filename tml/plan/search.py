@@ -16,6 +16,13 @@ ROWS_PER_CHIP = (1, 2, 4, 8)
 VARIED = ("mesh", "remat", "rows")
 
 
+def check_varied(varied: Sequence[str]) -> None:
+    """Raises ValueError unless all words are in VARIED."""
+    unknown = [word for word in varied if word not in VARIED]
+    if unknown:
+        raise ValueError(f"search cannot vary {unknown[0]!r}; it can vary {', '.join(VARIED)}")
+
+
 def candidates(experiment: Experiment, topology: Topology, varied: Sequence[str]) -> Iterator[Experiment]:
     """Every variant whose dimensions the mesh divides and whose state alone fits the chips.
 
@@ -30,9 +37,7 @@ def candidates(experiment: Experiment, topology: Topology, varied: Sequence[str]
     Raises:
         ValueError: a word that is not in VARIED.
     """
-    unknown = [word for word in varied if word not in VARIED]
-    if unknown:
-        raise ValueError(f"search cannot vary {unknown[0]!r}; it can vary {', '.join(VARIED)}")
+    check_varied(varied)
     num_devices = len(topology.devices)
     meshes = all_meshes(num_devices, topology.num_slices) if "mesh" in varied else [experiment.mesh]
     remats = list(Remat) if "remat" in varied else [experiment.model.remat]
