@@ -156,10 +156,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return FLAGS(argv)
     except KeyError as error:
         # ml_collections: the key, and sometimes: Did you mean "this" instead of "that"?
-        found = re.fullmatch(r"(.*?)(?:\s+Did you mean \"(.*)\" instead of .*)?", str(error.args[0]), re.DOTALL)
-        key, near = found.groups() if found else (error.args[0], None)
-        way_out = f"did you mean {near!r}?" if near else "only the config file can add such a key"
-        sys.exit(_complain(f"a --config override names {key}; {way_out}", EXIT_USAGE))
+        key, _, near = str(error.args[0]).partition("Did you mean ")
+        way_out = f"did you mean {near.split()[0]}?" if near else "only the config file can add such a key"
+        sys.exit(_complain(f"a --config override names {key.strip()}; {way_out}", EXIT_USAGE))
     except (flags.Error, app.UsageError, AttributeError, TypeError, ValueError, OSError) as error:
         sys.exit(_complain(_readable(error), EXIT_USAGE))
 
@@ -181,7 +180,7 @@ def _readable(error: Exception) -> str:
         return f"config file {file} cannot be loaded: {found.group(2)}"
     folders = (file.parent, Path("experiments"))
     found_there = {other for folder in folders for other in folder.glob("*.py")}
-    known = sorted(str(other) for other in found_there if "def get_config(" in other.read_text())
+    known = sorted(str(other) for other in found_there if "def get_config(" in other.read_text(errors="replace"))
     return f"there is no config file {file}" + (f"; {nearest_keys(str(file), known)}" if known else "")
 
 

@@ -137,7 +137,7 @@ def launch(*arguments: str) -> tuple[int, str, str]:
         ([QUICKSTART, "--config.optim.peak_lr=fast"], "config.optim.peak_lr = 'fast' is not a number"),
         ([QUICKSTART, "--config.turn.turn_ms=130"], "turn.turn_ms = 130 is not a multiple of the audio hop, 50 ms"),
         ([QUICKSTART, "--config.data.sources.other.weight=1"], "names 'other'; only the config file can add"),
-        ([QUICKSTART, "--config.data.sources.request.weight=1"], "names 'request'; did you mean 'requests'?"),
+        ([QUICKSTART, "--config.data.sources.request.weight=1"], "names 'request'; did you mean \"requests\"?"),
         ([QUICKSTART, "--config.train.num_steps.x=1"], "config.train.num_steps is a single value"),
         ([QUICKSTART, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ([QUICKSTART, "more"], "unknown arguments ['more']"),
