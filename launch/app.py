@@ -86,7 +86,7 @@ def run_app(main: Callable[[list[str]], int | None]) -> None:
     app.run(lambda argv: sys.exit(_guarded(main, argv)), flags_parser=_parse_flags)
 
 
-def new_folder(flag: str, folder: Path | str) -> Path:
+def output_folder(flag: str, folder: Path | str) -> Path:
     """The folder that a command is to write; it may be there.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from launch.app import new_folder, prepare_jax, run_app
+from launch.app import output_folder, prepare_jax, run_app
 from launch.progress import Progress
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     if not _MODEL.value:
         raise app.UsageError("--model is missing; name a run folder or a bundle, as in --model=runs/quickstart")
     if _OUT.value:
-        new_folder("out", _OUT.value)
+        output_folder("out", _OUT.value)
     _refuse_flags(_SUITE.value)
     controls = _read_controls() if _SUITE.value == "duplex" else ()
     prepare_jax()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from launch.app import FLAGS, new_folder, prepare_jax, run_app
+from launch.app import FLAGS, output_folder, prepare_jax, run_app
 from tml.export.staging import Kind
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder, or a bundle.")
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         raise app.UsageError("--workdir and --out are needed, as in --workdir=runs/quickstart --out=exports/quickstart")
     if _FORMAT.value is not Kind.HF and FLAGS["stored_as"].present:
         raise app.UsageError(f"--stored_as is of --format=hf; {_FORMAT.value} is stored in float32")
-    out = new_folder("out", _OUT.value)
+    out = output_folder("out", _OUT.value)
     prepare_jax()
     what = WRITERS[_FORMAT.value](Path(_WORKDIR.value), _STEP.value, out)
     size_mb = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6

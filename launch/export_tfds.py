@@ -7,7 +7,7 @@ import time
 
 from absl import app, flags
 
-from launch.app import new_folder, run_app
+from launch.app import output_folder, run_app
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("source", None, "Directory of the data set.")
@@ -19,7 +19,7 @@ def main(_: list[str]) -> int:
     """Writes it, reads it back and prints where it is."""
     if not FLAGS.source or not FLAGS.data_dir:
         raise app.UsageError("--source names a data set and --data_dir where the TFDS data set goes")
-    new_folder("data_dir", FLAGS.data_dir)
+    output_folder("data_dir", FLAGS.data_dir)
     from data_pipelines.tfds_builder import TfdsRecords, write_tfds  # slow to import
 
     begun = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from launch.app import new_folder, prepare_jax, run_app
+from launch.app import output_folder, prepare_jax, run_app
 
 _HF_DIR = flags.DEFINE_string("hf_dir", "", "Folder with config.json and safetensors.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder that is made.")
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     """Imports, and says what came in."""
     if not _HF_DIR.value or not _WORKDIR.value:
         raise app.UsageError("--hf_dir and --workdir are needed, as in --hf_dir=downloads/X --workdir=runs/x")
-    workdir = new_folder("workdir", _WORKDIR.value)
+    workdir = output_folder("workdir", _WORKDIR.value)
     prepare_jax()
     from tml.export.inkling_import import import_folder
     from tml.flops import param_table, param_table_text

@@ -22,7 +22,7 @@ from data_pipelines.forced_alignment import ForcedAligner
 from data_pipelines.importing import FailedFilesError, ImportSummary
 from data_pipelines.pictures_importer import PICTURE_SUFFIXES, read_picture
 from data_pipelines.stereo_importer import MAIN_SPEAKER, Channel, Recording, find_recordings, read_recording
-from launch.app import new_folder, run_app
+from launch.app import output_folder, run_app
 from launch.progress import Progress
 
 FLAGS = flags.FLAGS
@@ -152,7 +152,7 @@ def main(_: list[str]) -> int:
     """Imports and prints what was written and what failed."""
     if not FLAGS.format or not FLAGS.source or not FLAGS.out:
         raise app.UsageError("--format says what is in the folder --source, and --out names the new data set")
-    new_folder("out", FLAGS.out)
+    output_folder("out", FLAGS.out)
     for other, names in _OWN_FLAGS.items():
         own = _OWN_FLAGS[FLAGS.format]
         foreign = [f"--{name}" for name in names if name not in own and FLAGS[name].present]

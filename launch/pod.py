@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from absl import app, flags
 
 from launch import pod_jobset, pod_skypilot, pod_slurm
-from launch.app import as_usage, define_config, new_folder, read_experiment, run_app
+from launch.app import as_usage, define_config, output_folder, read_experiment, run_app
 from launch.pod_job import PodJob, check_mesh, job_name, settings_for, train_command
 from launch.pod_topology import Topology, parse_topology
 from tml.config import check_platform, config_hash
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     if target is None or not _TOPOLOGY.value or not _OUT.value:
         raise app.UsageError("--target, --topology and --out are needed, as in --target=gke --topology=v5p:8x8x8")
     check_flags(target)
-    folder = new_folder("out", _OUT.value)
+    folder = output_folder("out", _OUT.value)
     with as_usage():
         job = read_job(target)
         name, text, submit = RENDERERS[target](job)

@@ -15,7 +15,7 @@ from absl import app, flags
 
 from data_pipelines import prompts
 from data_pipelines.generate import SessionTask, generate
-from launch.app import new_folder, run_app
+from launch.app import output_folder, run_app
 from launch.progress import Progress
 
 FLAGS = flags.FLAGS
@@ -55,7 +55,7 @@ def main(_: list[str]) -> int:
     """Fetches the packages, writes the data sets and prints what is in them."""
     if not FLAGS.out:
         raise app.UsageError("--out names the directory for the data sets")
-    new_folder("out", FLAGS.out)
+    output_folder("out", FLAGS.out)
     cache = Path(FLAGS.cache).expanduser().absolute()
     for name in FLAGS.sets:
         {"digits": _write_digits, "silence": _write_silence}[name](cache)

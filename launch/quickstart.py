@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.app import new_folder, run_app
+from launch.app import output_folder, run_app
 from launch.child import run_child
 
 _DATA = flags.DEFINE_string("data", "data/quickstart", "Folder of the data sets.")
@@ -29,7 +29,7 @@ _HUMAN = flags.DEFINE_bool("human", True, "Also test on human digits, from a Deb
 def main(argv: list[str]) -> int:
     """Runs every step, then prints the report."""
     begun = time.monotonic()
-    data, workdir = new_folder("data", _DATA.value), new_folder("workdir", _WORKDIR.value)
+    data, workdir = output_folder("data", _DATA.value), output_folder("workdir", _WORKDIR.value)
     config = [
         f"--config={_CONFIG.value}",
         f"--config.text.tokenizer={data}/tokenizer",

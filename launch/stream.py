@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from launch.app import EXIT_INTERRUPTED, FLAGS, new_folder, prepare_jax, run_app
+from launch.app import EXIT_INTERRUPTED, FLAGS, output_folder, prepare_jax, run_app
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
         )
     if not Path(_WAV.value).is_file():
         raise FileNotFoundError(f"--wav={_WAV.value}: there is no such file")
-    new_folder("out", _OUT.value)
+    output_folder("out", _OUT.value)
     of_worker = [name for name in ("worker_model", "worker_sends", "worker_frames") if FLAGS[name].present]
     if of_worker and not _WORKER.value:
         raise app.UsageError(f"--{of_worker[0]} is of a worker; name one by --worker")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from launch.app import new_folder, run_app
+from launch.app import output_folder, run_app
 from launch.sweep_report import write_report
 from launch.sweep_runs import load, missing, runs_of, train
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     if not _GRID.value:
         raise app.UsageError("--grid is missing; name a grid, as in --grid=experiments/ablations/control.py")
     grid = load(_GRID.value, "get_grid")
-    workdir = new_folder("workdir", _WORKDIR.value or f"runs/ablations/{Path(_GRID.value).stem}")
+    workdir = output_folder("workdir", _WORKDIR.value or f"runs/ablations/{Path(_GRID.value).stem}")
     runs = runs_of(grid, workdir)
     print(f"{len(runs)} runs, {len(grid.variants)} variants of {grid.base} by {len(grid.seeds)} seeds, in {workdir}")
     failures: dict[str, str] = {}

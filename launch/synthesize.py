@@ -25,7 +25,7 @@ from data_pipelines.generate import GenerateSummary, generate, sessions_for, sha
 from data_pipelines.request_session import PACES, SPLITS
 from data_pipelines.request_task import RequestTask
 from data_pipelines.voices import MAKERS, draw_speaker, licences
-from launch.app import new_folder, run_app
+from launch.app import output_folder, run_app
 from launch.progress import Progress
 from tml.session import Behaviour
 
@@ -161,7 +161,7 @@ def main(_: list[str]) -> int:
     """Makes the data set and prints what is in it."""
     if not FLAGS.out:
         raise app.UsageError("--out names the directory of the new data set")
-    new_folder("out", FLAGS.out)
+    output_folder("out", FLAGS.out)
     if FLAGS.hours is not None and FLAGS["num_sessions"].present:
         raise app.UsageError("--hours and --num_sessions both say how much to make; leave one out")
     task, name = _task(), Path(FLAGS.out).absolute().name

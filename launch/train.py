@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from launch import processes
-from launch.app import EXIT_INTERRUPTED, define_config, new_folder, prepare_jax, read_experiment, run_app
+from launch.app import EXIT_INTERRUPTED, define_config, output_folder, prepare_jax, read_experiment, run_app
 from launch.processes import Place, agree, join, read_place, run_identity, together
 from launch.run_folder import (
     Change,
@@ -49,7 +49,7 @@ flags.adopt_module_key_flags(processes)
 def main(argv: list[str]) -> int:
     """Checks the config and the run folder, then trains."""
     experiment, place = read_experiment(_CONFIG), read_place()
-    workdir = new_folder("workdir", _WORKDIR.value or f"runs/{experiment.name}")
+    workdir = output_folder("workdir", _WORKDIR.value or f"runs/{experiment.name}")
     is_first = place is None or place.process_id == 0
     if _PRINT_CONFIG.value and is_first:
         print(to_json(experiment))

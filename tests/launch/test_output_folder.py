@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from absl import app
 
-from launch.app import new_folder
+from launch.app import output_folder
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_folder_may_be_there_or_not(tmp_path: Path):
     for folder in (tmp_path, tmp_path / "a", tmp_path / "a/b/c", Path("runs/x")):
-        assert new_folder("out", str(folder)) == folder
+        assert output_folder("out", str(folder)) == folder
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_a_folder_may_be_there_or_not(tmp_path: Path):
 def test_a_file_in_its_way_is_named(tmp_path: Path, name: str, message: str):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(app.UsageError, match=message):
-        new_folder("out", tmp_path / name)
+        output_folder("out", tmp_path / name)
 
 
 @pytest.mark.parametrize(
