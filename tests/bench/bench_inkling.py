@@ -50,7 +50,7 @@ from tml.config import (
 )
 from tml.export.inkling_import import import_folder
 from tml.flops import measure_matmul_rate, param_table, row_flops
-from tml.mesh import make_mesh
+from tml.mesh import make_mesh, param_sharding
 from tml.microturn import Kind, Target
 from tml.model import cache, transformer
 from tml.train_step import first_state, make_train_step, to_devices
@@ -120,7 +120,8 @@ class Pair:
         mesh = make_mesh(experiment.mesh)
         step = make_train_step(experiment, mesh)
         batch = to_devices(text_rows(self.tokens), mesh)
-        state = first_state(self.params, experiment, mesh)
+        params = jax.device_put(self.params, param_sharding(transformer.specs(MODEL), mesh))
+        state = first_state(params, experiment, mesh)
 
         def run() -> float:
             nonlocal state
@@ -234,6 +235,7 @@ def train(side: str, experts: str, asked: Connection) -> None:
     prepare_jax()
     pair = Pair(experts)
     run = pair.train_ours() if side == "tml" else pair.train_theirs()
+    del pair  # and with it the other side's weights
     while asked.recv():
         rate = measure_matmul_rate(jax.local_devices(), seconds=0.1) if side == "tml" else torch_matmul_rate()
         start = time.perf_counter()
