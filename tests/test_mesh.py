@@ -55,6 +55,10 @@ def test_a_mesh_for_another_number_of_devices_names_one_that_fits():
         ({"expert": 8}, r"num_experts = 4 is not a multiple of mesh.expert \(8\) = 8; .* 'expert': 4, 'context': 1"),
         ({"context": 3}, r"row_slots = 32 is not a multiple of mesh.context \(3\) = 3; .*; no mesh of 3 devices fits"),
         ({"fsdp": 16, "context": 2}, r"d_model = 16 is not a multiple of mesh.fsdp \(16\) \* .* = 32; "),
+        (
+            {"tensor": 3},
+            r"num_heads = 2 .* is 3; .*num_kv_heads = 1 .* is 3; .*expert_dim = 8 .*vocab_size = 32 .* no mesh of 3",
+        ),
     ],
 )
 def test_every_split_dimension_must_divide(sizes: dict[str, int], message: str):

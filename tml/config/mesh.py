@@ -80,20 +80,24 @@ class Split(NamedTuple):
 def check_splits(mesh: MeshConfig, splits: Sequence[Split]) -> None:
     """Raises ValueError unless the mesh divides every dimension.
 
-    The error names the dimension, the axes, their sizes, the nearest size that they would divide,
-    and the nearest mesh of as many devices that fits everything.
+    The error names every dimension that it does not divide, the axes, their sizes and the nearest size that they would
+    divide, and the nearest mesh of as many devices that fits everything.
     """
-    for split in splits:
-        divisor = split.divisor(mesh)
-        if split.size % divisor:
-            factors = [f"mesh.{axis} ({mesh.shape[axis]})" for axis in split.axes]
-            factors += [f"{name} ({count})" for name, count in split.parts if count > 1]
-            raise ValueError(
-                f"{split.name} = {split.size} is not a multiple of {' * '.join(factors)} = {divisor}; "
-                f"the nearest valid value is {nearest_multiple(split.size, divisor)}; "
-                f"{''.join(f'or set {name} = 1; ' for name, count in split.parts if count > 1)}"
-                f"{describe_nearest(mesh, mesh.num_devices, splits)}"
-            )
+    wrong = [_describe(split, mesh) for split in splits if split.size % split.divisor(mesh)]
+    if wrong:
+        raise ValueError("; ".join((*wrong, describe_nearest(mesh, mesh.num_devices, splits))))
+
+
+def _describe(split: Split, mesh: MeshConfig) -> str:
+    """A dimension that the mesh does not divide."""
+    divisor, parts = split.divisor(mesh), [(name, count) for name, count in split.parts if count > 1]
+    factors = [f"mesh.{axis} ({mesh.shape[axis]})" for axis in split.axes]
+    factors += [f"{name} ({count})" for name, count in parts]
+    return (
+        f"{split.name} = {split.size} is not a multiple of {' * '.join(factors)} = {divisor}; "
+        f"the nearest valid value is {nearest_multiple(split.size, divisor)}"
+        f"{''.join(f'; or set {name} = 1' for name, _ in parts)}"
+    )
 
 
 def check_slices(mesh: MeshConfig, num_slices: int) -> None:
