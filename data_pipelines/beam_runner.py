@@ -9,7 +9,6 @@ that all machines mount. The manifest is written at the end, by the program that
 import functools
 import json
 import os
-import shutil
 import time
 import uuid
 from collections import Counter
@@ -77,8 +76,7 @@ def generate_with_beam(
         raise ValueError("Apache Beam is not installed; pip install -e '.[beam]'") from error
     num_shards = min(num_shards, num_sessions)
     begun = time.monotonic()
-    staging = stage(directory, overwrite=overwrite)
-    try:
+    with stage(directory, overwrite=overwrite) as staging:
         jobs = [
             _Job(task=task, split=split, path=str(staging / shard_name(i, num_shards)), first=first, last=last)
             for i, (first, last) in enumerate(shard_bounds(num_sessions, num_shards))
@@ -100,9 +98,6 @@ def generate_with_beam(
             attachments=attachments,
             overwrite=overwrite,
         )
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     summary.wall_s = time.monotonic() - begun
     return summary
 

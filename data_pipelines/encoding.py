@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from data_pipelines.documents import read_document
 from data_pipelines.encoded import (
+    QUARANTINE_NAME,
     EncodedDocument,
     EncodedSource,
     Header,
@@ -121,8 +121,7 @@ def encode_dataset(
     if is_complete(directory):
         return EncodedSource(directory, header)
     records = RecordSource(source)
-    staging = stage(directory, overwrite=True)
-    try:
+    with stage(directory, overwrite=True) as staging:
         encoder = _Encoder(source=records, header=header, model=model, tokenizer=tokenizer)
         shards, quarantined = _write_all(encoder, staging, num_workers, progress)
         check_fraction(quarantined, len(records), max_quarantined_fraction, str(source))
@@ -130,9 +129,6 @@ def encode_dataset(
         meta = {"header": json.dumps(header), "num_quarantined": str(len(quarantined))}
         name = f"{records.manifest.name}, encoded"
         commit(staging, directory, shards, kind=RecordKind.ENCODED, name=name, meta=meta, overwrite=True)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return EncodedSource(directory, header)
 
 
@@ -162,8 +158,10 @@ def texts_of(source: Path | str) -> Iterator[str]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether encoded records are there and every shard has the size that the manifest states."""
-    return (directory / MANIFEST_NAME).is_file() and not faults(directory)
+    """Whether encoded records are there, with every file that the manifest lists and shards of the sizes it states."""
+    if not (directory / MANIFEST_NAME).is_file() or faults(directory):
+        return False
+    return all((directory / name).is_file() for name in (QUARANTINE_NAME, *read_manifest(directory).attachments))
 
 
 def _write_all(

@@ -4,7 +4,6 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections import Counter
@@ -126,15 +125,14 @@ def generate(
             raise ValueError(f"{label} = {value} must be at least 1")
     num_shards = min(num_shards, num_sessions)
     begun = time.monotonic()
-    staging = stage(directory, overwrite=overwrite)
     summary = GenerateSummary()
     shards: list[Shard] = []
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("q", 0), context.Event()
-    pool = concurrent.futures.ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_begin_worker, initargs=(counter, stop, os.getpid())
-    )
-    try:
+    with stage(directory, overwrite=overwrite) as staging:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            num_workers, mp_context=context, initializer=_begin_worker, initargs=(counter, stop, os.getpid())
+        )
         try:
             jobs = [
                 pool.submit(_write, task, split, staging / shard_name(i, num_shards), first, last)
@@ -165,9 +163,6 @@ def generate(
             attachments=attachments,
             overwrite=overwrite,
         )
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     summary.wall_s = time.monotonic() - begun
     return summary
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -126,7 +125,6 @@ def write_sessions(
     total = len(items) + len(failures)
     if not items:
         check_failures(failures, total, max_failed_fraction)
-    staging = stage(directory, overwrite=overwrite)
 
     def records(first: int, last: int) -> Iterator[bytes]:
         for index in range(first, last):
@@ -141,7 +139,7 @@ def write_sessions(
                 yield data
             progress(index + 1)
 
-    try:
+    with stage(directory, overwrite=overwrite) as staging:
         num_shards = min(num_shards, len(items))
         bounds = [len(items) * i // num_shards for i in range(num_shards + 1)]
         # Sound is FLAC already: compressing it again only takes time.
@@ -161,9 +159,6 @@ def write_sessions(
             meta={**(meta or {}), **counted, "failures": json.dumps(listed, ensure_ascii=False)},
             overwrite=overwrite,
         )
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     summary.wall_s = time.monotonic() - begun
     return summary
 

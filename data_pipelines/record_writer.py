@@ -1,16 +1,15 @@
 """Writes data sets: into a hidden directory beside their place, renamed when whole, so a killed writer leaves no half.
 
 A data set replaces another one only where nobody put anything else into its directory: the manifest lists its files,
-and what is made of a data set and kept in its directory has names of its own (`DERIVED`).
+and what is made of a data set and kept in its directory has names of its own, down to its files (`DERIVED`).
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
-import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,47 +18,47 @@ from array_record.python import array_record_module
 from data_pipelines.records import MANIFEST_NAME, SCHEMA_VERSION, Manifest, RecordKind, Shard, shard_name
 from tml.foreign_files import files_of, foreign_files
 from tml.session import Session, session_to_bytes
+from tml.whole_folder import put_in_place, staged
 
-REPLACED = "-replaced"
 # One record a chunk: random reads are ten times faster than with 16 (3 % larger files).
 COMPRESSED = "group_size:1,zstd:1"
 UNCOMPRESSED = "group_size:1,uncompressed"
-DERIVED = re.compile(r"\.?(encoded|layout|rows)-[0-9a-f]{12}([-.][^/]*)?/")
-"""How paths begin of what is made of a data set, unfinished or whole: encoded records, their layouts, their rows."""
+_HASH, _SHARD = "[0-9a-f]{12}", r"shard-\d+-of-\d+\.array_record"
+_LAYOUT_FILES = r"((tokens|targets|kinds|target_kinds)\.bin|parts\.npz)"
+DERIVED = re.compile(
+    rf"(encoded-{_HASH}|\.encoded-{_HASH}\.[^/]+)/"
+    rf"(dataset\.json|quarantine\.jsonl|{_SHARD}"
+    rf"|(layout-{_HASH}|\.layout-{_HASH}-[^/]+(/layout)?)/{_LAYOUT_FILES}"
+    rf"|rows-{_HASH}/\.?epoch-[^/]+\.npz)"
+)
+"""What is made of a data set in its directory, unfinished or whole: encoded records, their layouts, their rows."""
 
 
-def stage(directory: Path | str, *, overwrite: bool = False) -> Path:
-    """Makes the hidden directory in which a data set is written before `commit` puts it at `directory`.
+@contextmanager
+def stage(directory: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Hands out the hidden directory in which a data set is written before `commit` puts it at `directory`.
+
+    Without `commit` nothing is left of it.
 
     Raises:
         ValueError: something is at `directory`, and `overwrite` is False or it is more than a data set.
     """
     directory = Path(directory).resolve()
-    host, own = socket.gethostname(), str(os.getpid())
-    for left in sorted(directory.parent.glob(f".{directory.name}.partial-{host}-*")):
-        number = left.name.removesuffix(REPLACED).rsplit("-", 1)[1]
-        if number != own and Path(f"/proc/{number}").exists():
-            continue
-        if left.name.endswith(REPLACED) and not directory.exists():
-            # Its writer ended between the two renames of an overwrite.
-            left.rename(directory)
-        else:
-            shutil.rmtree(left)
-    _refuse_others(directory, overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = directory.with_name(f".{directory.name}.partial-{host}-{own}")
-    staging.mkdir()
-    return staging
+    with staged(directory, lambda: _refuse_others(directory, overwrite)) as staging:
+        yield staging
 
 
 def write_shard(path: Path, records: Iterable[bytes], *, options: str = COMPRESSED) -> Shard:
     """Writes one whole shard; worker processes may each write their own files of one staged data set."""
-    writer = array_record_module.ArrayRecordWriter(str(path), options)
     count = 0
+    with _disk_errors(path.parent):
+        writer = array_record_module.ArrayRecordWriter(str(path), options)
     for record in records:
-        writer.write(record)
+        with _disk_errors(path.parent):
+            writer.write(record)
         count += 1
-    writer.close()
+    with _disk_errors(path.parent):
+        writer.close()
     return _sealed(path, count)
 
 
@@ -92,13 +91,7 @@ def commit(
         file.flush()
         os.fsync(file.fileno())
     _refuse_others(directory, overwrite)
-    if directory.exists():
-        replaced = staging.with_name(f"{staging.name}{REPLACED}")
-        directory.rename(replaced)
-        staging.rename(directory)
-        shutil.rmtree(replaced)
-    else:
-        staging.rename(directory)
+    put_in_place(staging, directory)
     return manifest
 
 
@@ -121,9 +114,19 @@ def _refuse_others(directory: Path, overwrite: bool) -> None:
         own = {MANIFEST_NAME, *(shard["file"] for shard in body["shards"]), *body.get("attachments", ())}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a data set manifest ({error!r}); {way_out}") from error
-    others = foreign_files(directory, lambda name: name in own or DERIVED.match(name))
+    others = foreign_files(directory, lambda name: name in own or DERIVED.fullmatch(name))
     if others:
         raise ValueError(f"{directory} holds {others} beside its data set; {way_out}")
+
+
+@contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """What array_record says when a file cannot be written, as an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{directory} cannot be written: {reason}; make room, and run the same again") from error
 
 
 def _sealed(path: Path, num_records: int) -> Shard:
@@ -158,7 +161,8 @@ class RecordWriter:
             raise ValueError(f"num_shards = {num_shards} must be at least 1")
         self._directory, self._kind, self._name = Path(directory), RecordKind(kind), name
         self._meta, self._overwrite = dict(meta or {}), overwrite
-        self._staging = stage(directory, overwrite=overwrite)
+        self._exit = ExitStack()
+        self._staging = self._exit.enter_context(stage(directory, overwrite=overwrite))
         self._paths = [self._staging / shard_name(i, num_shards) for i in range(num_shards)]
         self._writers = [array_record_module.ArrayRecordWriter(str(path), options) for path in self._paths]
         self._count = 0
@@ -167,13 +171,12 @@ class RecordWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        for writer in self._writers:
-            writer.close()
-        if kind is not None:
-            shutil.rmtree(self._staging)
-            return
-        counts = [len(range(i, self._count, len(self._paths))) for i in range(len(self._paths))]
-        try:
+        with self._exit, _disk_errors(self._staging):
+            for writer in self._writers:
+                writer.close()
+            if kind is not None:
+                return
+            counts = [len(range(i, self._count, len(self._paths))) for i in range(len(self._paths))]
             commit(
                 self._staging,
                 self._directory,
@@ -183,13 +186,11 @@ class RecordWriter:
                 meta=self._meta,
                 overwrite=self._overwrite,
             )
-        except BaseException:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            raise
 
     def write(self, data: bytes) -> None:
         """Appends one record."""
-        self._writers[self._count % len(self._writers)].write(data)
+        with _disk_errors(self._staging):
+            self._writers[self._count % len(self._writers)].write(data)
         self._count += 1
 
 

@@ -11,7 +11,6 @@ sound or pictures. `metadata.json` carries the manifest of the source.
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import tensorflow_datasets as tfds
 from data_pipelines.records import RecordError, RecordKind, RecordSource
 from tml.foreign_files import foreign_files
 from tml.session import Session, SessionError, session_from_bytes
+from tml.whole_folder import put_in_place, staged
 
 FEATURE = "record"
 """The name of the only feature."""
@@ -44,6 +44,8 @@ class TmlRecords(tfds.core.GeneratorBasedBuilder):
     def __init__(self, *, source_dir: Path | str, **options: Any) -> None:
         self._source = RecordSource(source_dir)
         name = self._source.manifest.name
+        if "/" in name or name in ("", ".", ".."):
+            raise ValueError(f"{source_dir} has the name {name!r}, which cannot be a directory's; make it with another")
         config = tfds.core.BuilderConfig(name=name, version=_VERSION, description=f"The data set {name}.")
         super().__init__(config=config, **options)
 
@@ -90,25 +92,20 @@ def write_tfds(source_dir: Path | str, data_dir: Path | str, *, overwrite: bool 
     """
     with _silence():
         directory = Path(_builder(source_dir, data_dir).data_dir)
-        if directory.exists() and not overwrite:
-            raise ValueError(f"{directory} exists; name another --data_dir, remove it, or overwrite it (--overwrite)")
-        others = foreign_files(directory, OWN_FILES.fullmatch)
-        if others:
-            raise ValueError(f"{directory} holds {others}, which TFDS did not write; nothing was replaced")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place, so that what is there stays until the new one is whole.
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".tml-tfds-") as staging:
+
+        def check() -> None:
+            if directory.exists() and not overwrite:
+                raise ValueError(
+                    f"{directory} exists; name another --data_dir, remove it, or overwrite it (--overwrite)"
+                )
+            others = foreign_files(directory, OWN_FILES.fullmatch)
+            if others:
+                raise ValueError(f"{directory} holds {others}, which TFDS did not write; nothing was replaced")
+
+        with staged(directory, check) as staging:
             builder = _builder(source_dir, staging)
             builder.download_and_prepare(download_dir=f"{staging}/downloads")
-            replaced = Path(staging) / "replaced"
-            if directory.exists():
-                directory.rename(replaced)
-            try:
-                Path(builder.data_dir).rename(directory)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(directory)
-                raise
+            put_in_place(Path(builder.data_dir), directory)
     return directory
 
 

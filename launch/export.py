@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags
 
 from launch.app import FLAGS, output_folder, prepare_jax, run_app
-from tml.export.staging import Kind
+from tml.whole_folder import Kind
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Run folder, or a bundle.")
 _OUT = flags.DEFINE_string(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 TOP_LEVEL = ("tml", "data_pipelines", "experiments", "launch")
 
 FLOORS = {
-    0: ("config", "dims", "microturn", "session", "calls", "foreign_files"),
+    0: ("config", "dims", "microturn", "session", "calls", "foreign_files", "whole_folder"),
     1: ("mesh", "params", "batch", "flops", "metrics", "xla_flags"),
     2: ("ops", "codec", "timeline"),
     3: ("model",),

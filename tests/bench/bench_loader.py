@@ -58,13 +58,13 @@ def write_set(root: Path, model: ModelConfig, tokenizer: Tokenizer) -> Path:
         writer.write(b"")
     header = codec_header(RecordKind.SESSIONS, model, tokenizer.fingerprint())
     directory = encoded_directory(root / "set", header)
-    staging = stage(directory)
     rng = np.random.default_rng(0)
     records = (pack_session(made_up_session(i, rng, model), pack_header(header)) for i in range(SESSIONS))
-    shard = write_shard(staging / shard_name(0, 1), records, options=UNCOMPRESSED)
-    write_quarantine(staging, [])
-    meta = {"header": json.dumps(header), "num_quarantined": "0"}
-    commit(staging, directory, [shard], kind=RecordKind.ENCODED, name="made up", meta=meta)
+    with stage(directory) as staging:
+        shard = write_shard(staging / shard_name(0, 1), records, options=UNCOMPRESSED)
+        write_quarantine(staging, [])
+        meta = {"header": json.dumps(header), "num_quarantined": "0"}
+        commit(staging, directory, [shard], kind=RecordKind.ENCODED, name="made up", meta=meta)
     return root / "set"
 
 

@@ -42,19 +42,6 @@ def test_round_trip_is_round_robin(data_set):
         source[20]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_data_set_that_was_put_aside_when_its_writer_ended_comes_back(data_set, overwrite):
-    # In a container the next writer may have the same number as the one that was killed.
-    staging = stage(data_set, overwrite=True)
-    data_set.rename(staging.with_name(f"{staging.name}-replaced"))
-    if overwrite:
-        assert stage(data_set, overwrite=True) == staging
-    else:
-        with pytest.raises(ValueError, match="exists and is not empty"):
-            stage(data_set)
-    assert len(RecordSource(data_set)) == 20
-
-
 def test_same_records_same_bytes_other_records_other_identity(data_set, tmp_path):
     for name, changed in (("same", 0), ("other", 1)):
         with RecordWriter(tmp_path / name, kind=RecordKind.DOCUMENTS, name=name, num_shards=3) as writer:
@@ -80,10 +67,10 @@ def write_one(directory, **kwargs) -> None:
 
 def test_overwriting_takes_what_belongs_to_a_data_set_with_it(tmp_path):
     target = tmp_path / "set"
-    staging = stage(target)
-    shard = write_shard(staging / shard_name(0, 1), records(3))
-    attachments = {"licences/a.txt": b"free"}
-    commit(staging, target, [shard], kind=RecordKind.DOCUMENTS, name="set", attachments=attachments)
+    with stage(target) as staging:
+        shard = write_shard(staging / shard_name(0, 1), records(3))
+        attachments = {"licences/a.txt": b"free"}
+        commit(staging, target, [shard], kind=RecordKind.DOCUMENTS, name="set", attachments=attachments)
     assert read_manifest(target).attachments == ("licences/a.txt",)
     write_one(target / "encoded-0123456789ab")
     write_one(target, overwrite=True)
@@ -97,6 +84,12 @@ def test_overwriting_takes_what_belongs_to_a_data_set_with_it(tmp_path):
         ("set/other/dataset.json", "set holds other/dataset.json beside its data set"),
         ("set/encoded/notes.txt", "set holds encoded/notes.txt beside its data set"),
         ("set/encoded-0123456789ab.txt", "set holds encoded-0123456789ab.txt beside its data set"),
+        ("set/encoded-0123456789ab-mine/dataset.json", "set holds encoded-0123456789ab-mine/dataset.json beside its"),
+        ("set/encoded-0123456789ab/notes.txt", "set holds encoded-0123456789ab/notes.txt beside its data set"),
+        (
+            "set/encoded-0123456789ab/rows-0123456789ab/t.csv",
+            "holds encoded-0123456789ab/rows-0123456789ab/t.csv beside",
+        ),
         ("wavs/one.wav", "wavs holds files, but no dataset.json"),
         ("parent/set/dataset.json", "parent holds files, but no dataset.json"),
         ("damaged/dataset.json", "is not a data set manifest"),
@@ -149,10 +142,10 @@ def test_killed_writer_leaves_no_data_set(tmp_path):
 
 
 def test_shards_written_apart_make_one_set(tmp_path):
-    staging = stage(tmp_path / "set")
     parts = [records(5), [], records(3)]
-    shards = [write_shard(staging / shard_name(i, 3), part) for i, part in enumerate(parts)]
-    commit(staging, tmp_path / "set", shards, kind=RecordKind.ENCODED, name="set")
+    with stage(tmp_path / "set") as staging:
+        shards = [write_shard(staging / shard_name(i, 3), part) for i, part in enumerate(parts)]
+        commit(staging, tmp_path / "set", shards, kind=RecordKind.ENCODED, name="set")
     source = RecordSource(tmp_path / "set")
     assert [source[i] for i in range(len(source))] == list(itertools.chain(*parts))
     assert source.manifest.kind is RecordKind.ENCODED

@@ -21,9 +21,9 @@ from tml.checkpoint_pieces import Piece, PiecewiseArray, write_params
 from tml.config import MtpConfig, VocoderConfig, VocoderKind
 from tml.export import bundle
 from tml.export.bundle import BundleError, Model
-from tml.export.staging import Kind, whole_folder
 from tml.model import transformer
 from tml.params import init_params
+from tml.whole_folder import Kind, whole_folder
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_vocoders_program_is_in_the_bundle(model: Model, tmp_path: Path) -> No
 
 
 def test_a_bundle_that_was_put_aside_when_the_process_ended_is_kept(model: Model, folder: Path) -> None:
-    folder.rename(folder.with_name(f".{folder.name}.old"))
+    folder.rename(folder.with_name(f".{folder.name}.replaced-0123abcd"))
     with pytest.raises(KeyboardInterrupt), whole_folder(folder, Kind.BUNDLE, BundleError):
         raise KeyboardInterrupt
     assert bundle.load(folder).experiment == model.experiment

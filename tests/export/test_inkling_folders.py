@@ -23,9 +23,9 @@ from tml.export import inkling_import, inkling_layout
 from tml.export.bundle import by_path
 from tml.export.inkling_export import StoredAs, export_folder
 from tml.export.inkling_import import import_folder
-from tml.export.staging import MARKER
 from tml.export.tensor_folder import INDEX, SINGLE
 from tml.microturn import Kind
+from tml.whole_folder import MARKER
 
 MODEL = inkling_model()
 

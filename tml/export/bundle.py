@@ -6,7 +6,7 @@ params.safetensors    every parameter in float32, by its path
 tokenizer/            the tokenizer's own file
 vocoder/              the vocoder's program, where the voice names one
 bundle.json           format, config hash, checksums
-tml_export.json       by which the next export knows what it may replace (tml.export.staging)
+tml_export.json       by which the next export knows what it may replace (tml.whole_folder)
 """
 
 import hashlib
@@ -24,11 +24,11 @@ from tml.codec.text import Tokenizer
 from tml.codec.vocoder_program import carried, carry
 from tml.config import AudioOutConfig, Experiment, config_hash, to_json
 from tml.config.tree import from_json
-from tml.export.staging import Kind, whole_folder
 from tml.export.tensor_folder import save_tensors
 from tml.microturn import Layout
 from tml.model import transformer
 from tml.params import PyTree, map_specs, spec_leaves
+from tml.whole_folder import Kind, whole_folder
 
 FORMAT = 1
 MARKER = "bundle.json"

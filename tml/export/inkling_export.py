@@ -26,8 +26,8 @@ from tml.export.inkling_import import (
     rows_at_a_time,
 )
 from tml.export.inkling_layout import FLOAT32_NAMES, Part, Tensor
-from tml.export.staging import Kind, whole_folder
 from tml.export.tensor_folder import DTYPES, Planned, write_shards
+from tml.whole_folder import Kind, whole_folder
 
 MAX_SHARD_BYTES = 5 * 10**9
 """What a shard may hold; a larger tensor has one of its own."""

@@ -5,7 +5,7 @@
     init_bB.stablehlo     no sessions yet: the state of B sessions that have not begun
     append_bB.stablehlo   a micro-turn's input slots for B sessions, to the state and the logits after the last one
     decode_bB.stablehlo   one output token for each of B sessions that is active, to the state and the next logits
-    tml_export.json       by which the next export knows what it may replace (tml.export.staging)
+    tml_export.json       by which the next export knows what it may replace (tml.whole_folder)
 
 A server keeps a bucket's state on the device, pads its sessions to the next bucket, and leaves a place idle with
 counts_B = 0 or active_B = false. The tokens that may stand at a place are the server's to choose (tml.stream.engine);
@@ -23,13 +23,13 @@ from jax import export
 
 from tml.config import ModelConfig, config_hash
 from tml.export.bundle import PARAMS, Model, by_path, digest
-from tml.export.staging import Kind, whole_folder
 from tml.export.tensor_folder import save_tensors
 from tml.microturn import Layout
 from tml.model import cache, transformer
 from tml.model.cache import DecodeState, slots_of
 from tml.params import PyTree, abstract_params
 from tml.stream.inputs import TurnInputs
+from tml.whole_folder import Kind, whole_folder
 
 FORMAT = 1
 MARKER = "portable.json"

@@ -1,12 +1,14 @@
 """An export takes the place of an untouched export of its kind, and of nothing else."""
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tml.export.staging import MARKER, Kind, whole_folder
+from tml.whole_folder import MARKER, Kind, put_in_place, staged, whole_folder
 
 
 class OtherError(ValueError):
@@ -108,3 +110,62 @@ def test_what_is_put_there_while_it_is_written_stays(folder: Path) -> None:
     assert (folder / "notes.md").read_text() == "mine"
     assert (folder / "vocoder" / "step.stablehlo").read_text() == "old"
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["out", "out[1]", "o*", "out.partial"])
+def test_only_what_dead_writers_left_of_this_very_folder_is_removed(tmp_path: Path, name: str) -> None:
+    kept = [f".{name}.old", f".{name}.new", f".{name}.partial-mine", f".{name}-1.partial-0123abcd", ".out.partial-é"]
+    for neighbour in (*kept, f".{name}.partial-0123abcd"):
+        add("precious")(tmp_path / neighbour)
+    export(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, name])
+
+
+def test_writers_at_once_do_not_mix(tmp_path: Path) -> None:
+    with staged(tmp_path / "out", lambda: None) as one, staged(tmp_path / "out", lambda: None) as other:
+        for staging in (one, other):
+            add("first", "second")(staging)
+            (staging / "of").write_text(staging.name)
+        put_in_place(one, tmp_path / "out")
+        put_in_place(other, tmp_path / "out")
+    assert contents(tmp_path / "out") == {"first": "mine", "second": "mine", "of": other.name}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_folder_whose_writer_ended_between_the_renames_comes_back(folder: Path, is_good: bool) -> None:
+    if not is_good:
+        add("notes.md")(folder)
+    before = contents(folder)
+    add("half")(folder.with_name(".out.replaced-89abcdef"))  # an earlier one, whose removal was not finished
+    os.utime(folder)  # so that its own is the last that was renamed
+    folder.rename(folder.with_name(".out.replaced-0123abcd"))
+    with pytest.raises(KeyboardInterrupt if is_good else OtherError), whole_folder(folder, Kind.HF, OtherError):
+        raise KeyboardInterrupt
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_the_place_keeps_its_permissions(folder: Path) -> None:
+    folder.chmod(0o2770)
+    export(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o2770
+
+
+def test_a_link_is_followed(folder: Path) -> None:
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    for text in ("new", "newer"):
+        export(link, text)
+        assert link.is_symlink()
+        assert contents(folder)["vocoder/step.stablehlo"] == text
+
+
+def test_what_cannot_be_replaced_is_said_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"/proc is a mount point, which cannot be replaced; name a folder in it"):
+        export(Path("/proc"))
+    monkeypatch.chdir(folder / "vocoder")
+    for name in (".", ".."):
+        with pytest.raises(ValueError, match=r"out.* would be replaced, but is or holds the working directory"):
+            export(Path(name))
+    assert contents(folder)["vocoder/step.stablehlo"] == "old"
