@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tml.config import FREE_MODEL_KEYS, Experiment, SourceConfig, describe, difference, to_json, to_mapping
 from tml.config.tree import from_json
+from tml.foreign_files import foreign_files
 
 if TYPE_CHECKING:
     from tml.codec.text import Tokenizer
@@ -168,10 +169,10 @@ def _take_keepsake(origin: str, workdir: Path) -> None:
     Raises:
         ValueError: something else is in that place.
     """
-    from tml.export.inkling_import import KEEPSAKE, STORED
+    from tml.export.inkling_import import KEEPSAKE, KEPT, STORED
 
     kept, mine = Path(origin) / KEEPSAKE, workdir / KEEPSAKE
-    if (mine / STORED).is_file() and not (mine / "checkpoints").exists():
+    if (mine / STORED).is_file() and not foreign_files(mine, KEPT.__contains__):
         shutil.rmtree(mine)
     if not origin or not (kept / STORED).is_file():
         return
@@ -195,6 +196,7 @@ class locked:  # noqa: N801 (a context manager that reads like a function)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._file.close()
             raise ValueError(f"another process is training in {self._workdir}; choose another --workdir") from None
 
     def __exit__(self, *error: object) -> None:

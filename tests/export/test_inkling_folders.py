@@ -283,11 +283,35 @@ def test_an_export_writes_over_nothing_else(imported: Path, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_an_import_begins_in_no_folder_of_others(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("dear reader")
-    with pytest.raises(ValueError, match=r"holds files, but no inkling/, so no import began there; name another"):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["letter.txt"], r"holds letter.txt, and no inkling/stored.json, so no import began there; name another"),
+        (["config.json"], "holds config.json, and no inkling/stored.json"),
+        (["inkling/checkpoints/8/manifest"], "holds inkling/checkpoints/8/manifest, and no inkling/stored.json"),
+        (
+            ["inkling/stored.json", "inkling/model.safetensors"],
+            "holds inkling/model.safetensors, which no import",
+        ),
+        (["inkling/stored.json", "config.json", "data.json"], "holds data.json, which no import writes"),
+    ],
+)
+def test_an_import_begins_in_no_folder_of_others(names: list[str], message: str, saved: Path, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("dear reader")
+    with pytest.raises(CheckpointError, match=message):
         import_folder(saved, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {*names}
+    assert all((tmp_path / name).read_text() == "dear reader" for name in names)
+
+
+def test_a_download_is_not_imported_over_itself(saved: Path, tmp_path: Path) -> None:
+    download = shutil.copytree(saved, tmp_path / "inkling")
+    for workdir in (tmp_path, download):
+        with pytest.raises(CheckpointError, match=r"and no inkling/stored.json, so no import began there"):
+            import_folder(download, workdir)
+    assert_same_bytes(saved, download)
 
 
 def test_the_download_that_a_run_came_from_is_not_written_over(saved: Path, imported: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tml.config import AudioOutConfig, ModelConfig, VocoderKind
 
 MARKER = "vocoder.json"
 STEP, INIT = "step.stablehlo", "init.stablehlo"
+FILES = (MARKER, INIT, STEP)
 FOLDER = "vocoder"
 """Where a program lies in the folder of a model that was exported with it."""
 
@@ -74,11 +75,11 @@ def carry(own: AudioOutConfig, model_folder: Path) -> AudioOutConfig:
     if own.vocoder.kind is not VocoderKind.PROGRAM:
         return own
     folder = Path(own.vocoder.program)
-    missing = [name for name in (MARKER, INIT, STEP) if not (folder / name).is_file()]
+    missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"model.audio_out.vocoder.program = {str(folder)!r} is no vocoder: it has no {missing[0]}")
     (model_folder / FOLDER).mkdir(exist_ok=True)
-    for name in (MARKER, INIT, STEP):
+    for name in FILES:
         shutil.copyfile(folder / name, model_folder / FOLDER / name)
     return _placed(own, FOLDER)
 

@@ -6,6 +6,7 @@ whole.
 """
 
 import json
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from tml.checkpoint import CheckpointError
+from tml.checkpoint import FOLDER, CheckpointError
 from tml.checkpoint_pieces import STEP, ParamsReader, Piece, PiecewiseArray, committed_steps, write_params
+from tml.codec import vocoder_program
 from tml.codec.text import TOKENIZER_FILES, tokenizer_file
 from tml.codec.vocoder_program import carried, carry
 from tml.config import Experiment, ModelConfig, TextConfig, describe, difference, to_json, to_mapping
 from tml.export import inkling_config, inkling_layout, interaction_head
 from tml.export.inkling_layout import Part, Tensor
 from tml.export.tensor_folder import TensorFolder
+from tml.foreign_files import foreign_files
 from tml.model import transformer
 from tml.params import spec_leaves
 
@@ -48,6 +51,17 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 """Text files beside the weights that engines read; they are carried along as they are."""
+KEPT = (STORED, CONFIG, *SIDE_FILES)
+"""What may lie in `inkling/`."""
+
+LOCK = ".lock"
+"""What a training process leaves in a run folder, even if it went no further."""
+OWN_FILES = re.compile(
+    rf"{re.escape(LOCK)}|config\.json|{KEEPSAKE}/({'|'.join(map(re.escape, KEPT))})"
+    rf"|tokenizer/({'|'.join(map(re.escape, TOKENIZER_FILES.values()))})"
+    rf"|{vocoder_program.FOLDER}/({'|'.join(map(re.escape, vocoder_program.FILES))})|{FOLDER}/\.{STEP}\.new/.*"
+)
+"""What an import that was killed may have left in a run folder."""
 
 Source = tuple[Tensor, Part]
 
@@ -86,10 +100,7 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int | None = 
     if committed_steps(workdir):
         _refuse_another(source, workdir, experiment)
         return experiment
-    if not (workdir / KEEPSAKE).is_dir() and workdir.is_dir() and any(workdir.iterdir()):
-        raise CheckpointError(
-            f"{workdir} holds files, but no {KEEPSAKE}/, so no import began there; name another folder"
-        )
+    _refuse_others(workdir)
     _keep(source, workdir / KEEPSAKE)
     carry(voice, workdir)
     if tokenizer:
@@ -192,12 +203,26 @@ def _described(source: TensorFolder) -> dict[str, Any]:
 
 def _keep(source: TensorFolder, keepsake: Path) -> None:
     """Puts aside what an export gives back: how every tensor was stored, config.json and its neighbours."""
-    shutil.rmtree(keepsake, ignore_errors=True)
-    keepsake.mkdir(parents=True)
+    keepsake.mkdir(parents=True, exist_ok=True)
+    # First: by this file a folder is known for one of an import.
     (keepsake / STORED).write_text(json.dumps(_described(source), indent=1, sort_keys=True) + "\n")
     for name in (CONFIG, *SIDE_FILES):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, keepsake / name)
+        else:
+            (keepsake / name).unlink(missing_ok=True)
+
+
+def _refuse_others(workdir: Path) -> None:
+    """Raises CheckpointError unless the run folder holds nothing but what an import left that was killed."""
+    if not (workdir / KEEPSAKE / STORED).is_file():
+        others = foreign_files(workdir, (LOCK,).__contains__)
+        why = f"and no {KEEPSAKE}/{STORED}, so no import began there"
+    else:
+        others = foreign_files(workdir, OWN_FILES.fullmatch)
+        why = "which no import writes"
+    if others:
+        raise CheckpointError(f"{workdir} holds {others}, {why}; name another --workdir")
 
 
 def _refuse_another(source: TensorFolder, workdir: Path, experiment: Experiment) -> None:
