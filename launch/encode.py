@@ -48,18 +48,19 @@ def _by_path(sources: Iterable[SourceConfig]) -> dict[str, SourceConfig]:
 def _tokenizer(experiment: Experiment) -> "Tokenizer":
     """Loads the tokenizer, or trains it on the texts of the training sources."""
     from data_pipelines.encoding import texts_of
-    from tml.codec.text import Tokenizer, train_tokenizer
+    from tml.codec.text import Tokenizer, tokenizer_file, train_tokenizer
 
     text = experiment.text
     if not text.tokenizer:
         raise ValueError("text.tokenizer is empty; name a tokenizer, or a directory in which to train one")
-    if text.train_vocab_size == 0 or Path(text.tokenizer).exists():
+    place = Path(text.tokenizer)
+    if text.train_vocab_size == 0 or place.is_file() or tokenizer_file(place):
         tokenizer = Tokenizer.load(text.tokenizer)
         origin = "is there"
     else:
         paths = _by_path(experiment.data.sources.values())
         texts = (piece for path in paths for piece in texts_of(path))
-        tokenizer = train_tokenizer(texts, text.train_vocab_size, Path(text.tokenizer))
+        tokenizer = train_tokenizer(texts, text.train_vocab_size, place)
         origin = "trained"
     print(f"tokenizer {text.tokenizer}: {origin}, {tokenizer.vocab_size} tokens, {tokenizer.fingerprint()}", flush=True)
     return tokenizer

@@ -24,6 +24,7 @@ from absl import app, flags
 
 from launch.app import output_folder, prepare_jax, run_app
 from launch.progress import Progress
+from tml.whole_folder import Kind, refuse_others
 
 if TYPE_CHECKING:
     from tml.duplex.controls import Control
@@ -64,7 +65,9 @@ def main(argv: list[str]) -> int:
     if not _MODEL.value:
         raise app.UsageError("--model is missing; name a run folder or a bundle, as in --model=runs/quickstart")
     if _OUT.value:
-        output_folder("out", _OUT.value)
+        samples = output_folder("out", _OUT.value) / Kind.FULL_DUPLEX_BENCH
+        if _SUITE.value == "duplex":
+            refuse_others(samples, Kind.FULL_DUPLEX_BENCH, ValueError)
     _refuse_flags(_SUITE.value)
     controls = _read_controls() if _SUITE.value == "duplex" else ()
     prepare_jax()
@@ -199,7 +202,7 @@ def _write_duplex(report: "SuiteReport", player: "Player", out: Path, directory:
     held = [len(list(samples_of(session))) for session in report.sessions]
     sampled = [number for number, count in enumerate(held) if count]
     counts = write_samples(
-        out / "full_duplex_bench",
+        out / Kind.FULL_DUPLEX_BENCH,
         [report.sessions[number] for number in sampled],
         [report.traces[number] for number in sampled],
         [player.own_sound(report.sessions[number], report.played[number]) for number in sampled],

@@ -5,7 +5,8 @@
     python -m launch.export --workdir=runs/inkling --format=hf --out=exports/inkling
 
 bundle: parameters, config and tokenizer in one folder, for launch.stream and launch.evaluate.
-stablehlo: programs for CPU, CUDA and TPU, which jax alone runs; portable.json lists their arguments.
+stablehlo: programs for CPU, CUDA and TPU, which jax runs without this package; portable.json lists their arguments.
+  A reader needs jax and flatbuffers (jax.export asks for it) and, for the weights, safetensors.
 hf: the Hugging Face layout of the published Inkling checkpoints, which transformers, SGLang and vLLM read.
 """
 

@@ -20,7 +20,6 @@ from data_pipelines.clips_importer import Clip, Role, find_clips, read_clip
 from data_pipelines.documents import DEFAULT_PIECE_CHARS
 from data_pipelines.forced_alignment import ForcedAligner
 from data_pipelines.importing import FailedFilesError, ImportSummary
-from data_pipelines.pictures_importer import PICTURE_SUFFIXES, read_picture
 from data_pipelines.stereo_importer import MAIN_SPEAKER, Channel, Recording, find_recordings, read_recording
 from launch.app import output_folder, run_app
 from launch.progress import Progress
@@ -76,6 +75,8 @@ def _import(name: str) -> tuple[ImportSummary, int]:
         )
         return summary, 0
     if FLAGS.format == "pictures":
+        from data_pipelines.pictures_importer import PICTURE_SUFFIXES, read_picture  # imports jax
+
         pictures = find_clips(FLAGS.source, FLAGS.transcripts, PICTURE_SUFFIXES)
         summary = importing.import_as_documents(
             pictures.clips,

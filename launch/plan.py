@@ -93,6 +93,17 @@ def _refuse_flags() -> None:
     ):
         if goes and flag.present:
             raise app.UsageError(f"--{flag.name} does not go with {other}; leave it out")
+    files = [Path(file) for file in (_JSON.value, _HLO.value, _HLO.value and _places_file(_HLO.value)) if file]
+    for number, file in enumerate(files):
+        if file.is_dir():
+            raise app.UsageError(f"{file} is a folder; name a file for --json and --hlo")
+        if file in files[:number]:
+            raise app.UsageError(f"--json and --hlo would both write {file}; name another file")
+
+
+def _places_file(hlo: str) -> str:
+    """Beside the program: where its devices stand."""
+    return f"{hlo}.json"
 
 
 def _search(experiment: "Experiment", topology: "Topology") -> int:
@@ -137,7 +148,7 @@ def _write_hlo(compiled: "Compiled", mesh: "Mesh", topology: "Topology") -> None
         Path(_HLO.value).write_text(compiled.text)
         coords = topology.fabric(list(mesh.devices.flat)).coords.tolist()
         places = {"topology": topology.name, "wraps": topology.wraps, "mesh": dict(mesh.shape), "coords": coords}
-        Path(f"{_HLO.value}.json").write_text(json.dumps(places))
+        Path(_places_file(_HLO.value)).write_text(json.dumps(places))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ config go into the command of the job. Relative paths, of data and of --workdir,
 import enum
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -67,6 +68,20 @@ FLAGS_OF: Mapping[Target, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Flags that a target needs, and flags that it takes; those of the other targets are refused."""
 
+_KUBERNETES = (r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", "a name of Kubernetes: a-z, 0-9, dashes and dots (RFC 1123)")
+_OF_SLURM = (r"[\w.,-]+", "a name of Slurm's: letters, digits, dashes, dots and underscores")
+_ABSOLUTE = (r"/[^\n]*", "an absolute path: every host reads it, wherever it starts")
+FORMS: Mapping[str, tuple[str, str]] = {
+    "image": (r"[^\s]+", "a container image, which has no spaces"),
+    "claim": _KUBERNETES,
+    "queue": _KUBERNETES,
+    "partition": _OF_SLURM,
+    "account": _OF_SLURM,
+    "shared": _ABSOLUTE,
+    "code": _ABSOLUTE,
+}
+"""What the values of flags look like, as a pattern and in words."""
+
 
 def main(argv: list[str]) -> int:
     """Checks flags, config and machine, then writes the file and shows what is in it."""
@@ -86,7 +101,7 @@ def main(argv: list[str]) -> int:
     unfinished.write_text(text)
     unfinished.replace(file)
     print(summary(job))
-    print(f"command  {' '.join(job.command)}")
+    print(f"command  {shlex.join(job.command)}")
     print(f"written  {file}; start it with: {submit(str(file))}")
     return 0
 
@@ -95,7 +110,7 @@ def check_flags(target: Target) -> None:
     """Checks that the flags are this target's.
 
     Raises:
-        app.UsageError: one is missing, or belongs to another target.
+        app.UsageError: one is missing, belongs to another target, or has a value that no scheduler takes.
     """
     for other, (needed, taken) in FLAGS_OF.items():
         for name in (*needed, *taken):
@@ -104,6 +119,10 @@ def check_flags(target: Target) -> None:
                 raise app.UsageError(f"--{name} is missing; {flag.help}")
             if other is not target and flag.value:
                 raise app.UsageError(f"--{name} is for --target={other}, not {target}; leave it out")
+    for name, (pattern, words) in FORMS.items():
+        value = flags.FLAGS[name].value
+        if value and not re.fullmatch(pattern, value):
+            raise app.UsageError(f"--{name}={value!r} must be {words}")
 
 
 def read_job(target: Target) -> PodJob:

@@ -85,12 +85,13 @@ def check_mesh(experiment: Experiment, topology: Topology) -> None:
     if math.prod(shape.values()) != wanted:
         per_chip = topology.chip.devices_per_chip
         devices = f"{wanted} devices" + (f" ({per_chip} a chip)" if per_chip > 1 else "")
+        nearest = describe_nearest(experiment.mesh, wanted, experiment.splits, topology.num_slices)
         raise ValueError(
             f"config.mesh {shape} is for {math.prod(shape.values())} devices, but {topology.num_slices} slice(s) of "
             f"{topology.chip.name}:{'x'.join(map(str, topology.shape))} have {devices}; "
-            f"{describe_nearest(experiment.mesh, wanted, experiment.splits)} (--config.mesh.fsdp=N and the like)"
+            f"{nearest} (--config.mesh.fsdp=N and the like)"
         )
-    check_slices(experiment.mesh, topology.num_slices)
+    check_slices(experiment.mesh, topology.num_slices, experiment.splits)
 
 
 def settings_for(topology: Topology, shared: PurePosixPath, code: PurePosixPath, config: str) -> tuple[Setting, ...]:

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 import typing
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from typing import TypeVar
 
 from absl import app, flags
 
-from launch.app import prepare_jax
+from launch.app import EXIT_FAILED, prepare_jax
 from tml.config import Experiment, config_hash
 
 _COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0; TML_COORDINATOR_ADDRESS.")
@@ -34,6 +35,9 @@ _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
 CODE_PACKAGES = ("tml", "data_pipelines", "experiments", "launch")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """What a step is computed with; other versions compile to other programs, or save in other ways."""
+
+COORDINATOR_WAITS_S = 3
+"""Seconds that process 0 waits longer for the others than they do for it."""
 
 WIDTH = 512
 """Bytes of one value that the processes show each other."""
@@ -60,7 +64,8 @@ class Place:
     heartbeat_timeout_s: int
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r".+:\d+", self.coordinator_address):
+        port = re.fullmatch(r".+:(\d{1,5})", self.coordinator_address)
+        if not port or not 0 < int(port[1]) < 2**16:
             raise ValueError(f"--coordinator_address={self.coordinator_address} is not HOST:PORT, as in 10.0.0.5:8476")
         if not 0 <= self.process_id < self.num_processes:
             raise ValueError(
@@ -113,8 +118,10 @@ def _number(flag: flags.FlagHolder[int | None], variable: str) -> int | None:
 def join(place: Place | None) -> None:
     """Waits for the other processes; then `jax.devices()` are those of all. Call it before the first array.
 
+    If not all come in time, the process ends here, with one line of what it knows and exit code 1.
+
     Raises:
-        ValueError: not all came in time, with what this one knows.
+        ValueError: it cannot listen or connect, for another reason.
     """
     if place is None:
         return
@@ -124,24 +131,42 @@ def join(place: Place | None) -> None:
     # Without this line a job that hangs at its start names no host.
     say(place, f"waits for {place.num_processes} processes at {place.coordinator_address}")
     began = time.monotonic()
+    # The coordinator ends last: those that lose it while they wait are aborted, with a trace of its native code.
+    late_s = 0 if place.process_id else COORDINATOR_WAITS_S
+    timer = threading.Timer(place.start_timeout_s + late_s, _end, (place,))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             coordinator_address=place.coordinator_address,
             num_processes=place.num_processes,
             process_id=place.process_id,
             cluster_detection_method="deactivate",
-            initialization_timeout=place.start_timeout_s,
+            # Where the others do not come in this time, jax ends the process by SIGABRT; the timer is earlier.
+            initialization_timeout=place.start_timeout_s + 10 * COORDINATOR_WAITS_S,
             heartbeat_timeout_seconds=place.heartbeat_timeout_s,
             shutdown_timeout_seconds=place.heartbeat_timeout_s,
         )
     except RuntimeError as error:
         raise ValueError(
-            f"process {place.process_id} on {platform.node()} did not find {place.num_processes} processes at "
-            f"{place.coordinator_address} within {place.start_timeout_s} s ({error}); see which of them wrote no line "
-            "'process N of M', or raise --start_timeout_s"
+            f"process {place.process_id} on {platform.node()} cannot join at {place.coordinator_address}: {error}"
         ) from error
+    finally:
+        timer.cancel()
     devices = jax.local_devices()
     say(place, f"joined after {time.monotonic() - began:.1f} s with {len(devices)} {devices[0].device_kind} device(s)")
+
+
+def _end(place: Place) -> None:
+    """Ends this process, which waits in native code, because others did not come in time."""
+    print(
+        f"error: process {place.process_id} on {platform.node()} did not find {place.num_processes} processes at "
+        f"{place.coordinator_address} within {place.start_timeout_s} s; see which of them wrote no line "
+        "'process N of M', or raise --start_timeout_s",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_FAILED)
 
 
 def say(place: Place, what: str) -> None:

@@ -72,6 +72,8 @@ _TIMEOUT_S = flags.DEFINE_float(
     "Seconds until a delegation, a call or the start of a tool server has failed.",
     lower_bound=0.01,
 )
+WRITTEN = ("transcript.json", "timeline.png", "own.wav")
+"""What is written to --out; the last where the model has a voice."""
 CHUNK_MS = 20
 """The sound arrives in pieces of this length, as from a sound card."""
 
@@ -84,7 +86,10 @@ def main(argv: list[str]) -> int:
         )
     if not Path(_WAV.value).is_file():
         raise FileNotFoundError(f"--wav={_WAV.value}: there is no such file")
-    output_folder("out", _OUT.value)
+    out = output_folder("out", _OUT.value)
+    for name in WRITTEN:
+        if (out / name).exists() and (out / name).samefile(_WAV.value):
+            raise app.UsageError(f"--wav={_WAV.value} would be written over; name another --out")
     of_worker = [name for name in ("worker_model", "worker_sends", "worker_frames") if FLAGS[name].present]
     if of_worker and not _WORKER.value:
         raise app.UsageError(f"--{of_worker[0]} is of a worker; name one by --worker")
@@ -265,11 +270,11 @@ def _write(record: "Session", transcript: dict[str, Any], clock: "Clock") -> lis
 
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    wrote = [out / "transcript.json", out / "timeline.png"]
+    *wrote, own_wav = [out / name for name in WRITTEN]
     wrote[0].write_text(json.dumps(transcript, indent=2) + "\n")
     draw_timeline(record, wrote[1], clock)
     if Stream.OWN_AUDIO in record.audio:
-        wrote.append(out / "own.wav")
+        wrote.append(own_wav)
         own = decode_clip(record.audio[Stream.OWN_AUDIO], record.sample_rate_hz)
         soundfile.write(wrote[-1], own, record.sample_rate_hz, subtype="PCM_16")
     return wrote

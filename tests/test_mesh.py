@@ -32,8 +32,22 @@ def test_slices_lie_along_replica():
     mesh = make_mesh(MeshConfig(replica=4, fsdp=2), devices)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(4, 2)
     np.testing.assert_array_equal(slices, [[0, 0], [0, 0], [1, 1], [1, 1]])
-    with pytest.raises(ValueError, match=r"replica = 1 is not a multiple of the 2 slices.*nearest.*replica is 2"):
+    with pytest.raises(
+        ValueError, match=r"replica = 1 is not a multiple of the 2 slices.* is {'replica': 2, 'fsdp': 4"
+    ):
         make_mesh(MeshConfig(fsdp=8), devices)
+
+
+def test_a_mesh_that_is_named_for_slices_lies_across_them():
+    splits = [Split("rows", 4, ("replica", "fsdp"))]
+    found = nearest_mesh(MeshConfig(fsdp=4, tensor=2), 8, splits, num_slices=2)
+    assert found == MeshConfig(replica=2, fsdp=2, tensor=2)
+    devices = [device_of_slice(number, number // 4) for number in range(8)]
+    with pytest.raises(ValueError, match=r"needs 4 devices, but there are 8; .* is {'replica': 2, 'fsdp': 2, "):
+        make_mesh(MeshConfig(fsdp=4), devices, splits)
+    odd = [Split("rows", 3, ("replica", "fsdp", "expert", "context")), Split("heads", 1, ("tensor",))]
+    with pytest.raises(ValueError, match=r"no mesh of 16 devices fits as long as rows = 3 or heads = 1$"):
+        make_mesh(MeshConfig(fsdp=4), [*devices, *devices], odd)
 
 
 def test_hosts_of_gpus_are_no_slices():

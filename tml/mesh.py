@@ -64,24 +64,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, s
     if wanted != len(devices):
         raise ValueError(
             f"mesh {config.shape} needs {wanted} devices, but there are {len(devices)}; "
-            f"{describe_nearest(config, len(devices), splits)}"
+            f"{describe_nearest(config, len(devices), splits, _num_slices(devices))}"
         )
+    check_slices(config, _num_slices(devices), splits)
     return Mesh(_ordered(config, devices), tuple(config.shape), axis_types=(AxisType.Auto,) * len(config.shape))
 
 
 def _ordered(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     sizes = tuple(config.shape.values())
-    is_tpu = devices[0].platform == "tpu"
-    # XLA numbers the hosts of GPUs as slices too; GPUs stand in the order of their numbers, as the planner takes them.
-    is_gpu = devices[0].platform in ("gpu", "cuda", "rocm")
-    num_slices = 1 if is_gpu else len({getattr(device, "slice_index", 0) for device in devices})
+    is_tpu, num_slices = devices[0].platform == "tpu", _num_slices(devices)
     if num_slices > 1:
-        check_slices(config, num_slices)
         within, across = (config.replica // num_slices, *sizes[1:]), (num_slices, *(1 for _ in sizes[1:]))
         return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=is_tpu)
     if is_tpu:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return np.array(devices).reshape(sizes)
+
+
+def _num_slices(devices: Sequence[jax.Device]) -> int:
+    # XLA numbers the hosts of GPUs as slices too; GPUs stand in the order of their numbers, as the planner takes them.
+    is_gpu = devices[0].platform in ("gpu", "cuda", "rocm")
+    return 1 if is_gpu else len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def param_sharding(specs: PyTree, mesh: Mesh) -> PyTree:

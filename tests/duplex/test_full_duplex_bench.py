@@ -64,9 +64,15 @@ def test_every_request_of_turn_taking_is_a_sample(tmp_path):
     own, _ = soundfile.read(tmp_path / "smooth_turn_taking/1/output.wav", dtype="float32")
     assert len(own) == 3 * RATE
     assert own[0] == pytest.approx(0.25, abs=1e-3)
-    # Fewer samples leave none of an earlier writing behind.
+    # Fewer samples leave none of an earlier writing behind, and nothing else goes with it.
     assert written(tmp_path, session("turn_taking", asked[0]), trace(*words))[0] == {"smooth_turn_taking": 1}
     assert [folder.name for folder in (tmp_path / "smooth_turn_taking").iterdir()] == ["0"]
+    mine = tmp_path / "user_interruption/1/input.wav"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=r"holds user_interruption/1/input\.wav, which no export of tml wrote"):
+        written(tmp_path, session("turn_taking", asked[0]), trace(*words))
+    assert mine.read_text() == "mine"
 
 
 def test_a_paused_request_ends_with_its_last_pause(tmp_path):

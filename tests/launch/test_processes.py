@@ -32,7 +32,7 @@ def start_two(*ends: tuple[str, str], num_processes: int = 2, timeout_s: int = 1
             [sys.executable, str(PROGRAM), f"--process_id={number}", f"--start_timeout_s={timeout_s}", *end],
             env=environment,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         for number, end in enumerate(ends)
@@ -64,8 +64,11 @@ def test_both_end_when_one_of_them_finds_something_wrong_or_differs() -> None:
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_a_time_out() -> None:
     ((code, output),) = start_two(("abc", ""), timeout_s=5)
-    assert code != 0
+    assert code == 1, output
     assert "waits for 2 processes" in output
+    assert re.search(r"^error: process 0 on \S+ did not find 2 processes at 127.0.0.1:\d+ within 5 s; see which",
+                     output, re.M), output  # fmt: skip
+    assert "Fatal" not in output, output
 
 
 def test_the_few_are_named_not_the_many() -> None:

@@ -159,6 +159,7 @@ def test_evaluate_prints_a_table_and_writes_its_report(folder: Path) -> None:
         ("stream", ("--model=bundle", "--step=3", "--wav=in.wav", "--out=x"), "is a bundle, which holds one step"),
         ("stream", ("--model=bundle", "--wav=no.wav", "--out=x"), "no.wav: there is no such file"),
         ("stream", ("--model=bundle", "--wav=broken.wav", "--out=x"), "broken.wav: cannot be decoded as sound"),
+        ("stream", ("--model=bundle", "--wav=own/own.wav", "--out=own"), "--wav=own/own.wav would be written over"),
         ("evaluate", (), "--model is missing"),
         ("evaluate", ("--model=bundle", "--out=in.wav"), "--out=in.wav is a file; name a folder"),
         ("export", ("--workdir=bundle", "--out=x", "--stored_as=bfloat16"), "--stored_as is of --format=hf"),

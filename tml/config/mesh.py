@@ -100,31 +100,38 @@ def _describe(split: Split, mesh: MeshConfig) -> str:
     )
 
 
-def check_slices(mesh: MeshConfig, num_slices: int) -> None:
+def check_slices(mesh: MeshConfig, num_slices: int, splits: Sequence[Split]) -> None:
     """Checks that `replica` alone crosses the slow network between slices.
 
     Raises:
-        ValueError: with both numbers and the nearest `replica` that does.
+        ValueError: with both numbers and the nearest mesh of as many devices that fits everything.
     """
     if mesh.replica % num_slices:
         raise ValueError(
             f"mesh.replica = {mesh.replica} is not a multiple of the {num_slices} slices, so another axis would cross "
-            f"the slow network between them; the nearest valid mesh.replica is "
-            f"{max(num_slices, mesh.replica // num_slices * num_slices)}"
+            f"the slow network between them; {describe_nearest(mesh, mesh.num_devices, splits, num_slices)}"
         )
 
 
-def describe_nearest(mesh: MeshConfig, num_devices: int, splits: Sequence[Split]) -> str:
-    """The way out of a mesh that does not fit, as the end of an error."""
-    nearest = nearest_mesh(mesh, num_devices, splits)
-    if nearest is None:
-        return f"no mesh of {num_devices} devices fits"
-    return f"the nearest valid mesh of {num_devices} devices is {nearest.shape}"
+def describe_nearest(mesh: MeshConfig, num_devices: int, splits: Sequence[Split], num_slices: int = 1) -> str:
+    """The way out of a mesh that does not fit, as the end of an error; or which dimension leaves none."""
+    nearest = nearest_mesh(mesh, num_devices, splits, num_slices)
+    if nearest is not None:
+        return f"the nearest valid mesh of {num_devices} devices is {nearest.shape}"
+    guilty = [
+        f"{split.name} = {split.size}"
+        for split in splits
+        if nearest_mesh(mesh, num_devices, [other for other in splits if other is not split], num_slices)
+    ]
+    return f"no mesh of {num_devices} devices fits" + (f" as long as {' or '.join(guilty)}" if guilty else "")
 
 
-def nearest_mesh(mesh: MeshConfig, num_devices: int, splits: Sequence[Split]) -> MeshConfig | None:
-    """The mesh of `num_devices` that divides every dimension and changes the axes by the smallest factors, or None."""
-    fitting = [other for other in meshes_of(num_devices) if fits(other, splits)]
+def nearest_mesh(mesh: MeshConfig, num_devices: int, splits: Sequence[Split], num_slices: int = 1) -> MeshConfig | None:
+    """The mesh of `num_devices` that divides every dimension and changes the axes by the smallest factors, or None.
+
+    Its `replica` is a multiple of `num_slices`.
+    """
+    fitting = (other for other in meshes_of(num_devices) if other.replica % num_slices == 0 and fits(other, splits))
     return min(fitting, key=lambda other: _distance(mesh, other), default=None)
 
 

@@ -327,5 +327,5 @@ def check_platform(model: ModelConfig, platform: str) -> None:
         if backend in ("gpu", "tpu") and backend != platform:
             raise ValueError(
                 f"model.{name}.backend = {str(backend)!r} runs on {backend}, but the devices are {platform}; "
-                f"set it to {('blocked' if platform == 'cpu' else platform)!r}"
+                f"set it to {str('blocked' if platform == 'cpu' else platform)!r}"
             )

@@ -16,7 +16,6 @@ github.com/DanielLin94144/Full-Duplex-Bench (commit d7336bd), whose scorers read
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from tml.codec.waveform import decode_clip
 from tml.duplex.scores import behaviour_of
 from tml.duplex.trace import Trace
 from tml.session import Behaviour, ExpectationKind, Session, Stream
+from tml.whole_folder import Kind, whole_folder
 
 TURN_TAKING, PAUSES, INTERRUPTIONS, BACKCHANNELS = (
     "smooth_turn_taking",
@@ -72,23 +72,23 @@ def write_samples(
         own_sounds: what the model sounded like in each, at the session's rate, as long as the session.
 
     Raises:
-        ValueError: a sound has another length than its session, or the lists have.
+        ValueError: a sound has another length than its session, or the lists have; or the folder holds something
+            that is no earlier writing.
     """
     counts: Counter[str] = Counter()
-    for task in (TURN_TAKING, PAUSES, INTERRUPTIONS, BACKCHANNELS):
-        # The public scorer averages over all that it finds.
-        shutil.rmtree(Path(root) / task, ignore_errors=True)
-    for session, trace, own in zip(sessions, traces, own_sounds, strict=True):
-        if len(own) != session.num_samples:
-            raise ValueError(
-                f"session {session.session_id} has {session.num_samples} samples, the model's sound {len(own)}"
-            )
-        for sample in samples_of(session):
-            if sample.task == BACKCHANNELS and counts[BACKCHANNELS] == MAX_BACKCHANNELS:
-                continue
-            folder = Path(root) / sample.task / str(counts[sample.task])
-            _write(folder, session, trace, own, sample)
-            counts[sample.task] += 1
+    # Whole, and in the place of nothing but earlier ones: the public scorer averages over all that it finds.
+    with whole_folder(Path(root), Kind.FULL_DUPLEX_BENCH, ValueError) as staging:
+        for session, trace, own in zip(sessions, traces, own_sounds, strict=True):
+            if len(own) != session.num_samples:
+                raise ValueError(
+                    f"session {session.session_id} has {session.num_samples} samples, the model's sound {len(own)}"
+                )
+            for sample in samples_of(session):
+                if sample.task == BACKCHANNELS and counts[BACKCHANNELS] == MAX_BACKCHANNELS:
+                    continue
+                folder = staging / sample.task / str(counts[sample.task])
+                _write(folder, session, trace, own, sample)
+                counts[sample.task] += 1
     return dict(counts)
 
 

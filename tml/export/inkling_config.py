@@ -191,6 +191,9 @@ def _merge(text: dict[str, Any], key: str, other: str, read: Any) -> None:
     kinds = text.pop(other, None)
     if kinds is None:
         return
+    num_layers = text.get("num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise ValueError(f"text_config.{other} = {kinds!r} must name one kind for each of {num_layers} layers")
     stated, found = text.get(key), read(kinds)
     if stated is not None and stated != found:
         raise ValueError(f"text_config.{key} = {stated}, but text_config.{other} gives {found}; make them agree")
@@ -249,7 +252,11 @@ def to_model(config: Json, has_tower: bool, max_tiles_per_turn: int = 1) -> Mode
         if vision.get("n_layers") is None:
             raise ValueError("config.json lacks vision_config.n_layers, from which model.video.fold_px follows")
         video = model["video"]
-        folds = tile_folds.plan(video["tile_px"], video["frames_per_tile"], vision["n_layers"])
+        sizes = video["tile_px"], video["frames_per_tile"], vision["n_layers"]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"config.json: a tile of {sizes[0]!r} px and {sizes[1]!r} frames, folded in {sizes[2]!r} "
+                             "layers, is none: vision_config must have whole numbers above 0")  # fmt: skip
+        folds = tile_folds.plan(*sizes)
         video["fold_px"], video["fold_dims"] = folds
         video["max_tiles_per_turn"] = max_tiles_per_turn
     found = from_mapping(ModelConfig, model, "model")
@@ -343,6 +350,12 @@ def _global_layers(text: Json) -> tuple[int, ...]:
     num_layers, sliding = text["num_hidden_layers"], text.get("local_layer_ids")
     if sliding is None:
         return tuple(range(5, num_layers, 6))
+    outside = [layer for layer in sliding if layer not in range(num_layers)]
+    if outside:
+        raise ValueError(
+            f"config.json has text_config.local_layer_ids = {sliding}, but num_hidden_layers = {num_layers}: there is "
+            f"no layer {outside[0]}"
+        )
     return tuple(layer for layer in range(num_layers) if layer not in sliding)
 
 
@@ -354,14 +367,14 @@ def _blocks_ahead(mtp: Json) -> dict[str, Any]:
         raise ValueError(f"config.json: mtp_config.num_nextn_predict_layers = {num_blocks!r} must be a whole number")
     if not isinstance(is_normed, bool):
         raise ValueError(f"config.json has mtp_config.chain_hidden_post_norm = {is_normed!r}, but it must be a bool")
+    if not num_blocks:
+        return {}
     outside = [block for block in sliding if block not in range(num_blocks)]
     if outside:
         raise ValueError(
             f"config.json has mtp_config.local_layer_ids = {sliding}, but num_nextn_predict_layers = {num_blocks}: "
             f"there is no block {outside[0]}"
         )
-    if not num_blocks:
-        return {}
     return {
         "num_blocks": num_blocks,
         "global_blocks": tuple(block for block in range(num_blocks) if block not in sliding),

@@ -36,7 +36,10 @@ PIECE_BYTES = 64 * 2**20
 
 MTP = "model.mtp."
 """Names of the blocks of multi-token prediction begin so."""
-WITHOUT_MTP = "; a checkpoint without these blocks, as transformers saves them, needs num_nextn_predict_layers = 0"
+WITHOUT_MTP = (
+    "; a checkpoint without these blocks, as transformers saves them, needs num_nextn_predict_layers = 0 "
+    "(num_mtp_layers where config.json spells it so)"
+)
 
 KEEPSAKE = "inkling"
 """Folder of a run folder with what the network does not need and an export gives back."""
@@ -83,7 +86,10 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int | None = 
     source = TensorFolder(folder)
     config = read_config(folder)
     has_tower = any(name.startswith("model.visual.") for name in source.tensors)
-    model = inkling_config.to_model(config, has_tower, max_tiles_per_turn or 1)
+    try:
+        model = inkling_config.to_model(config, has_tower, max_tiles_per_turn or 1)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} holds a value of another kind than it must be: {error}") from error
     layout = inkling_layout.tensors(model)
     beside = interaction_head.read(folder)
     check_tensors(layout, source)

@@ -1,4 +1,4 @@
-"""Portable programs: the streaming network as StableHLO, which runs from jax alone, without this package.
+"""Portable programs: the streaming network as StableHLO, which jax runs without this package.
 
     portable.json         format, platforms, and for every program its file, bucket, arguments and results in order
     params.safetensors    every parameter in float32, by its path; an argument of every program

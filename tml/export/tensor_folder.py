@@ -108,7 +108,7 @@ class TensorFolder:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / INDEX} is no index of shards ({error!r}); download it again") from error
         for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"{folder / INDEX} names {file!r}, which is no safetensors file of this folder")
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"{folder / file} is missing, but {INDEX} names it; download it again")

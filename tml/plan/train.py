@@ -148,7 +148,7 @@ def plan_train_step(
         ValueError: the mesh of the experiment does not fit the pod.
     """
     mesh = make_mesh(experiment.mesh, topology.devices, experiment.splits)
-    check_slices(experiment.mesh, topology.num_slices)
+    check_slices(experiment.mesh, topology.num_slices, experiment.splits)
     compiled = compile_train_step(experiment, mesh, topology)
     keep(compiled, mesh)
     fabric = topology.fabric(list(mesh.devices.flat))
