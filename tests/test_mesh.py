@@ -46,7 +46,7 @@ def test_a_mesh_that_is_named_for_slices_lies_across_them():
     with pytest.raises(ValueError, match=r"needs 4 devices, but there are 8; .* is {'replica': 2, 'fsdp': 2, "):
         make_mesh(MeshConfig(fsdp=4), devices, splits)
     odd = [Split("rows", 3, ("replica", "fsdp", "expert", "context")), Split("heads", 1, ("tensor",))]
-    with pytest.raises(ValueError, match=r"no mesh of 16 devices fits as long as rows = 3 or heads = 1$"):
+    with pytest.raises(ValueError, match=r"no mesh of 16 devices fits as long as rows = 3$"):
         make_mesh(MeshConfig(fsdp=4), [*devices, *devices], odd)
 
 

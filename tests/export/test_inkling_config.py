@@ -166,6 +166,8 @@ def test_the_published_small() -> None:
         ("text_config.local_layer_ids", [0, 1], r"local_layer_ids = \[0, 1\], but .* gives \[0, 1, 3\]"),
         ("text_config.mlp_layer_types", ["sparse", "dense"], "dense layers can only be the first ones"),
         ("text_config.layer_types", ["full"], "layer_types names 'full'"),
+        ("text_config.layer_types", ["hybrid"], "layer_types names 1 kinds, but num_hidden_layers = 5"),
+        ("vision_config.patch_size", 0, "a tile of 0 px and .* is none: vision_config must have whole numbers"),
         ("text_config.route_scale", "16", "model.moe.route_scale = '16' is str"),
         ("vision_config", 3, "vision_config = 3 must be a group of keys"),
         ("vision_config.n_layers", KeyError, "lacks vision_config.n_layers"),
@@ -190,6 +192,13 @@ def test_what_is_not_ours_is_refused_with_both_values(path: str, value: object, 
 def test_what_no_blocks_ahead_are_is_refused(key: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         inkling_config.to_model(changed(PUBLISHED, f"mtp_config.{key}", value), has_tower=True)
+
+
+def test_sliding_layers_that_are_not_there_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"local_layer_ids = \[0, 99\], but num_hidden_layers = \d+: there is no layer 99"
+    ):
+        inkling_config.to_model(changed(PUBLISHED, "text_config.local_layer_ids", [0, 99]), has_tower=True)
 
 
 def test_both_spellings_of_blocks_ahead_must_agree() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = init_state(jax.random.key(0), model.experiment, one_device)
     with Checkpoints(root / "run") as checkpoints:
         checkpoints.save(replace(state, params=model.params), model.experiment)
+    (root / "heard").mkdir()
     soundfile.write(root / "in.wav", small_sound(2 * RATE_HZ + 77), RATE_HZ, subtype="PCM_16")
+    shutil.copy(root / "in.wav", root / "heard" / "own.wav")
     (root / "broken.wav").write_bytes(b"RIFF, and then nothing that is sound")
     with SessionWriter(root / "heldout", name="heldout", num_shards=1, meta={"licence": "CC0"}) as writer:
         for number in range(3):
@@ -159,7 +162,11 @@ def test_evaluate_prints_a_table_and_writes_its_report(folder: Path) -> None:
         ("stream", ("--model=bundle", "--step=3", "--wav=in.wav", "--out=x"), "is a bundle, which holds one step"),
         ("stream", ("--model=bundle", "--wav=no.wav", "--out=x"), "no.wav: there is no such file"),
         ("stream", ("--model=bundle", "--wav=broken.wav", "--out=x"), "broken.wav: cannot be decoded as sound"),
-        ("stream", ("--model=bundle", "--wav=own/own.wav", "--out=own"), "--wav=own/own.wav would be written over"),
+        (
+            "stream",
+            ("--model=bundle", "--wav=heard/own.wav", "--out=heard"),
+            "--wav=heard/own.wav would be written over",
+        ),
         ("evaluate", (), "--model is missing"),
         ("evaluate", ("--model=bundle", "--out=in.wav"), "--out=in.wav is a file; name a folder"),
         ("export", ("--workdir=bundle", "--out=x", "--stored_as=bfloat16"), "--stored_as is of --format=hf"),

@@ -77,7 +77,9 @@ def test_the_table_says_what_matters(plan: TrainPlan):
 
 
 def test_a_mesh_that_crosses_slices_by_another_axis_is_refused(topology: Topology):
-    with pytest.raises(ValueError, match=r"replica = 1 is not a multiple of the 2 slices.*nearest.*replica is 2"):
+    with pytest.raises(
+        ValueError, match=r"replica = 1 is not a multiple of the 2 slices.*nearest.*'replica': 2, 'fsdp': 4"
+    ):
         plan_train_step(made_up_experiment(mesh=MeshConfig(fsdp=8)), replace(topology, num_slices=2))
 
 

@@ -191,10 +191,9 @@ def _merge(text: dict[str, Any], key: str, other: str, read: Any) -> None:
     kinds = text.pop(other, None)
     if kinds is None:
         return
-    num_layers = text.get("num_hidden_layers")
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise ValueError(f"text_config.{other} = {kinds!r} must name one kind for each of {num_layers} layers")
-    stated, found = text.get(key), read(kinds)
+    stated, found, num_layers = text.get(key), read(kinds), text.get("num_hidden_layers")
+    if len(kinds) != num_layers:
+        raise ValueError(f"text_config.{other} names {len(kinds)} kinds, but num_hidden_layers = {num_layers}")
     if stated is not None and stated != found:
         raise ValueError(f"text_config.{key} = {stated}, but text_config.{other} gives {found}; make them agree")
     text[key] = found
@@ -367,14 +366,14 @@ def _blocks_ahead(mtp: Json) -> dict[str, Any]:
         raise ValueError(f"config.json: mtp_config.num_nextn_predict_layers = {num_blocks!r} must be a whole number")
     if not isinstance(is_normed, bool):
         raise ValueError(f"config.json has mtp_config.chain_hidden_post_norm = {is_normed!r}, but it must be a bool")
-    if not num_blocks:
-        return {}
     outside = [block for block in sliding if block not in range(num_blocks)]
     if outside:
         raise ValueError(
             f"config.json has mtp_config.local_layer_ids = {sliding}, but num_nextn_predict_layers = {num_blocks}: "
             f"there is no block {outside[0]}"
         )
+    if not num_blocks:
+        return {}
     return {
         "num_blocks": num_blocks,
         "global_blocks": tuple(block for block in range(num_blocks) if block not in sliding),

@@ -38,7 +38,7 @@ MTP = "model.mtp."
 """Names of the blocks of multi-token prediction begin so."""
 WITHOUT_MTP = (
     "; a checkpoint without these blocks, as transformers saves them, needs num_nextn_predict_layers = 0 "
-    "(num_mtp_layers where config.json spells it so)"
+    "and no local_layer_ids in mtp_config (num_mtp_layers = 0 and no mtp_local_layer_ids, where transformers wrote it)"
 )
 
 KEEPSAKE = "inkling"
