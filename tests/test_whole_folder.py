@@ -146,6 +146,21 @@ def test_a_folder_whose_writer_ended_between_the_renames_comes_back(folder: Path
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
+def test_a_place_that_cannot_be_taken_gets_back_what_stood_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, rename = contents(folder), Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(folder)
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
 def test_the_place_keeps_its_permissions(folder: Path) -> None:
     folder.chmod(0o2770)
     export(folder)

@@ -120,11 +120,12 @@ def put_in_place(staging: Path, folder: Path) -> None:
     with contextlib.suppress(PermissionError):
         os.chown(staging, place.st_uid, place.st_gid)
     staging.chmod(stat.S_IMODE(place.st_mode))
-    folder.rename(replaced)
     try:
+        folder.rename(replaced)
         staging.rename(folder)
-    except OSError:
-        replaced.rename(folder)
+    except BaseException:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
 

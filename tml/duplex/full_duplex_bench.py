@@ -7,6 +7,7 @@
     pause_handling/0/                       pause.json, a [PAUSE] for each; the sample ends with the last pause
     user_interruption/0/                    interrupt.json; output.json begins where the interruption ends
     backchannel/0/
+    tml_export.json                         by which the next evaluation knows what it may replace (tml.whole_folder)
 
 Sessions become samples: one a request, one a paused request, one an interruption, one a story. Names of
 samples are numbers, because the scorer of backchannels skips all others; it knows 55 of them, by when people nodded
