@@ -24,7 +24,7 @@ from absl import app, flags
 
 from launch.app import output_folder, prepare_jax, run_app
 from launch.progress import Progress
-from tml.whole_folder import Kind, refuse_others
+from tml.whole_folder import Kind, refuse_others, write_whole
 
 if TYPE_CHECKING:
     from tml.duplex.controls import Control
@@ -128,14 +128,12 @@ def _write(report: "Report", sessions: list["Session"], model: "Model", out: Pat
 
     out.mkdir(parents=True, exist_ok=True)
     plain = {"model": _MODEL.value, "sessions": directory, **evaluate.report_json(report)}
-    (out / "report.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
-    with (out / "sessions.jsonl").open("w") as lines:
-        lines.writelines(
-            json.dumps(evaluate.said_json(session, said)) + "\n"
-            for session, said in zip(sessions, report.said, strict=True)
-        )
+    pairs = list(zip(sessions, report.said, strict=True))
+    lines = [json.dumps(evaluate.said_json(session, said)) + "\n" for session, said in pairs]
+    write_whole(out / "sessions.jsonl", "".join(lines))
+    write_whole(out / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
     clock = model.layout.clock
-    for session, said in list(zip(sessions, report.said, strict=True))[: _PICTURES.value]:
+    for session, said in pairs[: _PICTURES.value]:
         spoken = evaluate.with_said(session, said, clock)
         titled = replace(spoken, session_id=f"{session.session_id} (answers by the model)")
         draw_timeline(titled, out / f"{session.session_id.replace('/', '_')}.png", clock)
@@ -191,14 +189,14 @@ def _write_duplex(report: "SuiteReport", player: "Player", out: Path, directory:
     out.mkdir(parents=True, exist_ok=True)
     facts = {"model": _MODEL.value, "sessions": directory}
     plain = {**facts, **suite_json(report)}
-    (out / "report.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
-    with (out / "sessions.jsonl").open("w") as lines:
-        for number, session in enumerate(report.sessions):
-            under = {c.value: traced[number] for c, traced in report.control_traces.items() if number in traced}
-            line = session_json(session, report.traces[number], report.played[number], under)
-            lines.write(json.dumps(line) + "\n")
-    page = html_report(report, player, facts, _PICTURES.value)
-    (out / "report.html").write_text(page, encoding="utf-8")
+    lines = []
+    for number, session in enumerate(report.sessions):
+        under = {c.value: traced[number] for c, traced in report.control_traces.items() if number in traced}
+        line = session_json(session, report.traces[number], report.played[number], under)
+        lines.append(json.dumps(line) + "\n")
+    write_whole(out / "sessions.jsonl", "".join(lines))
+    write_whole(out / "report.html", html_report(report, player, facts, _PICTURES.value))
+    write_whole(out / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
     held = [len(list(samples_of(session))) for session in report.sessions]
     sampled = [number for number, count in enumerate(held) if count]
     counts = write_samples(

@@ -18,6 +18,7 @@ from absl import app, flags
 
 from launch.app import as_usage, define_config, read_experiment, run_app
 from tml.plan.chips import read_topology
+from tml.whole_folder import write_whole
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -140,15 +141,15 @@ def _search(experiment: "Experiment", topology: "Topology") -> int:
 
 def _write_json(numbers: Any) -> None:
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(numbers, indent=2))
+        write_whole(Path(_JSON.value), json.dumps(numbers, indent=2))
 
 
 def _write_hlo(compiled: "Compiled", mesh: "Mesh", topology: "Topology") -> None:
     if _HLO.value:
-        Path(_HLO.value).write_text(compiled.text)
+        write_whole(Path(_HLO.value), compiled.text)
         coords = topology.fabric(list(mesh.devices.flat)).coords.tolist()
         places = {"topology": topology.name, "wraps": topology.wraps, "mesh": dict(mesh.shape), "coords": coords}
-        Path(_places_file(_HLO.value)).write_text(json.dumps(places))
+        write_whole(Path(_places_file(_HLO.value)), json.dumps(places))
 
 
 if __name__ == "__main__":

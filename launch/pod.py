@@ -9,7 +9,6 @@ config go into the command of the job. Relative paths, of data and of --workdir,
 """
 
 import enum
-import os
 import re
 import shlex
 import sys
@@ -23,6 +22,7 @@ from launch.app import as_usage, define_config, output_folder, read_experiment, 
 from launch.pod_job import PodJob, check_mesh, job_name, settings_for, train_command
 from launch.pod_topology import Topology, parse_topology
 from tml.config import check_platform, config_hash
+from tml.whole_folder import write_whole
 from tml.xla_flags import xla_flags
 
 
@@ -97,9 +97,7 @@ def main(argv: list[str]) -> int:
     if file.exists() and file.read_text() != text and not _OVERWRITE.value:
         raise ValueError(f"{file} is there and says something else; give another --out, or --overwrite")
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(file)
+    write_whole(file, text)
     print(summary(job))
     print(f"command  {shlex.join(job.command)}")
     print(f"written  {file}; start it with: {submit(str(file))}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tml.config import FREE_MODEL_KEYS, Experiment, SourceConfig, describe, difference, to_json, to_mapping
 from tml.config.tree import from_json
 from tml.foreign_files import foreign_files
+from tml.whole_folder import write_whole
 
 if TYPE_CHECKING:
     from tml.codec.text import Tokenizer
@@ -158,9 +159,7 @@ def claim_workdir(experiment: Experiment, tokenizer: "Tokenizer", described: Map
         tokenizer.save(staging)
         staging.rename(workdir / TOKENIZER)
     for name, text in ((DATA, json.dumps(described, indent=2, sort_keys=True)), (CONFIG, to_json(experiment))):
-        temporary = workdir / f"{name}.new"
-        temporary.write_text(text + "\n")
-        temporary.replace(workdir / name)
+        write_whole(workdir / name, text + "\n")
 
 
 def _take_keepsake(origin: str, workdir: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from launch.sweep_runs import Run
 from tml.config import Grid, to_mapping
 from tml.config.tree import leaves
+from tml.whole_folder import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ def write_report(grid: Grid, runs: Sequence[Run], failures: Mapping[str, str], w
         },
         "failed": dict(failures),
     }
-    (workdir / "report.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    write_whole(workdir / "report.json", json.dumps(plain, indent=2) + "\n")
     sections = [
         f"<h1>{html.escape(grid.question)}</h1>",
         f"<p>{html.escape(grid.base)}, seeds {', '.join(map(str, grid.seeds))}</p>",
@@ -84,7 +85,7 @@ def write_report(grid: Grid, runs: Sequence[Run], failures: Mapping[str, str], w
         + (_table(["run", "why"], [[name, why] for name, why in failures.items()]) if failures else "<p>none</p>"),
     ]
     path = workdir / "report.html"
-    path.write_text(_PAGE.format(title=html.escape(grid.question), body="\n".join(sections)), encoding="utf-8")
+    write_whole(path, _PAGE.format(title=html.escape(grid.question), body="\n".join(sections)))
     return path
 
 

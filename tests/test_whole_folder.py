@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tml.whole_folder import MARKER, Kind, put_in_place, staged, whole_folder
+from tml.whole_folder import MARKER, Kind, put_in_place, staged, whole_folder, write_whole
 
 
 class OtherError(ValueError):
@@ -165,6 +165,19 @@ def test_the_place_keeps_its_permissions(folder: Path) -> None:
     folder.chmod(0o2770)
     export(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o2770
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "report.json", "é")
+    assert (tmp_path / "report.json").read_bytes() == "é".encode()
+
+    def fails(path: Path, target: Path) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="no room"):
+        write_whole(tmp_path / "report.json", "other")
+    assert contents(tmp_path) == {"report.json": "é"}
 
 
 def test_a_link_is_followed(folder: Path) -> None:

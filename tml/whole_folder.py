@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all: in a hidden one beside its place, which then takes that place.
+"""Folders and files that are written whole or not at all: under a hidden name beside their place, which they then take.
 
     .NAME.partial-0123abcd     being written; locked by its writer, removed by the next one when that has died
     .NAME.replaced-0123abcd    what was at NAME, until the new one is there; put back if its writer died before
@@ -128,6 +128,17 @@ def put_in_place(staging: Path, folder: Path) -> None:
             replaced.rename(folder)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes one file of text, which is there as a whole or as it was before."""
+    unfinished = _hidden(file, PARTIAL)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _refuse_fixed(folder: Path) -> None:

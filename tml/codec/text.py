@@ -9,7 +9,6 @@ import enum
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from tml.microturn import SPECIAL_TOKEN_NAMES, SpecialTokens
+from tml.whole_folder import write_whole
 
 REPLACEMENT = "\ufffd"
 """What an id that is no token, or bytes that are no character, decode to."""
@@ -198,9 +198,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> T
     library.train_from_iterator(itertools.chain([first], texts), trainer)
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / TOKENIZER_FILES[TokenizerFormat.JSON]
-    unfinished = directory / f"{file.name}.{os.getpid()}"
-    unfinished.write_text(library.to_str(pretty=True), encoding="utf-8")
-    unfinished.replace(file)
+    write_whole(file, library.to_str(pretty=True))
     return Tokenizer.load(directory)
 
 

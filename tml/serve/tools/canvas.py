@@ -1,11 +1,12 @@
 """A canvas that shapes are drawn on, kept as an SVG file that is whole at any time."""
 
 import enum
-import os
 import re
 import threading
 from pathlib import Path
 from xml.etree import ElementTree
+
+from tml.whole_folder import write_whole
 
 WIDTH_PX, HEIGHT_PX = 640, 480
 MAX_SHAPES = 1_000
@@ -73,9 +74,7 @@ class Canvas:
         )
         ElementTree.SubElement(picture, "rect", width="100%", height="100%", fill="white")
         picture.extend(self._shapes)
-        unfinished = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        unfinished.write_text(ElementTree.tostring(picture, encoding="unicode") + "\n", encoding="utf-8")
-        unfinished.replace(self._path)
+        write_whole(self._path, ElementTree.tostring(picture, encoding="unicode") + "\n")
 
 
 def _element(shape: Shape, colour: str, x: int | float, y: int | float, size: int | float) -> ElementTree.Element:
