@@ -24,12 +24,12 @@ from tml.whole_folder import put_in_place, staged
 COMPRESSED = "group_size:1,zstd:1"
 UNCOMPRESSED = "group_size:1,uncompressed"
 _HASH, _SHARD = "[0-9a-f]{12}", r"shard-\d+-of-\d+\.array_record"
-_LAYOUT_FILES = r"((tokens|targets|kinds|target_kinds)\.bin|parts\.npz)"
+_LAID_OUT = (
+    rf"(layout-{_HASH}|\.layout-{_HASH}-[^/]+(/layout)?)/((tokens|targets|kinds|target_kinds)\.bin|parts\.npz)"
+    rf"|rows-{_HASH}/\.?epoch-[^/]+\.npz"
+)
 DERIVED = re.compile(
-    rf"(encoded-{_HASH}|\.encoded-{_HASH}\.[^/]+)/"
-    rf"(dataset\.json|quarantine\.jsonl|{_SHARD}"
-    rf"|(layout-{_HASH}|\.layout-{_HASH}-[^/]+(/layout)?)/{_LAYOUT_FILES}"
-    rf"|rows-{_HASH}/\.?epoch-[^/]+\.npz)"
+    rf"(encoded-{_HASH}|\.encoded-{_HASH}\.[^/]+)/(dataset\.json|quarantine\.jsonl|{_SHARD}|{_LAID_OUT})|{_LAID_OUT}"
 )
 """What is made of a data set in its directory, unfinished or whole: encoded records, their layouts, their rows."""
 
@@ -125,7 +125,7 @@ def _disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [repr(error)])[0]
         raise OSError(f"{directory} cannot be written: {reason}; make room, and run the same again") from error
 
 
@@ -164,7 +164,9 @@ class RecordWriter:
         self._exit = ExitStack()
         self._staging = self._exit.enter_context(stage(directory, overwrite=overwrite))
         self._paths = [self._staging / shard_name(i, num_shards) for i in range(num_shards)]
-        self._writers = [array_record_module.ArrayRecordWriter(str(path), options) for path in self._paths]
+        with self._exit.pop_all() as opened, _disk_errors(self._staging):
+            self._writers = [array_record_module.ArrayRecordWriter(str(path), options) for path in self._paths]
+            self._exit = opened.pop_all()
         self._count = 0
 
     def __enter__(self) -> "RecordWriter":

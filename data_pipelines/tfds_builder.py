@@ -105,6 +105,7 @@ def write_tfds(source_dir: Path | str, data_dir: Path | str, *, overwrite: bool 
         with staged(directory, check) as staging:
             builder = _builder(source_dir, staging)
             builder.download_and_prepare(download_dir=f"{staging}/downloads")
+            check()
             put_in_place(Path(builder.data_dir), directory)
     return directory
 

@@ -90,15 +90,26 @@ def output_folder(flag: str, folder: Path | str) -> Path:
     """The folder that a command is to write; it may be there.
 
     Raises:
-        app.UsageError: a file stands there, or where a folder above it would; or it cannot be written.
+        app.UsageError: a file stands there, or where a folder above it would.
     """
     folder = Path(folder)
-    if folder.is_symlink() and not folder.exists():
-        raise app.UsageError(f"--{flag}={folder} is a link to nowhere ({os.readlink(folder)}); name a folder")
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
         where = "is a file" if place == folder else f"is below {place}, which is a file"
         raise app.UsageError(f"--{flag}={folder} {where}; name a folder")
+    return folder
+
+
+def writable_folder(flag: str, folder: Path | str) -> Path:
+    """An `output_folder` that is made only when everything is done: what is in its way is found before.
+
+    Raises:
+        app.UsageError: also where it is a link to nowhere, or cannot be written.
+    """
+    folder = output_folder(flag, folder)
+    if folder.is_symlink() and not folder.exists():
+        raise app.UsageError(f"--{flag}={folder} is a link to nowhere ({os.readlink(folder)}); name a folder")
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(place, os.W_OK):
         raise app.UsageError(f"--{flag}={folder}: {place} cannot be written; name another folder")
     return folder

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from launch.app import output_folder, prepare_jax, run_app
+from launch.app import prepare_jax, run_app, writable_folder
 from launch.progress import Progress
-from tml.whole_folder import Kind, refuse_others, write_whole
+from tml.whole_folder import write_whole
 
 if TYPE_CHECKING:
     from tml.duplex.controls import Control
@@ -56,6 +56,8 @@ _OUT = flags.DEFINE_string("out", "", "Folder for what is written; none by defau
 _PICTURES = flags.DEFINE_integer(
     "pictures", 2, "Sessions drawn into --out, of each behaviour with --suite=duplex.", lower_bound=0
 )
+SAMPLES = "full_duplex_bench"
+"""Folder in --out with what the public scorer reads."""
 _SUITE_OF = {"max_sessions": "requests", "limit": "duplex", "controls": "duplex"}
 """Flags that go with one suite only."""
 
@@ -65,14 +67,15 @@ def main(argv: list[str]) -> int:
     if not _MODEL.value:
         raise app.UsageError("--model is missing; name a run folder or a bundle, as in --model=runs/quickstart")
     if _OUT.value:
-        samples = output_folder("out", _OUT.value) / Kind.FULL_DUPLEX_BENCH
-        if _SUITE.value == "duplex":
-            refuse_others(samples, Kind.FULL_DUPLEX_BENCH, ValueError)
+        writable_folder("out", _OUT.value)
     _refuse_flags(_SUITE.value)
     controls = _read_controls() if _SUITE.value == "duplex" else ()
     prepare_jax()
+    from tml.duplex.full_duplex_bench import check_place
     from tml.export import bundle
 
+    if _OUT.value and _SUITE.value == "duplex":
+        check_place(Path(_OUT.value) / SAMPLES)
     begun = time.monotonic()
     model = bundle.open_model(Path(_MODEL.value), _STEP.value)
     directory = _SESSIONS.value or model.experiment.evaluation.sessions
@@ -131,12 +134,12 @@ def _write(report: "Report", sessions: list["Session"], model: "Model", out: Pat
     pairs = list(zip(sessions, report.said, strict=True))
     lines = [json.dumps(evaluate.said_json(session, said)) + "\n" for session, said in pairs]
     write_whole(out / "sessions.jsonl", "".join(lines))
-    write_whole(out / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
     clock = model.layout.clock
     for session, said in pairs[: _PICTURES.value]:
         spoken = evaluate.with_said(session, said, clock)
         titled = replace(spoken, session_id=f"{session.session_id} (answers by the model)")
         draw_timeline(titled, out / f"{session.session_id.replace('/', '_')}.png", clock)
+    write_whole(out / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
     print(f"report: {out / 'report.json'}")
 
 
@@ -196,15 +199,16 @@ def _write_duplex(report: "SuiteReport", player: "Player", out: Path, directory:
         lines.append(json.dumps(line) + "\n")
     write_whole(out / "sessions.jsonl", "".join(lines))
     write_whole(out / "report.html", html_report(report, player, facts, _PICTURES.value))
-    write_whole(out / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
     held = [len(list(samples_of(session))) for session in report.sessions]
     sampled = [number for number, count in enumerate(held) if count]
     counts = write_samples(
-        out / Kind.FULL_DUPLEX_BENCH,
+        out / SAMPLES,
         [report.sessions[number] for number in sampled],
         [report.traces[number] for number in sampled],
         [player.own_sound(report.sessions[number], report.played[number]) for number in sampled],
     )
+    # Last: where it is, everything is.
+    write_whole(out / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
     samples = ", ".join(f"{task} {count}" for task, count in counts.items()) or "no sample of its four tasks"
     if left_out := sum(held) - sum(counts.values()):
         samples += f", {left_out} left out, which its scorer does not know"

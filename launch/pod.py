@@ -69,7 +69,7 @@ FLAGS_OF: Mapping[Target, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Flags that a target needs, and flags that it takes; those of the other targets are refused."""
 
 _KUBERNETES = (r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", "a name of Kubernetes: a-z, 0-9, dashes and dots (RFC 1123)")
-_OF_SLURM = (r"[\w.,-]+", "a name of Slurm's: letters, digits, dashes, dots and underscores")
+_OF_SLURM = (r"[^\s#]+", "a name without spaces")
 _ABSOLUTE = (r"/[^\n]*", "an absolute path: every host reads it, wherever it starts")
 FORMS: Mapping[str, tuple[str, str]] = {
     "image": (r"[^\s]+", "a container image, which has no spaces"),

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from launch.app import EXIT_INTERRUPTED, FLAGS, output_folder, prepare_jax, run_app
+from launch.app import EXIT_INTERRUPTED, FLAGS, prepare_jax, run_app, writable_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         )
     if not Path(_WAV.value).is_file():
         raise FileNotFoundError(f"--wav={_WAV.value}: there is no such file")
-    out = output_folder("out", _OUT.value)
+    out = writable_folder("out", _OUT.value)
     for name in WRITTEN:
         if (out / name).exists() and (out / name).samefile(_WAV.value):
             raise app.UsageError(f"--wav={_WAV.value} would be written over; name another --out")

@@ -1,7 +1,8 @@
-"""An export takes the place of an untouched export of its kind, and of nothing else."""
+"""What is written whole takes the place of what it may replace, and of nothing else."""
 
 import json
 import os
+import platform
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,10 @@ from tml.whole_folder import MARKER, Kind, put_in_place, staged, whole_folder, w
 
 class OtherError(ValueError):
     """Told from what Python itself raises."""
+
+
+def replaced(folder: Path, number: str, host: str = platform.node()) -> Path:
+    return folder.with_name(f".{folder.name}.replaced-{host}-{number}")
 
 
 def export(folder: Path, text: str = "new", kind: Kind = Kind.HF) -> None:
@@ -114,8 +119,14 @@ def test_what_is_put_there_while_it_is_written_stays(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["out", "out[1]", "o*", "out.partial"])
 def test_only_what_dead_writers_left_of_this_very_folder_is_removed(tmp_path: Path, name: str) -> None:
-    kept = [f".{name}.old", f".{name}.new", f".{name}.partial-mine", f".{name}-1.partial-0123abcd", ".out.partial-é"]
-    for neighbour in (*kept, f".{name}.partial-0123abcd"):
+    host = platform.node()
+    kept = [
+        *(f".{name}.{end}" for end in ("old", "new", "partial-mine", f"partial-other-{host}-0123abcd")),
+        f".{name}-1.partial-{host}-0123abcd",
+        ".out.partial-é",
+    ]
+    export(tmp_path / name)
+    for neighbour in (*kept, f".{name}.partial-{host}-0123abcd", f".{name}.replaced-{host}-0123abcd"):
         add("precious")(tmp_path / neighbour)
     export(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, name])
@@ -137,12 +148,36 @@ def test_a_folder_whose_writer_ended_between_the_renames_comes_back(folder: Path
     if not is_good:
         add("notes.md")(folder)
     before = contents(folder)
-    add("half")(folder.with_name(".out.replaced-89abcdef"))  # an earlier one, whose removal was not finished
+    add("half")(replaced(folder, "89abcdef"))  # an earlier one, whose removal was not finished
     os.utime(folder)  # so that its own is the last that was renamed
-    folder.rename(folder.with_name(".out.replaced-0123abcd"))
+    folder.rename(replaced(folder, "0123abcd", "another-host"))
     with pytest.raises(KeyboardInterrupt if is_good else OtherError), whole_folder(folder, Kind.HF, OtherError):
         raise KeyboardInterrupt
     assert contents(folder) == before
+    if is_good:
+        assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_what_was_put_aside_stays_where_the_place_is_refused(folder: Path) -> None:
+    folder.rename(replaced(folder, "0123abcd"))
+    add("notes.md")(folder)
+    with pytest.raises(OtherError, match=f"holds files, but no {MARKER}"):
+        export(folder)
+    assert contents(replaced(folder, "0123abcd"))["vocoder/step.stablehlo"] == "old"
+
+
+def test_what_a_live_writer_put_aside_is_not_put_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def beside_another(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            with staged(folder, lambda: None):
+                assert not folder.exists()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", beside_another)
+    export(folder)
+    assert contents(folder)["vocoder/step.stablehlo"] == "new"
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
@@ -178,6 +213,20 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="no room"):
         write_whole(tmp_path / "report.json", "other")
     assert contents(tmp_path) == {"report.json": "é"}
+
+
+def test_a_file_keeps_its_mode_and_a_link_or_device_is_written_to(tmp_path: Path) -> None:
+    file, link = tmp_path / "report.json", tmp_path / "link"
+    write_whole(file, "old")
+    file.chmod(0o600)
+    write_whole(file, "new")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    link.symlink_to(file)
+    write_whole(link, "newer")
+    write_whole(Path("/dev/null"), "nothing")
+    assert link.is_symlink()
+    assert file.read_text() == "newer"
+    assert not Path("/dev/null").is_file()
 
 
 def test_a_link_is_followed(folder: Path) -> None:

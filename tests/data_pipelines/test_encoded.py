@@ -9,7 +9,14 @@ import pytest
 from small_sets import make_session
 
 from data_pipelines.documents import Document, write_documents
-from data_pipelines.encoded import EncodedDocument, EncodedSource, HeaderError, codec_header, encoded_directory
+from data_pipelines.encoded import (
+    QUARANTINE_NAME,
+    EncodedDocument,
+    EncodedSource,
+    HeaderError,
+    codec_header,
+    encoded_directory,
+)
 from data_pipelines.encoding import encode_dataset
 from data_pipelines.record_writer import RecordWriter, SessionWriter
 from data_pipelines.records import RecordError, RecordKind, RecordSource, read_manifest, shard_name
@@ -86,10 +93,15 @@ def test_a_complete_cache_is_reused_and_a_damaged_one_is_made_again(tmp_path, to
     before = shard.stat().st_mtime_ns
     encode(tmp_path / "set", tokenizer)
     assert shard.stat().st_mtime_ns == before
+    for derived in ("layout-0123456789ab/parts.npz", "rows-0123456789ab/epoch-000000.npz"):
+        (source.directory / derived).parent.mkdir()
+        (source.directory / derived).write_bytes(b"of the damaged one")
     os.truncate(shard, 100)
     again = encode(tmp_path / "set", tokenizer)
     assert again.manifest.identity == source.manifest.identity
     assert len(again[0].levels_TM)
+    (again.directory / QUARANTINE_NAME).unlink()
+    assert len(encode(tmp_path / "set", tokenizer).quarantined) == 0
 
 
 @pytest.mark.parametrize("damage", ["deleted shard", "truncated shard", "broken promise", "corrupt record"])

@@ -64,7 +64,8 @@ def test_every_request_of_turn_taking_is_a_sample(tmp_path):
     own, _ = soundfile.read(tmp_path / "smooth_turn_taking/1/output.wav", dtype="float32")
     assert len(own) == 3 * RATE
     assert own[0] == pytest.approx(0.25, abs=1e-3)
-    # Fewer samples leave none of an earlier writing behind, and nothing else goes with it.
+    # Fewer samples leave none of an earlier writing behind, nor of its scores, and nothing else goes with it.
+    (tmp_path / "smooth_turn_taking/0/rating.json").write_text("{}")
     assert written(tmp_path, session("turn_taking", asked[0]), trace(*words))[0] == {"smooth_turn_taking": 1}
     assert [folder.name for folder in (tmp_path / "smooth_turn_taking").iterdir()] == ["0"]
     mine = tmp_path / "user_interruption/1/input.wav"

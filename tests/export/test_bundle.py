@@ -103,7 +103,7 @@ def test_a_vocoders_program_is_in_the_bundle(model: Model, tmp_path: Path) -> No
 
 
 def test_a_bundle_that_was_put_aside_when_the_process_ended_is_kept(model: Model, folder: Path) -> None:
-    folder.rename(folder.with_name(f".{folder.name}.replaced-0123abcd"))
+    folder.rename(folder.with_name(f".{folder.name}.replaced-host-0123abcd"))
     with pytest.raises(KeyboardInterrupt), whole_folder(folder, Kind.BUNDLE, BundleError):
         raise KeyboardInterrupt
     assert bundle.load(folder).experiment == model.experiment

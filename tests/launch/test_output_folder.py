@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from absl import app
 
-from launch.app import output_folder
+from launch.app import output_folder, writable_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,9 +30,9 @@ def test_a_file_in_its_way_is_named(tmp_path: Path, name: str, message: str):
 def test_a_link_to_nowhere_and_a_place_that_cannot_be_written_are_named(tmp_path: Path):
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(app.UsageError, match=r"--out=.*link is a link to nowhere \(nowhere\); name a folder"):
-        output_folder("out", tmp_path / "link")
+        writable_folder("out", tmp_path / "link")
     with pytest.raises(app.UsageError, match=r"--out=/proc/.*: /proc/\S+ cannot be written; name another folder"):
-        output_folder("out", Path("/proc/sys/kernel/out"))
+        writable_folder("out", Path("/proc/sys/kernel/out"))
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ def test_gke_has_no_node_pools_of_other_shapes(topology: str, message: str) -> N
         ((*GKE, *mesh(1, 8), "--code=code"), r"--code='code' must be an absolute path"),
         ((*GKE, *mesh(1, 8), "--claim=UPPER"), r"--claim='UPPER' must be a name of Kubernetes"),
         ((*GKE, *mesh(1, 8), "--image=a b"), r"--image='a b' must be a container image"),
-        ((*SLURM, *mesh(1, 16), "--account=x\ny"), r"--account='x\\ny' must be a name of Slurm's"),
+        ((*SLURM, *mesh(1, 16), "--account=x\ny"), r"--account='x\\ny' must be a name without spaces"),
         ((*GKE, *mesh(1, 8), "--config.model.attention.backend=gpu"), r"are tpu; set it to 'tpu'$"),
         ((*GKE, *mesh(1, 8), "--config.name=2nd run"), r"'2nd run' cannot name a job"),
         ((*GKE, *mesh(1, 8), "--config.seed", "3"), r"write --config.seed=VALUE"),

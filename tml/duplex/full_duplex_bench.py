@@ -30,7 +30,7 @@ from tml.codec.waveform import decode_clip
 from tml.duplex.scores import behaviour_of
 from tml.duplex.trace import Trace
 from tml.session import Behaviour, ExpectationKind, Session, Stream
-from tml.whole_folder import Kind, whole_folder
+from tml.whole_folder import Kind, refuse_others, whole_folder
 
 TURN_TAKING, PAUSES, INTERRUPTIONS, BACKCHANNELS = (
     "smooth_turn_taking",
@@ -40,6 +40,14 @@ TURN_TAKING, PAUSES, INTERRUPTIONS, BACKCHANNELS = (
 )
 MAX_BACKCHANNELS = 55
 """Samples of which the public scorer knows when people nodded; it breaks at the next one."""
+
+SCORED = r"[^/]+/\d+/(rating|latency_intervals|content_tag|general_split)\.json"
+"""What the public scorer adds to the samples."""
+
+
+def check_place(root: Path) -> None:
+    """Raises ValueError unless the folder is empty, not there, or an earlier writing, scored or not."""
+    refuse_others(root, Kind.FULL_DUPLEX_BENCH, ValueError, SCORED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,7 @@ def write_samples(
     """
     counts: Counter[str] = Counter()
     # Whole, and in the place of nothing but earlier ones: the public scorer averages over all that it finds.
-    with whole_folder(Path(root), Kind.FULL_DUPLEX_BENCH, ValueError) as staging:
+    with whole_folder(Path(root), Kind.FULL_DUPLEX_BENCH, ValueError, SCORED) as staging:
         for session, trace, own in zip(sessions, traces, own_sounds, strict=True):
             if len(own) != session.num_samples:
                 raise ValueError(

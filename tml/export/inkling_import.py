@@ -88,7 +88,7 @@ def import_folder(folder: Path, workdir: Path, max_tiles_per_turn: int | None = 
     has_tower = any(name.startswith("model.visual.") for name in source.tensors)
     try:
         model = inkling_config.to_model(config, has_tower, max_tiles_per_turn or 1)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} holds a value of another kind than it must be: {error}") from error
     layout = inkling_layout.tensors(model)
     beside = interaction_head.read(folder)
