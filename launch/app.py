@@ -93,7 +93,7 @@ def output_folder(flag: str, folder: Path | str) -> Path:
         app.UsageError: a file stands there, or where a folder above it would.
     """
     folder = Path(folder)
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    place = _standing(folder)
     if not place.is_dir():
         where = "is a file" if place == folder else f"is below {place}, which is a file"
         raise app.UsageError(f"--{flag}={folder} {where}; name a folder")
@@ -109,10 +109,15 @@ def writable_folder(flag: str, folder: Path | str) -> Path:
     folder = output_folder(flag, folder)
     if folder.is_symlink() and not folder.exists():
         raise app.UsageError(f"--{flag}={folder} is a link to nowhere ({os.readlink(folder)}); name a folder")
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    place = _standing(folder)
     if not os.access(place, os.W_OK):
         raise app.UsageError(f"--{flag}={folder}: {place} cannot be written; name another folder")
     return folder
+
+
+def _standing(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 @contextmanager
