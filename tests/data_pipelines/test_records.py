@@ -8,8 +8,9 @@ import threading
 import time
 
 import pytest
+from small_disk import small_disk
 
-from data_pipelines.record_writer import RecordWriter, SessionWriter, commit, stage, write_shard
+from data_pipelines.record_writer import UNCOMPRESSED, RecordWriter, SessionWriter, commit, stage, write_shard
 from data_pipelines.records import RecordError, RecordKind, RecordSource, iter_sessions, read_manifest, shard_name
 from tml.session import AudioClip, AudioEncoding, Session, Stream
 
@@ -116,6 +117,17 @@ def test_overwriting_deletes_nothing_else(data_set, name, said, comes_late):
     assert file.read_text() == "mine"
     assert len(RecordSource(data_set)) == 20
     assert not list(data_set.parent.glob(".*")), "nothing unfinished is left"
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path):
+    def write() -> None:
+        with RecordWriter(tmp_path / "set", kind=RecordKind.DOCUMENTS, name="set", options=UNCOMPRESSED) as writer:
+            for _ in range(64):
+                writer.write(os.urandom(64 * 1024))
+
+    with small_disk(256 * 1024), pytest.raises(OSError, match=r"cannot be written: .*; make room, and run the same"):
+        write()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_writer_leaves_nothing(tmp_path):

@@ -65,6 +65,14 @@ def test_documents_too_and_no_writing_over(tmp_path):
     assert (directory / "notes.txt").read_text() == "mine"
 
 
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
+    with SessionWriter(tmp_path / "set", name="../../evil", num_shards=1, meta={"licence": "CC0"}) as writer:
+        writer.write(make_session(1))
+    with pytest.raises(ValueError, match=r"has the name '../../evil', which cannot be a directory's"):
+        write_tfds(tmp_path / "set", tmp_path / "tfds")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
 def test_an_export_that_fails_leaves_the_old_one(tmp_path):
     write_documents(tmp_path / "texts", [Document(document_id="a", text="one")], name="texts")
     directory = write_tfds(tmp_path / "texts", tmp_path / "theirs")

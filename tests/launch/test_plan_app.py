@@ -31,6 +31,8 @@ def test_a_plan_needs_a_pod():
         (("--search=mesh", "--hlo=x"), "--hlo does not go with --search; leave it out"),
         (("--step=decode", "--tokens=1e9"), "--tokens does not go with --step=decode; leave it out"),
         (("--num_sessions=4",), "--num_sessions does not go with a train step; leave it out"),
+        (("--json=x.json", "--hlo=x"), "--json and --hlo would both write x.json; name another file"),
+        (("--json=tests",), "tests is a folder; name a file for --json and --hlo"),
         (("--search=mesk",), "search cannot vary 'mesk'; it can vary mesh, remat, rows"),
     ],
 )
